@@ -1,0 +1,216 @@
+"""The frozen language model: hidden states at layer boundaries, keys and values of memory heads, logits.
+
+B batch, T tokens, D hidden size, K key-value heads, E head size.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from longmem.families import Rotary, family_of
+from longmem.pretrained import load_pretrained
+
+
+@dataclass(frozen=True)
+class BackboneOutput:
+    """What the backbone's layers said about a piece of text.
+
+    Attributes:
+        hidden_states: boundary → (B, T, D). Boundary l is the input of layer l; boundary `num_layers` is the output
+            of the last layer, before the final norm (transformers' `hidden_states[-1]` is after it).
+        positions_BT: position of each token in the local window.
+    """
+
+    hidden_states: dict[int, Tensor]
+    positions_BT: Tensor
+
+
+class Backbone(nn.Module):
+    """A Hugging Face causal language model that is only read, never changed.
+
+    Args:
+        model: any `…ForCausalLM` of a family in `longmem.families`. Its parameters stop requiring gradients.
+        tokenizer: its fast tokenizer, or None where only token ids are used.
+        name: how banks and checkpoints call it.
+
+    Raises:
+        UnsupportedBackboneError: no family fits.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, name: str = "backbone") -> None:
+        super().__init__()
+        self.family = family_of(model)
+        self.model = model.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.name = name
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, dtype: torch.dtype = torch.float32, device: str = "auto") -> Backbone:
+        """An embedded model by name (`smollm2-135m`), a folder, or a Hub id."""
+        loaded = load_pretrained(name, dtype=dtype, device=device)
+        return cls(loaded.model, loaded.tokenizer, loaded.name)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """A frozen model has no training mode (no dropout, ever)."""
+        return super().train(False)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def base(self) -> Any:
+        """The model without its head."""
+        return self.model.base_model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return getattr(self.base, self.family.layers_name)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config.hidden_size)
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.config.num_attention_heads)
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return int(getattr(self.config, "num_key_value_heads", None) or self.num_heads)
+
+    @property
+    def head_dim(self) -> int:
+        return int(getattr(self.config, "head_dim", None) or self.hidden_size // self.num_heads)
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of its trained window."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @cached_property
+    def prefix_token_id(self) -> int:
+        """The token that stands before every local window and every encoded window.
+
+        It takes the role of attention sink and is never remembered. The document separator of pre-training serves best.
+        """
+        if self.tokenizer is not None:
+            separator = self.tokenizer.convert_tokens_to_ids("<|endoftext|>")
+            if separator is not None and self.tokenizer.convert_ids_to_tokens(separator) == "<|endoftext|>":
+                return int(separator)
+        for token_id in (self.config.bos_token_id, self.config.eos_token_id):
+            first = token_id[0] if isinstance(token_id, list | tuple) else token_id
+            if first is not None and 0 <= first < self.config.vocab_size:
+                return int(first)
+        return 0
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """sha256 over names, shapes and bytes of all parameters, in their stored precision of bfloat16.
+
+        A bank's keys mean something only to these very weights. Hashing in bfloat16 makes the hash the same
+        whether the model computes in float32 or bfloat16.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.model.named_parameters()):
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            stored = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(stored.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def new_cache(self) -> DynamicCache:
+        """An empty key-value cache for `forward`."""
+        return DynamicCache(config=self.config)
+
+    @torch.no_grad()
+    def forward(
+        self, input_ids_BT: Tensor, *, boundaries: Collection[int], cache: DynamicCache | None = None
+    ) -> BackboneOutput:
+        """Run the layers below the highest boundary asked for, and no others.
+
+        Args:
+            input_ids_BT: int64; continues what `cache` holds.
+            boundaries: which hidden states to return, 0 … num_layers.
+            cache: extended in place.
+        """
+        highest = max(boundaries)
+        past = cache.get_seq_length() if cache is not None else 0
+        positions_BT = torch.arange(past, past + input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
+        with self._captured(boundaries) as hidden_states:
+            output = self._trunk(highest)(
+                input_ids=input_ids_BT, past_key_values=cache, use_cache=cache is not None, position_ids=positions_BT
+            )
+        hidden_states[highest] = output.last_hidden_state
+        return BackboneOutput(hidden_states, positions_BT)
+
+    def keys_values(self, layer: int, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before rotary and values of a layer, each (B, K, T, E), from the hidden states at its boundary."""
+        _, key_BKTE, value_BKTE = self.family.qkv(self.layers[layer], hidden_BTD)
+        return key_BKTE, value_BKTE
+
+    def position_embeddings(self, layer: int, hidden_BTD: Tensor, positions_BT: Tensor) -> Rotary:
+        """(cos, sin) of a layer's rotary embedding at the given positions."""
+        return self.family.position_embeddings(self.base, layer, hidden_BTD, positions_BT)
+
+    def final_norm(self, hidden_BTD: Tensor) -> Tensor:
+        return getattr(self.base, self.family.norm_name)(hidden_BTD)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """Final norm and head: hidden states at the last boundary → (B, T, vocabulary)."""
+        return self.model.get_output_embeddings()(self.final_norm(hidden_BTD))
+
+    @cached_property
+    def _trunks(self) -> dict[int, Any]:
+        return {}
+
+    def _trunk(self, depth: int) -> Any:
+        """The first `depth` layers without the final norm: a shallow copy that shares every module."""
+        if depth not in self._trunks:
+            trunk = copy.copy(self.base)
+            trunk.__dict__["_modules"] = dict(self.base._modules)
+            setattr(trunk, self.family.layers_name, nn.ModuleList(list(self.layers)[:depth]))
+            setattr(trunk, self.family.norm_name, nn.Identity())
+            self._trunks[depth] = trunk
+        return self._trunks[depth]
+
+    @contextmanager
+    def _captured(self, boundaries: Collection[int]) -> Iterator[dict[int, Tensor]]:
+        captured: dict[int, Tensor] = {}
+
+        def keep(boundary: int) -> Any:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                captured[boundary] = args[0] if args else kwargs["hidden_states"]
+
+            return hook
+
+        handles = [
+            self.layers[boundary].register_forward_pre_hook(keep(boundary), with_kwargs=True)
+            for boundary in set(boundaries) - {max(boundaries)}
+        ]
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()

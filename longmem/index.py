@@ -1,0 +1,174 @@
+"""Search in memory banks: what a SideNet calls when it asks its bank.
+
+B batch rows, K memory heads of one layer, G query heads that share one of them, T tokens,
+R retrieved tokens, N remembered tokens, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longmem.bank import MemoryBank
+from longmem.config import SideNetConfig
+from longmem.ops import gather_rows, topk_scan
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """What a layer's memory heads found.
+
+    Attributes:
+        keys_BKGTRE, values_BKGTRE: gathered from the bank.
+        valid_BKGTR: False where the bank held fewer than R tokens.
+        index_BKGTR: position in the row's bank.
+        bank_size_B: float32, remembered tokens N of each row's bank.
+    """
+
+    keys_BKGTRE: Tensor
+    values_BKGTRE: Tensor
+    valid_BKGTR: Tensor
+    index_BKGTR: Tensor
+    bank_size_B: Tensor
+
+
+class Retrieve(Protocol):
+    """Queries of one memory layer in, remembered keys and values out."""
+
+    def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved: ...
+
+
+def search_tokens(
+    query_XQE: Tensor, keys_XNE: Tensor, top_k: int, chunk_size: int, length_X: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Positions (X, Q, R) of the retrieved tokens, and whether each is real.
+
+    With `chunk_size` c > 1, queries rank the mean keys of c consecutive tokens and whole chunks are retrieved
+    (paper, section 2.3); a last chunk that is not full cannot be found.
+    """
+    if chunk_size == 1:
+        index_XQR, score_XQR = topk_scan(query_XQE, keys_XNE, top_k, length_X)
+        return index_XQR, score_XQR > -torch.inf
+    chunks = keys_XNE.shape[1] // chunk_size
+    means_XNE = keys_XNE[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size)).mean(2)
+    chunks_X = None if length_X is None else length_X // chunk_size
+    chunk_XQR, score_XQR = topk_scan(query_XQE, means_XNE, top_k // chunk_size, chunks_X)
+    within_c = torch.arange(chunk_size, device=keys_XNE.device)
+    index_XQR = (chunk_XQR[..., None] * chunk_size + within_c).flatten(-2)
+    return index_XQR, (score_XQR > -torch.inf).repeat_interleave(chunk_size, dim=-1)
+
+
+class BankReader:
+    """Reads one bank a batch row (None is an empty one) for a SideNet.
+
+    Each row is searched by itself and its result has a fixed shape, so nothing in a row depends on what another row's
+    bank holds.
+    """
+
+    def __init__(self, banks: Sequence[MemoryBank | None], config: SideNetConfig) -> None:
+        self.banks = banks
+        self.config = config
+
+    @torch.no_grad()
+    def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
+        heads = self.config.heads_of(layer)
+        batch, kv_heads, group, tokens, head_dim = query_BKGTE.shape
+        shape = (batch, kv_heads, group, tokens, self.config.top_k)
+        device = query_BKGTE.device
+        keys = torch.zeros(*shape, head_dim, dtype=query_BKGTE.dtype, device=device)
+        values = torch.zeros_like(keys)
+        valid = torch.zeros(shape, dtype=torch.bool, device=device)
+        index = torch.zeros(shape, dtype=torch.int64, device=device)
+        for row, bank in enumerate(self.banks):
+            if bank is None or len(bank) == 0:
+                continue
+            keys_KNE, values_KNE = bank.keys_HNE[heads], bank.values_HNE[heads]
+            query_KQE = query_BKGTE[row].flatten(1, 2).to(bank.device)
+            index_KQR, valid_KQR = search_tokens(query_KQE, keys_KNE, self.config.top_k, self.config.chunk_size)
+            keys[row] = gather_rows(keys_KNE, index_KQR).unflatten(1, (group, tokens)).to(keys)
+            values[row] = gather_rows(values_KNE, index_KQR).unflatten(1, (group, tokens)).to(values)
+            valid[row] = valid_KQR.unflatten(1, (group, tokens)).to(device)
+            index[row] = index_KQR.unflatten(1, (group, tokens)).to(device)
+        sizes_B = torch.tensor([0.0 if bank is None else float(len(bank)) for bank in self.banks], device=device)
+        return Retrieved(keys, values, valid, index, sizes_B)
+
+
+class StreamBanks:
+    """One bank a training stream, all in one tensor: a ring that keeps the last `capacity` tokens of each row.
+
+    Training has no need of text, provenance or disk, and searches every row in one batched product.
+    """
+
+    def __init__(
+        self, rows: int, capacity: int, config: SideNetConfig, head_dim: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        if capacity % config.chunk_size:
+            raise ValueError(f"capacity {capacity} is not a multiple of chunk_size {config.chunk_size}")
+        shape = (len(config.memory_heads), rows, capacity, head_dim)
+        self.config = config
+        self.capacity = capacity
+        self.keys_HBNE = torch.zeros(shape, dtype=dtype, device=device)
+        self.values_HBNE = torch.zeros(shape, dtype=dtype, device=device)
+        self.token_ids_BN = torch.full((rows, capacity), -1, dtype=torch.int64, device=device)
+        self.written_B = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    @property
+    def length_B(self) -> Tensor:
+        return self.written_B.clamp(max=self.capacity)
+
+    def append(self, keys_HBTE: Tensor, values_HBTE: Tensor, token_ids_BT: Tensor) -> None:
+        """Remember T tokens of every row, over the oldest where the ring is full."""
+        tokens = token_ids_BT.shape[1]
+        slot_BT = (self.written_B[:, None] + torch.arange(tokens, device=self.written_B.device)) % self.capacity
+        rows_B1 = torch.arange(slot_BT.shape[0], device=slot_BT.device)[:, None]
+        self.keys_HBNE[:, rows_B1, slot_BT] = keys_HBTE
+        self.values_HBNE[:, rows_B1, slot_BT] = values_HBTE
+        self.token_ids_BN[rows_B1, slot_BT] = token_ids_BT
+        self.written_B += tokens
+
+    def reset(self, rows_B: Tensor) -> None:
+        """Empty the banks of the rows where `rows_B` (bool) is True."""
+        self.written_B.masked_fill_(rows_B, 0)
+
+    def reader(self, source_B: Tensor | None = None, empty_B: Tensor | None = None) -> StreamReader:
+        """A retrieve callable in which row b reads the bank of row `source_B[b]`, or nothing where `empty_B`."""
+        return StreamReader(self, source_B, empty_B)
+
+
+class StreamReader:
+    """Reads `StreamBanks`, possibly with banks swapped between rows or emptied (for the regulariser)."""
+
+    def __init__(self, streams: StreamBanks, source_B: Tensor | None, empty_B: Tensor | None) -> None:
+        self.streams = streams
+        rows = streams.written_B.shape[0]
+        self.source_B = torch.arange(rows, device=streams.written_B.device) if source_B is None else source_B
+        length_B = streams.length_B[self.source_B]
+        self.length_B = length_B if empty_B is None else length_B.masked_fill(empty_B, 0)
+
+    @torch.no_grad()
+    def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
+        config, streams = self.streams.config, self.streams
+        batch, kv_heads, group, tokens, _ = query_BKGTE.shape
+        heads = config.heads_of(layer)
+        found = []
+        # A head at a time: the scores of one head of all rows are the largest tensor of a training step.
+        for head, query_BGTE in zip(range(heads.start, heads.stop), query_BKGTE.unbind(1), strict=True):
+            keys_BNE = streams.keys_HBNE[head][self.source_B]
+            values_BNE = streams.values_HBNE[head][self.source_B]
+            index_BQR, valid_BQR = search_tokens(
+                query_BGTE.flatten(1, 2), keys_BNE, config.top_k, config.chunk_size, self.length_B
+            )
+            found.append((gather_rows(keys_BNE, index_BQR), gather_rows(values_BNE, index_BQR), valid_BQR, index_BQR))
+        keys, values, valid, index = (
+            torch.stack(parts, dim=1).unflatten(2, (group, tokens)) for parts in zip(*found, strict=True)
+        )
+        return Retrieved(keys, values, valid, index, self.length_B.float())
+
+    def token_ids(self, index_BKGTR: Tensor) -> Tensor:
+        """Which token each retrieved position holds."""
+        rows_B = self.source_B.view(-1, *[1] * (index_BKGTR.ndim - 1))
+        return self.streams.token_ids_BN[rows_B, index_BKGTR]

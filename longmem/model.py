@@ -1,0 +1,356 @@
+"""LongMem: a frozen backbone, its SideNet, and the banks they read.
+
+    write:  text → tokens → backbone (stops after the last memory layer) → keys, values of the memory heads → bank
+    read:   tokens → backbone → hidden states → SideNet ⇄ bank → logits
+
+`forward` reads, `write` writes; neither does the other.
+
+B batch, T tokens, D hidden size, H memory heads, N tokens of a source, E head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from longmem.attention import MemoryRead
+from longmem.backbone import Backbone, BackboneOutput
+from longmem.bank import DTYPES, BankEntry, MemoryBank
+from longmem.checkpoint import Precision, load_sidenet, new_sidenet, read_config, save_sidenet
+from longmem.config import BankSpec, SideNetConfig
+from longmem.data import read_text
+from longmem.errors import BankMismatchError, ConfigError, SideNetNotFoundError, SourceError
+from longmem.index import BankReader, Retrieve
+from longmem.sidenet import SideNet, SideNetCache
+
+SHIPPED = Path(__file__).parent / "sidenets"
+
+
+class ModelCache:
+    """Keys and values of the local window, of backbone and SideNet, for token-by-token generation."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone.new_cache()
+        self.sidenet = SideNetCache()
+
+    @property
+    def length(self) -> int:
+        return self.backbone.get_seq_length()
+
+
+@dataclass(frozen=True)
+class LongMemOutput:
+    """Logits, and what the memory layers read to get them.
+
+    Attributes:
+        logits_BTV: next-token logits.
+        reads: one entry a memory layer (empty without a bank).
+    """
+
+    logits_BTV: Tensor
+    reads: list[MemoryRead] = field(default_factory=list)
+
+
+class LongMem(nn.Module):
+    """A language model with long-term memory (paper, section 2).
+
+    Args:
+        backbone: frozen.
+        sidenet: trained, or fresh from a `SideNetConfig`.
+    """
+
+    def __init__(self, backbone: Backbone, sidenet: SideNet | SideNetConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.sidenet = new_sidenet(sidenet, backbone) if isinstance(sidenet, SideNetConfig) else sidenet
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        backbone: str | Backbone | None = None,
+        device: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    ) -> LongMem:
+        """A SideNet that ships with the package (`smollm2-135m`), or a checkpoint folder, with its frozen backbone.
+
+        Args:
+            name: a shipped SideNet, or a folder that `longmem train` or `save` wrote.
+            backbone: another backbone of the same architecture; by default the one the SideNet was trained for.
+            device: "auto" takes a GPU if there is one.
+            dtype: "auto" is bfloat16 on a GPU and float32 elsewhere.
+
+        Raises:
+            SideNetNotFoundError: nothing of that name.
+            CheckpointError: damaged, or made for another architecture.
+        """
+        folder = cls._find(name)
+        config = read_config(folder)
+        if not isinstance(backbone, Backbone):
+            from longmem.pretrained import resolve_device
+
+            where = resolve_device(device)
+            auto = torch.bfloat16 if where.type == "cuda" else torch.float32
+            backbone = Backbone.from_pretrained(
+                backbone or config["backbone"], dtype=auto if dtype == "auto" else DTYPES[dtype], device=str(where)
+            )
+        sidenet = load_sidenet(folder, backbone).to(backbone.dtype)
+        return cls(backbone, sidenet).eval().requires_grad_(False)
+
+    @staticmethod
+    def _find(name: str | Path) -> Path:
+        for folder in (SHIPPED / str(name), Path(name)):
+            if (folder / "config.json").is_file() and (folder / "sidenet.safetensors").is_file():
+                return folder
+        if Path(name).is_dir() and (Path(name) / "config.json").is_file():
+            # A folder that is meant, but damaged: say what is wrong with it rather than that it is unknown.
+            read_config(Path(name))
+            return Path(name)
+        shipped = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
+        raise SideNetNotFoundError(
+            f"There is no trained SideNet for {str(name)!r}. These ship with longmem: {', '.join(shipped) or 'none'}; otherwise "
+            f"give a checkpoint folder. To train one: `longmem train DOCUMENTS --backbone {name} --out DIR`."
+        )
+
+    def save(self, folder: str | Path, *, precision: Precision = "bfloat16", training: dict[str, Any] | None = None) -> None:
+        """Write the SideNet to a folder (not the backbone)."""
+        save_sidenet(Path(folder), self.sidenet, self.backbone, precision=precision, training=training)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def config(self) -> SideNetConfig:
+        return self.sidenet.config
+
+    @property
+    def bank_spec(self) -> BankSpec:
+        """What banks for this model hold."""
+        return BankSpec(
+            backbone=self.backbone.name,
+            weights=self.backbone.weights_hash,
+            memory_heads=self.config.memory_heads,
+            head_dim=self.backbone.head_dim,
+        )
+
+    def new_bank(self) -> MemoryBank:
+        """An empty bank in memory, on the model's device."""
+        return MemoryBank(self.bank_spec, self.device)
+
+    def new_cache(self) -> ModelCache:
+        """An empty cache for `forward`."""
+        return ModelCache(self.backbone)
+
+    # ---- read ----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        banks: Sequence[MemoryBank | None] | MemoryBank | None = None,
+        *,
+        memory: float = 1.0,
+        cache: ModelCache | None = None,
+        last_only: bool = False,
+    ) -> LongMemOutput:
+        """Next-token logits, with what the banks remember.
+
+        Args:
+            input_ids_BT: token ids of the local window, or those that continue `cache`.
+            banks: one a row (None is an empty one); a single bank serves every row.
+            memory: 0 is the backbone bit for bit, 1 the trained strength.
+            cache: extended in place.
+            last_only: logits of the last position alone, (B, 1, V).
+
+        Raises:
+            BankMismatchError: a bank was written by another backbone or other memory heads.
+            ConfigError: `memory` is outside 0 … 1, or the number of banks is not B.
+        """
+        retrieve = self.reader(banks, rows=input_ids_BT.shape[0])
+        if not 0.0 <= memory <= 1.0:
+            raise ConfigError(f"memory is a dial from 0 (the backbone alone) to 1 (the trained strength); got {memory}.")
+        hidden_BTD, reads = self.read(input_ids_BT, retrieve, memory=memory, cache=cache)
+        return LongMemOutput(self.backbone.logits(hidden_BTD[:, -1:] if last_only else hidden_BTD), reads)
+
+    def read(
+        self, input_ids_BT: Tensor, retrieve: Retrieve | None, *, memory: float = 1.0, cache: ModelCache | None = None
+    ) -> tuple[Tensor, list[MemoryRead]]:
+        """Hidden states (B, T, D) before the final norm, corrected by the SideNet; and what was read."""
+        top = self.backbone.num_layers
+        boundaries = {top} if memory == 0.0 else {*self.sidenet.boundaries, top}
+        seen = self.backbone(input_ids_BT, boundaries=boundaries, cache=cache.backbone if cache else None)
+        if memory == 0.0:
+            return seen.hidden_states[top], []
+        return self.correct(seen, retrieve, memory=memory, cache=cache)
+
+    def correct(
+        self, seen: BackboneOutput, retrieve: Retrieve | None, *, memory: float = 1.0, cache: ModelCache | None = None
+    ) -> tuple[Tensor, list[MemoryRead]]:
+        """Add the SideNet's difference to the backbone's last hidden states."""
+        found = self.sidenet(
+            seen.hidden_states,
+            seen.positions_BT,
+            self.backbone.position_embeddings,
+            retrieve,
+            cache=cache.sidenet if cache else None,
+            memory=memory,
+        )
+        return seen.hidden_states[self.backbone.num_layers] + found.difference_BTD, found.reads
+
+    def reader(self, banks: Sequence[MemoryBank | None] | MemoryBank | None, rows: int) -> Retrieve | None:
+        """A retrieve callable over one bank a row; None if nothing is remembered in any."""
+        if banks is None or isinstance(banks, MemoryBank):
+            banks = [banks] * rows
+        if len(banks) != rows:
+            raise ConfigError(f"{len(banks)} banks were given for a batch of {rows} rows; give one a row (None for an empty one).")
+        for bank in banks:
+            if bank is not None:
+                self.check(bank)
+        if not any(bank is not None and len(bank) for bank in banks):
+            return None
+        return BankReader(banks, self.config)
+
+    def check(self, bank: MemoryBank) -> None:
+        """Raise `BankMismatchError` if the bank is not for this model."""
+        given, wanted = bank.spec, self.bank_spec
+        for name in ("weights", "memory_heads", "head_dim"):
+            if getattr(given, name) != getattr(wanted, name):
+                raise BankMismatchError(
+                    f"This bank was written by {given.backbone!r} and the model is {wanted.backbone!r}: their {name} differ "
+                    f"(bank {_short(getattr(given, name))}, model {_short(getattr(wanted, name))}). Remembered keys mean something only to the "
+                    "weights that made them: use the bank's own model, or write the texts into a new bank."
+                )
+
+    # ---- write ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(
+        self, token_ids_N: Tensor, start: int = 0, *, batch_size: int | None = None, on_tokens: Callable[[int], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (H, N − start, E) of a source's tokens from `start` on, in the bank's dtype.
+
+        A pure function of the source's own tokens: see `EncodeConfig` for the windows.
+
+        Args:
+            token_ids_N: the whole source so far.
+            start: tokens before it are context only.
+            batch_size: windows a batch; 16 on a GPU, 1 elsewhere.
+            on_tokens: called with the number of tokens just encoded.
+        """
+        encode, device = self.config.encode, self.device
+        batch_size = batch_size or (16 if device.type == "cuda" else 1)
+        tokens_N = token_ids_N.to("cpu", torch.int64)
+        total = tokens_N.numel()
+        # (first token of the window, first token to keep, end), one for each cell of `stride` tokens
+        windows = []
+        for cell in range(start // encode.stride, -(-total // encode.stride)):
+            begin, end = cell * encode.stride, min((cell + 1) * encode.stride, total)
+            windows.append((max(0, begin - encode.overlap), max(begin, start), end))
+        keys, values = [], []
+        while windows:
+            size = windows[0][2] - windows[0][0]
+            group = [w for w in windows[:batch_size] if w[2] - w[0] == size]
+            windows = windows[len(group) :]
+            prefix_B1 = torch.full((len(group), 1), self.backbone.prefix_token_id)
+            input_ids_BT = torch.cat((prefix_B1, torch.stack([tokens_N[w[0] : w[2]] for w in group])), dim=1)
+            key_HBTE, value_HBTE = self._keys_values(input_ids_BT.to(device))
+            for row, (first, kept, end) in enumerate(group):
+                # +1: the prefix is never remembered
+                keys.append(key_HBTE[:, row, kept - first + 1 : end - first + 1])
+                values.append(value_HBTE[:, row, kept - first + 1 : end - first + 1])
+                if on_tokens is not None:
+                    on_tokens(end - kept)
+        if not keys:
+            empty = torch.empty(len(self.config.memory_heads), 0, self.backbone.head_dim, dtype=DTYPES[self.bank_spec.dtype])
+            return empty, empty.clone()
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+    def _keys_values(self, input_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+        seen = self.backbone(input_ids_BT, boundaries=self.config.memory_layers)
+        return self.keys_values(seen)
+
+    def keys_values(self, seen: BackboneOutput) -> tuple[Tensor, Tensor]:
+        """Keys and values of the memory heads, (H, B, T, E) each, in the bank's dtype."""
+        keys, values = [], []
+        for layer in self.config.memory_layers:
+            kv_heads = [head.kv_head for head in self.config.memory_heads if head.layer == layer]
+            key_BKTE, value_BKTE = self.backbone.keys_values(layer, seen.hidden_states[layer])
+            keys.append(key_BKTE[:, kv_heads].transpose(0, 1))
+            values.append(value_BKTE[:, kv_heads].transpose(0, 1))
+        dtype = DTYPES["bfloat16"]
+        return torch.cat(keys).to(dtype), torch.cat(values).to(dtype)
+
+    def write(
+        self, bank: MemoryBank, path: str | Path, *, source: str | None = None, on_tokens: Callable[[int], None] | None = None
+    ) -> int:
+        """Remember a text file; returns the number of tokens. Durable once it returns if the bank is a stored one.
+
+        Args:
+            bank: where to.
+            path: a UTF-8 file.
+            source: its name in the bank, the path by default.
+            on_tokens: progress, called with the number of tokens just encoded.
+
+        Raises:
+            SourceError: missing, empty or binary file, or one remembered before.
+        """
+        return self.write_text(bank, read_text(Path(path)), source=source or str(path), on_tokens=on_tokens)
+
+    def write_text(
+        self,
+        bank: MemoryBank,
+        text: str,
+        *,
+        source: str,
+        append: bool = False,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> int:
+        """Remember a text under a source name; returns the number of tokens.
+
+        Args:
+            append: continue a source that is remembered already, as a conversation does. Otherwise that is an error.
+
+        Raises:
+            SourceError: the text is empty, or the source is remembered and `append` is False.
+            BankMismatchError: the bank belongs to another model.
+        """
+        self.check(bank)
+        if not text.strip() and not append:
+            raise SourceError(f"The text of source {source!r} is empty; there is nothing to remember.")
+        past = bank.length_of(source)
+        if past and not append:
+            raise SourceError(
+                f"Source {source!r} is remembered already ({past} characters). Forget it first, continue it with append, or choose another name."
+            )
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        new_N = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+        if not len(new_N):
+            return 0
+        before_N = bank.tokens_of(source) if past else torch.empty(0, dtype=torch.int64)
+        keys_HNE, values_HNE = self.encode(torch.cat((before_N, new_N)), len(before_N), on_tokens=on_tokens)
+        offsets_N2 = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2) + past
+        bank.append(BankEntry(source, text, past, new_N, offsets_N2, keys_HNE, values_HNE))
+        return len(new_N)
+
+    @property
+    def tokenizer(self) -> Any:
+        if self.backbone.tokenizer is None:
+            raise ConfigError(f"Backbone {self.backbone.name!r} was built without a tokenizer, so it can only take token ids. Give it one.")
+        return self.backbone.tokenizer
+
+    def with_prefix(self, token_ids_N: Tensor) -> Tensor:
+        """Token ids behind the prefix token that begins every local window."""
+        return torch.cat((token_ids_N.new_full((1,), self.backbone.prefix_token_id), token_ids_N))
+
+
+def _short(value: Any) -> str:
+    return value[:12] + "…" if isinstance(value, str) and len(value) > 12 else str(value)
+
+
+__all__ = ["LongMem", "LongMemOutput", "ModelCache"]

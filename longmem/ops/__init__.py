@@ -1,0 +1,8 @@
+"""Search and attention over memory.
+
+`reference` is the plain PyTorch truth that every faster kernel is checked against.
+"""
+
+from longmem.ops.reference import gather_rows, linear_cross_entropy, topk_scan
+
+__all__ = ["gather_rows", "linear_cross_entropy", "topk_scan"]
