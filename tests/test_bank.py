@@ -1,0 +1,183 @@
+"""MemoryBank against a plain-Python account of what was appended and forgotten."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longmem.bank import BankEntry, MemoryBank
+from longmem.config import BankSpec, MemoryHead
+from longmem.errors import BankError, SourceError
+
+SPEC = BankSpec("tiny", "0" * 64, (MemoryHead(1, 0), MemoryHead(2, 1)), 8, "float32")
+
+
+def make_entry(source: str, text: str, char_start: int = 0, seed: int = 0) -> BankEntry:
+    """One token a character, with random keys and values."""
+    random = torch.Generator().manual_seed(seed)
+    tokens = len(text)
+    starts_N = torch.arange(char_start, char_start + tokens)
+    return BankEntry(
+        source=source,
+        text=text,
+        char_start=char_start,
+        token_ids_N=torch.randint(1000, (tokens,), generator=random),
+        offsets_N2=torch.stack([starts_N, starts_N + 1], dim=1),
+        keys_HNE=torch.randn(2, tokens, 8, generator=random),
+        values_HNE=torch.randn(2, tokens, 8, generator=random),
+    )
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[BankEntry]:
+    """Pieces of a few sources, interleaved, each continuing its source."""
+    ends: dict[str, int] = {}
+    entries = []
+    for seed, (source, text) in enumerate(draw(st.lists(st.tuples(st.sampled_from("abc"), st.text(max_size=9))))):
+        entries.append(make_entry(source, text, ends.get(source, 0), seed))
+        ends[source] = ends.get(source, 0) + len(text)
+    return entries
+
+
+def filled(entries: list[BankEntry]) -> MemoryBank:
+    bank = MemoryBank(SPEC)
+    for entry in entries:
+        bank.append(entry)
+    return bank
+
+
+def assert_holds(bank: MemoryBank, entries: list[BankEntry]) -> None:
+    """The bank is, to the bit, what these appends make."""
+    sources = list(dict.fromkeys(entry.source for entry in entries))
+    assert bank.sources == tuple(sources)
+    assert len(bank) == sum(len(entry) for entry in entries)
+    names = [sources[index] for index in bank.source_index_N.tolist()]
+    assert names == [entry.source for entry in entries for _ in range(len(entry))]
+    for source in sources:
+        text = "".join(entry.text for entry in entries if entry.source == source)
+        assert bank.text_of(source) == text
+        assert bank.length_of(source) == len(text)
+    if entries:
+        assert torch.equal(bank.keys_HNE, torch.cat([entry.keys_HNE for entry in entries], dim=1))
+        assert torch.equal(bank.values_HNE, torch.cat([entry.values_HNE for entry in entries], dim=1))
+        assert torch.equal(bank.token_ids_N, torch.cat([entry.token_ids_N for entry in entries]))
+        assert torch.equal(bank.offsets_N2, torch.cat([entry.offsets_N2 for entry in entries]))
+
+
+@given(histories())
+def test_a_bank_holds_what_was_appended_in_order(entries: list[BankEntry]) -> None:
+    assert_holds(filled(entries), entries)
+
+
+@given(histories(), st.sampled_from("abc"))
+def test_after_forget_the_bank_equals_one_that_never_saw_the_source(entries: list[BankEntry], source: str) -> None:
+    bank = filled(entries)
+    stays = [entry for entry in entries if entry.source != source]
+    if source not in bank.sources:
+        with pytest.raises(SourceError, match="remembers"):
+            bank.forget(source)
+    else:
+        assert bank.forget(source) == sum(len(entry) for entry in entries) - sum(len(entry) for entry in stays)
+    assert_holds(bank, stays)
+    # The source can be written again from its beginning, and others continue where they were.
+    again = [make_entry(name, "more", bank.length_of(name)) for name in "abc"]
+    for entry in again:
+        bank.append(entry)
+    assert_holds(bank, stays + again)
+
+
+@given(histories(), st.integers(0, 30), st.integers(0, 30))
+def test_text_of_slices_like_a_string(entries: list[BankEntry], start: int, end: int) -> None:
+    bank = filled(entries)
+    for source in bank.sources:
+        text = "".join(entry.text for entry in entries if entry.source == source)
+        assert bank.text_of(source, start) == text[start:]
+        assert bank.text_of(source, start, end) == text[start:end]
+
+
+@given(histories(), st.data())
+def test_span_is_the_text_that_tokens_cover(entries: list[BankEntry], data: st.DataObject) -> None:
+    bank = filled(entries)
+    pieces = [entry for entry in entries if len(entry)]
+    if not pieces:
+        return
+    which = data.draw(st.integers(0, len(pieces) - 1))
+    before = sum(len(entry) for entry in pieces[:which])
+    first = data.draw(st.integers(0, len(pieces[which]) - 1))
+    last = data.draw(st.integers(first, len(pieces[which]) - 1))
+    span = bank.span(before + first, before + last)
+    assert span.source == pieces[which].source
+    assert span.start == pieces[which].char_start + first
+    assert span.text == pieces[which].text[first : last + 1]
+    assert span.end - span.start == len(span.text)
+
+
+@given(histories())
+def test_tokens_of_gathers_a_source_from_all_its_pieces(entries: list[BankEntry]) -> None:
+    bank = filled(entries)
+    for source in bank.sources:
+        ids = [entry.token_ids_N for entry in entries if entry.source == source]
+        assert torch.equal(bank.tokens_of(source), torch.cat(ids))
+    assert bank.tokens_of("unknown").numel() == 0
+    assert bank.length_of("unknown") == 0
+
+
+def test_appending_token_by_token_moves_memory_logarithmically_often() -> None:
+    bank = MemoryBank(SPEC)
+    places = set()
+    for position in range(1000):
+        bank.append(make_entry("a", "x", position))
+        places.add(bank._keys_HCE.data_ptr())
+    assert len(places) <= 12
+
+
+def wrong_entries() -> list[tuple[str, BankEntry]]:
+    good = make_entry("a", "four", 0)
+    return [
+        ("keys_HNE", replace(good, keys_HNE=good.keys_HNE[:1])),
+        ("keys_HNE", replace(good, keys_HNE=good.keys_HNE[:, :3])),
+        ("values_HNE", replace(good, values_HNE=good.values_HNE[..., :4])),
+        ("bfloat16", replace(good, values_HNE=good.values_HNE.bfloat16())),
+        ("token_ids_N", replace(good, token_ids_N=good.token_ids_N[None])),
+        ("offsets_N2", replace(good, offsets_N2=good.offsets_N2[:3])),
+        ("up to character 0", replace(good, char_start=1)),
+        ("up to character 5", replace(good, source="known")),
+    ]
+
+
+@pytest.mark.parametrize(("message", "entry"), wrong_entries())
+def test_an_entry_that_does_not_fit_changes_nothing(message: str, entry: BankEntry) -> None:
+    known = [make_entry("known", "there")]
+    bank = filled(known)
+    with pytest.raises(BankError, match=message):
+        bank.append(entry)
+    assert_holds(bank, known)
+
+
+def test_a_copy_that_fails_leaves_the_bank_as_it_was() -> None:
+    known = [make_entry("known", "there")]
+    bank = filled(known)
+    with pytest.raises(RuntimeError):
+        bank.append(replace(make_entry("new", "x"), keys_HNE=torch.empty(2, 1, 8, device="meta")))
+    assert_holds(bank, known)
+
+
+def test_reading_an_unknown_source_names_those_there_are() -> None:
+    with pytest.raises(SourceError, match="nothing yet"):
+        MemoryBank(SPEC).text_of("a")
+    with pytest.raises(SourceError, match="known"):
+        filled([make_entry("known", "there")]).text_of("a")
+
+
+@settings(max_examples=10)
+@given(histories())
+def test_entries_keep_their_memory_to_themselves(entries: list[BankEntry]) -> None:
+    bank = filled(entries)
+    kept = [replace(entry, keys_HNE=entry.keys_HNE.clone()) for entry in entries]
+    for entry in entries:
+        entry.keys_HNE.zero_()
+    assert_holds(bank, kept)

@@ -1,0 +1,604 @@
+"""MemoryStore: what it acknowledges survives, what it does not is invisible, and damage is found and named."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longmem.bank import BankEntry, MemoryBank
+from longmem.config import BankSpec, MemoryHead
+from longmem.errors import (
+    BankError,
+    BankMismatchError,
+    BankNotFoundError,
+    SourceError,
+    StoreCorruptError,
+    StoreError,
+    StoreNotWritableError,
+)
+from longmem.store import MemoryStore
+
+SPEC = BankSpec("tiny", "0" * 64, (MemoryHead(1, 0), MemoryHead(2, 1)), 8)
+FORMAT_DOC = Path(__file__).parents[1] / "docs" / "format.md"
+
+# A server that has imported torch once; each process that a test needs is a quick fork of it.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["longmem.store"])
+
+
+def make_entry(source: str, text: str, char_start: int = 0, seed: int = 0, dtype: str = "bfloat16") -> BankEntry:
+    """One token a character, with random keys and values."""
+    random = torch.Generator().manual_seed(seed)
+    tokens = len(text)
+    starts_N = torch.arange(char_start, char_start + tokens)
+    return BankEntry(
+        source=source,
+        text=text,
+        char_start=char_start,
+        token_ids_N=torch.randint(1000, (tokens,), generator=random),
+        offsets_N2=torch.stack([starts_N, starts_N + 1], dim=1),
+        keys_HNE=torch.randn(2, tokens, 8, generator=random).to(getattr(torch, dtype)),
+        values_HNE=torch.randn(2, tokens, 8, generator=random).to(getattr(torch, dtype)),
+    )
+
+
+def assert_same(bank: MemoryBank, expected: MemoryBank) -> None:
+    """Bit-identical memory."""
+    assert bank.sources == expected.sources
+    assert [bank.text_of(source) for source in bank.sources] == [expected.text_of(source) for source in bank.sources]
+    for name in ("keys_HNE", "values_HNE", "token_ids_N", "source_index_N", "offsets_N2"):
+        ours, theirs = getattr(bank, name), getattr(expected, name)
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours.contiguous().view(torch.uint8), theirs.contiguous().view(torch.uint8)), name
+
+
+def files_of(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def segment_files(folder: Path) -> list[Path]:
+    return sorted((folder / "segments").iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "memories"
+
+
+@pytest.fixture
+def store(folder: Path) -> Iterator[MemoryStore]:
+    with MemoryStore.open(folder) as store:
+        yield store
+
+
+# Round trips
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "ü/ß 你\0", "../etc"]), st.text(max_size=20)), max_size=6),
+    st.sampled_from(["bfloat16", "float32"]),
+)
+def test_a_reopened_bank_is_bit_identical(pieces: list[tuple[str, str]], dtype: str) -> None:
+    spec = replace(SPEC, dtype=dtype)
+    expected = MemoryBank(spec)
+    with tempfile.TemporaryDirectory() as folder:
+        with MemoryStore.open(folder) as store:
+            bank = store.bank("notes", spec)
+            for seed, (source, text) in enumerate(pieces):
+                entry = make_entry(source, text, expected.length_of(source), seed, dtype)
+                expected.append(entry)
+                bank.append(entry)
+            assert_same(bank, expected)
+        for verify in (True, False):
+            with MemoryStore.open(folder, create=False) as store:
+                assert_same(store.bank("notes", verify=verify), expected)
+
+
+def test_tensors_that_share_memory_are_stored_apart(store: MemoryStore) -> None:
+    both = torch.randn(2, 4, 2, 8).bfloat16()
+    entry = replace(make_entry("a", "four"), keys_HNE=both[:, :, 0], values_HNE=both[:, :, 1])
+    store.bank("notes", SPEC).append(entry)
+    again = store.bank("notes")
+    assert torch.equal(again.keys_HNE, entry.keys_HNE)
+    assert torch.equal(again.values_HNE, entry.values_HNE)
+
+
+def describe(folder: str, pipe: Connection) -> None:
+    with MemoryStore.open(folder, create=False) as store:
+        bank = store.bank("user/1234", SPEC)
+        pipe.send((os.getpid(), bank.sources, bank.text_of("a"), bank.keys_HNE.view(torch.int16).tolist()))
+
+
+def test_a_new_process_finds_the_same_bank(store: MemoryStore, folder: Path) -> None:
+    bank = store.bank("user/1234", SPEC)
+    bank.append(make_entry("a", "one "))
+    bank.append(make_entry("b", "other"))
+    bank.append(make_entry("a", "two", 4))
+    ours, theirs = processes.Pipe()
+    process = processes.Process(target=describe, args=(str(folder), theirs))
+    process.start()
+    assert ours.poll(60)
+    pid, sources, text, keys = ours.recv()
+    process.join(60)
+    assert pid != os.getpid()
+    assert sources == ("a", "b")
+    assert text == "one two"
+    assert keys == bank.keys_HNE.view(torch.int16).tolist()
+
+
+def test_the_format_document_s_decoder_reads_a_store(store: MemoryStore, folder: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", FORMAT_DOC.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.strip().splitlines()) <= 20
+    assert "import longmem" not in code and "from longmem" not in code
+    entries = [make_entry("a", "grüß "), make_entry("b", "", 0, 1), make_entry("a", "dich 🙂", 5, 2)]
+    for entry in entries:
+        store.bank("notes", SPEC).append(entry)
+    decoder: dict = {}
+    exec(code, decoder)
+    decoded = list(decoder["read_bank"](folder, "notes"))
+    assert len(decoded) == len(entries)
+    for (row, text, tensors), entry in zip(decoded, entries, strict=True):
+        assert (row["source"], row["char_start"], row["tokens"]) == (entry.source, entry.char_start, len(entry))
+        assert text == entry.text
+        assert torch.equal(tensors["keys"], entry.keys_HNE)
+        assert torch.equal(tensors["values"], entry.values_HNE)
+        assert torch.equal(tensors["token_ids"], entry.token_ids_N)
+        assert torch.equal(tensors["offsets"], entry.offsets_N2)
+
+
+# Banks and their names
+
+
+def test_banks_and_sources_are_described(store: MemoryStore, folder: Path) -> None:
+    before = datetime.now(UTC)
+    bank = store.bank("user/1234", SPEC)
+    for entry in (make_entry("a", "one "), make_entry("b", "other"), make_entry("a", "two", 4)):
+        bank.append(entry)
+    store.bank("empty", replace(SPEC, backbone="other"))
+    empty, user = store.banks()
+    assert (empty.name, empty.tokens, empty.sources, empty.bytes, empty.backbone) == ("empty", 0, 0, 0, "other")
+    assert (user.name, user.tokens, user.sources, user.backbone) == ("user/1234", 12, 2, "tiny")
+    assert user.bytes == sum(path.stat().st_size for path in segment_files(folder))
+    assert before <= user.created < user.updated <= datetime.now(UTC)
+    a, b = bank.source_infos()
+    assert (a.source, a.tokens, a.chars) == ("a", 7, 7)
+    assert (b.source, b.tokens, b.chars) == ("b", 5, 5)
+    assert before <= a.created < b.created <= datetime.now(UTC)
+    assert store.bank("user/1234").source_infos() == [a, b]
+
+
+@pytest.mark.parametrize("name", ["", "/", "a/", "/a", "a//b", "..", "a/../b", "a b", "ä", "a\n", "a\\b"])
+def test_names_that_cannot_be_are_refused(store: MemoryStore, name: str) -> None:
+    with pytest.raises(BankError, match="cannot name a bank"):
+        store.bank(name, SPEC)
+    assert store.banks() == []
+
+
+@pytest.mark.parametrize("name", ["a", "user/1234", "a.b-c_D/...", "..a", "0"])
+def test_namespaces_are_names_not_paths(store: MemoryStore, folder: Path, name: str) -> None:
+    store.bank(name, SPEC).append(make_entry("a", "text"))
+    assert store.bank(name).name == name
+    assert {path.parent for path in segment_files(folder)} == {folder / "segments"}
+
+
+def test_an_unknown_bank_names_those_there_are(store: MemoryStore) -> None:
+    with pytest.raises(BankNotFoundError, match="no banks yet"):
+        store.bank("notes")
+    store.bank("user/1", SPEC)
+    for attempt in (store.bank, store.delete):
+        with pytest.raises(BankNotFoundError, match="user/1"):
+            attempt("notes")
+    assert [info.name for info in store.banks()] == ["user/1"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("backbone", "other"),
+        ("weights", "1" * 64),
+        ("memory_heads", (MemoryHead(1, 0), MemoryHead(2, 0))),
+        ("head_dim", 16),
+        ("dtype", "float32"),
+    ],
+)
+def test_another_spec_is_a_mismatch_that_says_where(store: MemoryStore, field: str, value: object) -> None:
+    store.bank("notes", SPEC).append(make_entry("a", "text"))
+    given = replace(SPEC, **{field: value})
+    with pytest.raises(BankMismatchError) as caught:
+        store.bank("notes", given)
+    message = str(caught.value)
+    assert f"{field}: given {value!r}, expected {getattr(SPEC, field)!r}" in message
+    assert message.count("given") == 1
+    assert "another bank name" in message
+    assert store.bank("notes", SPEC).text_of("a") == "text"
+
+
+def test_delete_drops_one_bank_and_its_files(store: MemoryStore, folder: Path) -> None:
+    gone, stays = store.bank("gone", SPEC), store.bank("stays", SPEC)
+    gone.append(make_entry("a", "text"))
+    stays.append(make_entry("a", "text"))
+    store.delete("gone")
+    assert [info.name for info in store.banks()] == ["stays"]
+    assert len(segment_files(folder)) == 1
+    for attempt in (gone.refresh, lambda: gone.append(make_entry("b", "x")), lambda: gone.forget("a")):
+        with pytest.raises(BankNotFoundError, match="deleted"):
+            attempt()
+    assert len(segment_files(folder)) == 1
+    # A new bank of the same name is another bank.
+    assert len(store.bank("gone", SPEC)) == 0
+
+
+# Forgetting
+
+
+def test_forget_unlinks_the_bytes_and_the_name(folder: Path) -> None:
+    with MemoryStore.open(folder) as store:
+        bank = store.bank("notes", SPEC)
+        expected = MemoryBank(SPEC)
+        for entry in (make_entry("a", "kept "), make_entry("b secret", "s3cret", 0, 1), make_entry("a", "too", 5, 2)):
+            bank.append(entry)
+            if entry.source == "a":
+                expected.append(entry)
+        assert bank.forget("b secret") == 6
+        assert_same(bank, expected)
+        assert_same(store.bank("notes"), expected)
+        assert len(segment_files(folder)) == 2
+        everything = b"".join((folder / name).read_bytes() for name in files_of(folder))
+        assert b"kept" in everything
+        assert b"s3cret" not in everything and b"b secret" not in everything
+        with pytest.raises(SourceError, match="b secret"):
+            bank.forget("b secret")
+        bank.append(make_entry("b secret", "again"))
+        assert store.bank("notes").text_of("b secret") == "again"
+
+
+def test_refresh_follows_another_writer(store: MemoryStore, folder: Path) -> None:
+    reader = store.bank("notes", SPEC)
+    with MemoryStore.open(folder) as other:
+        writer = other.bank("notes", SPEC)
+        writer.append(make_entry("a", "one "))
+        assert len(reader) == 0
+        reader.refresh()
+        assert_same(reader, writer)
+        writer.append(make_entry("b", "other"))
+        writer.forget("a")
+        writer.append(make_entry("a", "new"))
+        reader.refresh()
+        assert_same(reader, writer)
+        writer.append(make_entry("a", " end", 3))
+        # An append takes over first what was written before it, so that memory and disk keep one order.
+        reader.append(make_entry("c", "mine"))
+        writer.refresh()
+        assert_same(reader, writer)
+        assert_same(store.bank("notes"), reader)
+
+
+# Errors change nothing
+
+
+def test_entries_that_do_not_fit_leave_the_disk_alone(store: MemoryStore, folder: Path) -> None:
+    bank = store.bank("notes", SPEC)
+    bank.append(make_entry("a", "text"))
+    before = files_of(folder)
+    good = make_entry("a", "more", 4)
+    for entry, error in (
+        (replace(good, char_start=3), BankError),
+        (replace(good, keys_HNE=good.keys_HNE.float()), BankError),
+        (replace(good, text="mo\ud800e"), SourceError),
+        (replace(good, source="\ud800", char_start=0), SourceError),
+    ):
+        with pytest.raises(error):
+            bank.append(entry)
+    with pytest.raises(SourceError):
+        bank.forget("unknown")
+    assert files_of(folder) == before
+    assert bank.text_of("a") == store.bank("notes").text_of("a") == "text"
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Let writes beyond a file size fail, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100, 4096], ids=["segment", "manifest"])
+def test_a_full_disk_leaves_nothing_behind(store: MemoryStore, folder: Path, size: int) -> None:
+    bank = store.bank("notes", SPEC)
+    bank.append(make_entry("a", "text"))
+    before = files_of(folder)
+    with largest_file(size), pytest.raises(StoreNotWritableError, match=re.escape(str(folder))):
+        bank.append(make_entry("a", " more", 4))
+    assert files_of(folder) == before
+    assert bank.text_of("a") == store.bank("notes").text_of("a") == "text"
+    bank.append(make_entry("a", " more", 4))
+    assert store.bank("notes").text_of("a") == "text more"
+
+
+def test_a_closed_store_says_so(store: MemoryStore) -> None:
+    bank = store.bank("notes", SPEC)
+    bank.append(make_entry("a", "text"))
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        bank.append(make_entry("b", "text"))
+    assert bank.text_of("a") == "text"
+
+
+def test_opening_without_creating_creates_nothing(folder: Path) -> None:
+    with pytest.raises(StoreError, match="No store"):
+        MemoryStore.open(folder, create=False)
+    assert not folder.exists()
+
+
+def test_a_place_that_cannot_be_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for path in (file, file / "memories", Path("/proc/memories")):
+        with pytest.raises(StoreNotWritableError, match=re.escape(str(path))):
+            MemoryStore.open(path)
+    assert file.read_text() == "mine"
+
+
+def test_another_program_s_manifest_is_left_alone(folder: Path) -> None:
+    folder.mkdir()
+    manifest = folder / "manifest.sqlite"
+    with sqlite3.connect(manifest) as database:
+        database.execute("CREATE TABLE theirs (x)")
+    with pytest.raises(StoreError, match="another program"):
+        MemoryStore.open(folder)
+    manifest.write_bytes(b"not a database" * 100)
+    with pytest.raises(StoreCorruptError, match="damaged"):
+        MemoryStore.open(folder)
+
+
+def test_a_later_format_is_refused(store: MemoryStore, folder: Path) -> None:
+    with sqlite3.connect(folder / "manifest.sqlite") as database:
+        database.execute("PRAGMA user_version = 2")
+    with pytest.raises(StoreError, match="format 2"):
+        MemoryStore.open(folder)
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """As root, permissions stop nothing: be nobody for a while."""
+    if os.geteuid() == 0:
+        try:
+            os.seteuid(65534)
+        except OSError as error:
+            pytest.skip(f"root that cannot give up its rights: {error}")
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+    else:
+        yield
+
+
+@pytest.fixture
+def locked() -> Iterator[Path]:
+    """A folder that everybody can reach (pytest's own cannot be), for stores that are made read-only."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+        unlock(folder)
+
+
+def unlock(folder: Path) -> None:
+    folder.chmod(0o755)
+    for path in folder.rglob("*"):
+        path.chmod(0o755)
+
+
+def lock(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+def test_no_store_is_created_in_a_read_only_folder(locked: Path) -> None:
+    lock(locked)
+    with unprivileged():
+        for path in (locked, locked / "memories"):
+            with pytest.raises(StoreNotWritableError, match="can be created"):
+                MemoryStore.open(path)
+    assert files_of(locked) == set()
+
+
+def test_a_read_only_store_can_be_read(locked: Path) -> None:
+    with MemoryStore.open(locked) as store:
+        bank = store.bank("notes", SPEC)
+        bank.append(make_entry("a", "text"))
+    lock(locked)
+    before = files_of(locked)
+    with unprivileged(), MemoryStore.open(locked) as store:
+        assert not store.writable
+        bank = store.bank("notes", SPEC)
+        assert bank.text_of("a") == "text"
+        for attempt in (
+            lambda: bank.append(make_entry("b", "text")),
+            lambda: bank.forget("a"),
+            lambda: store.bank("new", SPEC),
+            lambda: store.delete("notes"),
+        ):
+            with pytest.raises(StoreNotWritableError, match="reading only"):
+                attempt()
+    assert files_of(locked) == before
+
+
+def test_a_read_only_store_with_a_log_is_read_whole_or_not_at_all(
+    store: MemoryStore, folder: Path, locked: Path
+) -> None:
+    store.bank("notes", SPEC).append(make_entry("a", "text"))
+    # What a machine that loses power leaves, seen from a medium that cannot be written.
+    shutil.copytree(folder, locked, dirs_exist_ok=True)
+    lock(locked)
+    with unprivileged(), MemoryStore.open(locked) as reader:
+        assert reader.bank("notes").text_of("a") == "text"
+    (locked / "manifest.sqlite-shm").unlink()
+    with unprivileged(), pytest.raises(StoreError, match="unfinished log"):
+        MemoryStore.open(locked)
+    unlock(locked)
+    with MemoryStore.open(locked) as recovered:
+        assert recovered.bank("notes").text_of("a") == "text"
+
+
+# Damage
+
+
+def test_every_flipped_bit_is_found(store: MemoryStore, folder: Path) -> None:
+    bank = store.bank("notes", SPEC)
+    bank.append(make_entry("a", "good"))
+    (good,) = segment_files(folder)
+    bank.append(make_entry("b", "damaged"))
+    (path,) = {*segment_files(folder)} - {good}
+    original = path.read_bytes()
+    for position in range(0, len(original), 97):
+        damaged = bytearray(original)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(StoreCorruptError, match=rf"{path.name}.*source 'b'.*'notes'"):
+            store.bank("notes")
+    path.write_bytes(original[: len(original) // 2])
+    for verify in (True, False):
+        with pytest.raises(StoreCorruptError, match=path.name):
+            store.bank("notes", verify=verify)
+    path.write_bytes(original)
+    assert store.bank("notes").text_of("b") == "damaged"
+
+
+def test_a_missing_segment_is_named(store: MemoryStore, folder: Path) -> None:
+    store.bank("notes", SPEC).append(make_entry("a", "text"))
+    (path,) = segment_files(folder)
+    path.unlink()
+    with pytest.raises(StoreCorruptError, match=rf"{path.name} is missing.*source 'a'"):
+        store.bank("notes")
+
+
+def test_left_overs_of_a_crash_are_swept_and_running_writers_spared(folder: Path) -> None:
+    with MemoryStore.open(folder) as store:
+        store.bank("notes", SPEC).append(make_entry("a", "text"))
+        (kept,) = segment_files(folder)
+        orphan, stale, fresh, foreign = (
+            folder / "segments" / name for name in ("0.safetensors", "1.tmp", "2.tmp", "readme.txt")
+        )
+        for path in (orphan, stale, fresh, foreign):
+            path.write_bytes(b"x")
+        long_ago = time.time() - 7200
+        os.utime(stale, (long_ago, long_ago))
+    with MemoryStore.open(folder) as store:
+        assert set(segment_files(folder)) == {kept, fresh, foreign}
+        assert store.bank("notes").text_of("a") == "text"
+
+
+# Several processes
+
+
+def write_forever(folder: str, pipe: Connection) -> None:
+    with MemoryStore.open(folder) as store:
+        bank = store.bank("notes", SPEC)
+        while True:
+            start = bank.length_of("diary")
+            bank.append(make_entry("diary", f"{start:09} ", start, seed=start))
+            pipe.send(start + 10)
+
+
+def test_what_was_acknowledged_survives_kill_9(folder: Path) -> None:
+    acknowledged = 0
+    with MemoryStore.open(folder) as store:
+        reader = store.bank("notes", SPEC)
+        for attempt in range(5):
+            ours, theirs = processes.Pipe(duplex=False)
+            process = processes.Process(target=write_forever, args=(str(folder), theirs))
+            process.start()
+            theirs.close()
+            for _ in range(3 + attempt):
+                assert ours.poll(60)
+                acknowledged = ours.recv()
+                reader.refresh()  # a reader beside the writer sees whole entries, at least the acknowledged ones
+                assert reader.length_of("diary") >= acknowledged
+            # Somewhere in the middle of the next appends.
+            time.sleep(0.003 * attempt)
+            process.kill()
+            process.join(60)
+            while ours.poll():  # acknowledged before the kill, read after it
+                try:
+                    acknowledged = ours.recv()
+                except EOFError:
+                    break
+            reader.refresh()
+            length = reader.length_of("diary")
+            assert acknowledged <= length <= acknowledged + 10
+            assert reader.text_of("diary") == "".join(f"{start:09} " for start in range(0, length, 10))
+            assert torch.equal(reader.keys_HNE[:, -10:], make_entry("", " " * 10, seed=length - 10).keys_HNE)
+    with MemoryStore.open(folder) as store:
+        assert_same(store.bank("notes"), reader)
+        assert len([path for path in segment_files(folder) if path.suffix == ".safetensors"]) == length // 10
+
+
+def write_both(folder: str, mine: str, rounds: int, pipe: Connection) -> None:
+    """Write a source of one's own, and race for a shared one."""
+    won = 0
+    with MemoryStore.open(folder) as store:
+        bank = store.bank("notes", SPEC)
+        for seed in range(rounds):
+            bank.append(make_entry(mine, "x", bank.length_of(mine), seed))
+            try:
+                bank.append(make_entry("shared", mine, bank.length_of("shared"), seed))
+                won += 1
+            except BankError:
+                bank.refresh()
+    pipe.send(won)
+
+
+def test_writers_of_one_bank_never_extend_a_source_twice_at_one_place(folder: Path) -> None:
+    # The store and the bank are created in the race as well.
+    rounds, running = 12, []
+    for name in ("p", "q", "r"):
+        ours, theirs = processes.Pipe(duplex=False)
+        process = processes.Process(target=write_both, args=(str(folder), name, rounds, theirs))
+        process.start()
+        running.append((name, process, ours))
+    won = {}
+    for name, process, ours in running:
+        assert ours.poll(60)
+        won[name] = ours.recv()
+        process.join(60)
+        assert process.exitcode == 0
+    with MemoryStore.open(folder) as store:
+        bank = store.bank("notes", SPEC)
+        for name in won:
+            assert bank.length_of(name) == rounds
+            assert bank.text_of("shared").count(name) == won[name]
+        assert bank.length_of("shared") == sum(won.values()) == len(bank.tokens_of("shared"))
+
+
+def test_two_banks_at_the_same_place_cannot_both_append(store: MemoryStore, folder: Path) -> None:
+    with MemoryStore.open(folder) as other:
+        first, second = store.bank("notes", SPEC), other.bank("notes", SPEC)
+        first.append(make_entry("a", "text"))
+        with pytest.raises(BankError, match="up to character 4"):
+            second.append(make_entry("a", "late"))
+        assert second.text_of("a") == "text"
+        assert len(segment_files(folder)) == 1
