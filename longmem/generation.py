@@ -1,0 +1,495 @@
+"""Generation with memory: a local window that never ends, streamed text, and which memories each token drew on.
+
+    prefix | tokens of the local window → logits → next token
+              ↓ when it is full, its older half
+             bank
+
+What leaves the window is remembered and what stays is read again from position 0, so positions stay in the trained
+range however long a text grows.
+
+B batch, T tokens, N tokens of a stretch, V vocabulary; K, G, R as in `longmem.index`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longmem.attention import MemoryRead
+from longmem.bank import BankEntry, MemoryBank
+from longmem.errors import ConfigError
+from longmem.model import LongMem, ModelCache
+
+DEFAULT_WINDOW = 1536
+# Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces.
+_PREFILL = 256
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How to continue a text.
+
+    Attributes:
+        max_new_tokens: stop after so many.
+        temperature: 0 takes the most likely token, higher values sample.
+        top_p: sample from the most likely tokens that have this share of the probability together; 1 is all.
+        top_k: sample from so many of the most likely tokens; 0 is all.
+        seed: of sampling; None draws a new one each time.
+        window: tokens of the local window, its prefix among them; None is 1536, or the backbone's window if smaller.
+        memory: dial from 0 (the backbone alone) to 1 (the trained strength).
+        attribute: find out which remembered text each token drew on (`Piece.sources`).
+        remember: write what leaves the window to the bank; otherwise it is dropped.
+        stop: end before any of these strings.
+        stop_token_ids: end at any of these; None is the tokenizer's end of text.
+        cache: False reads the whole window again for every token. Slow; the reference that the cache is tested on.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    window: int | None = None
+    memory: float = 1.0
+    attribute: bool = False
+    remember: bool = True
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] | None = None
+    cache: bool = True
+
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("window", self.window is None or self.window >= 8, "at least 8 tokens"),
+            ("memory", 0 <= self.memory <= 1, "from 0 (the backbone alone) to 1 (the trained strength)"),
+            ("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty"),
+        ):
+            if not valid:
+                raise ConfigError(f"{name} must be {expected}; got {getattr(self, name)!r}.")
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """A stretch of remembered text that a token drew on.
+
+    Attributes:
+        source, start, end, text: characters [start, end) of a source.
+        weight: share of the memory heads' attention that went there, 0 … 1 (mean over heads).
+    """
+
+    source: str
+    start: int
+    end: int
+    text: str
+    weight: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A generated token.
+
+    Attributes:
+        text: what it adds to the text; empty while a character is incomplete, and for a token that ends the text.
+        sources: what it drew on, heaviest first, if asked for.
+        moved: tokens that left the window before it was generated.
+    """
+
+    text: str
+    token_id: int
+    sources: tuple[Attribution, ...] = ()
+    moved: int = 0
+
+
+def generate(
+    model: LongMem,
+    prompt: str | Tensor,
+    *,
+    bank: MemoryBank | None = None,
+    config: GenerationConfig | None = None,
+    source: str | None = None,
+) -> Iterator[Piece]:
+    """Continue a text, token by token.
+
+    Args:
+        prompt: text, or token ids (T,) without the prefix; as long as you like.
+        bank: what is remembered. The part of the text that leaves the window is added to it.
+        source: name of that part in the bank, continued if it is there already; "generated/1", 2, … by default.
+
+    Raises:
+        ConfigError: settings that are out of range or too large for the backbone.
+        BankMismatchError: the bank belongs to another model.
+    """
+    config = config or GenerationConfig()
+    window = LocalWindow(model, bank, config, source=source)
+    token_ids = prompt.flatten().tolist() if isinstance(prompt, Tensor) else tokenize(model, prompt)
+    return continue_text(window, token_ids, sampler(config))
+
+
+def continue_text(window: LocalWindow, token_ids: Sequence[int], generator: torch.Generator) -> Iterator[Piece]:
+    """Read `token_ids`, then generate until the config says stop. Every token stays in the window, stop tokens too."""
+    config = window.config
+    ends = stop_token_ids(window.model, config)
+    stops = StopStrings(config.stop)
+    moved = window.extend(token_ids)
+    window.decoder.take()
+    for step in range(config.max_new_tokens):
+        logits_V, reads = window.logits()
+        token_id = sample(logits_V, config, generator)
+        sources = attribute(reads, window.bank) if config.attribute and window.bank is not None else ()
+        now_moved = window.extend([token_id], silent=token_id in ends)
+        done = token_id in ends or step + 1 == config.max_new_tokens
+        if done:
+            window.decoder.flush()
+        text = stops.push(window.decoder.take())
+        done = done or stops.found
+        yield Piece(text + stops.flush() if done else text, token_id, sources, moved)
+        moved = now_moved
+        if done:
+            return
+
+
+# ---- sampling ------------------------------------------------------------------------------------------------
+
+
+def sampler(config: GenerationConfig) -> torch.Generator:
+    """A generator on the CPU, so that a seed gives the same text wherever the model runs."""
+    generator = torch.Generator()
+    if config.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(config.seed)
+    return generator
+
+
+def sample(logits_V: Tensor, config: GenerationConfig, generator: torch.Generator) -> int:
+    """The next token id."""
+    if config.temperature == 0:
+        return int(logits_V.argmax())
+    score_V, token_V = (logits_V.float().cpu() / config.temperature).sort(descending=True, stable=True)
+    probability_V = score_V.softmax(-1)
+    if config.top_k:
+        probability_V[config.top_k :] = 0
+    # A token is kept if those before it have less than top_p together: the first one always is.
+    before_V = probability_V.cumsum(-1) - probability_V
+    probability_V[before_V >= config.top_p * probability_V.sum()] = 0
+    return int(token_V[torch.multinomial(probability_V, 1, generator=generator)])
+
+
+def stop_token_ids(model: LongMem, config: GenerationConfig) -> frozenset[int]:
+    """Tokens that end the text."""
+    if config.stop_token_ids is not None:
+        return frozenset(config.stop_token_ids)
+    end = model.tokenizer.eos_token_id
+    return frozenset() if end is None else frozenset({int(end)})
+
+
+class StopStrings:
+    """Ends a stream before the first of some strings; holds text back while it may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that can be shown now."""
+        self._held += text
+        starts = [start for start in (self._held.find(stop) for stop in self._stops) if start >= 0]
+        if starts:
+            self.found = True
+            shown, self._held = self._held[: min(starts)], ""
+            return shown
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        split = len(self._held) - keep
+        shown, self._held = self._held[:split], self._held[split:]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, now that nothing follows."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# ---- text ----------------------------------------------------------------------------------------------------
+
+
+def tokenize(model: LongMem, text: str) -> list[int]:
+    """Token ids of a text, without the tokens a tokenizer would put around it."""
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class TextDecoder:
+    """Text of a growing sequence of tokens, and which characters each token covers.
+
+    Text comes out as soon as later tokens cannot change it: the tokens of one character come out together and share
+    its range. Special tokens cover no characters.
+
+    Attributes:
+        text: everything that is certain.
+        offsets: [start, end) in `text` of every token that is certain.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._special = set(tokenizer.all_special_ids)
+        self._context: list[int] = []
+        self._waiting: list[tuple[int, bool]] = []
+        self._taken = 0
+        self.text = ""
+        self.offsets: list[tuple[int, int]] = []
+
+    def push(self, token_id: int, *, silent: bool = False) -> None:
+        """Add a token. A silent one covers no characters, as if it were special."""
+        self._waiting.append((token_id, not silent and token_id not in self._special))
+        self._settle(final=False)
+
+    def flush(self) -> None:
+        """Make everything certain: no token follows that could complete a character."""
+        self._settle(final=True)
+
+    def take(self) -> str:
+        """Text that became certain since the last call."""
+        new, self._taken = self.text[self._taken :], len(self.text)
+        return new
+
+    def forget(self, tokens: int) -> None:
+        """Drop the first tokens and their text."""
+        cut = self.offsets[tokens - 1][1]
+        self.text, self._taken = self.text[cut:], max(0, self._taken - cut)
+        # max: where the cut goes through a character, its text went with the first part.
+        self.offsets = [(max(0, start - cut), max(0, end - cut)) for start, end in self.offsets[tokens:]]
+
+    def _settle(self, *, final: bool) -> None:
+        visible = [token_id for token_id, shown in self._waiting if shown]
+        # A decoder may drop the space before its first token, so new tokens are decoded behind earlier ones.
+        before = self._decode(self._context)
+        new = self._decode(self._context + visible)[len(before) :]
+        incomplete = new.endswith("\ufffd")
+        if visible and not final and (not new or incomplete or self._in_byte_run(visible[-1])):
+            return
+        start = len(self.text)
+        self.text += new
+        self.offsets += [(start, len(self.text))] * len(self._waiting)
+        self._waiting.clear()
+        if new:
+            # Bytes given up as incomplete must not join those that follow.
+            self._context = [] if incomplete else visible
+
+    def _in_byte_run(self, token_id: int) -> bool:
+        """Byte tokens (<0xE2>) are decoded run by run: one bad byte spoils its whole run."""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        return token is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+# ---- the local window ------------------------------------------------------------------------------------------
+
+
+class LocalWindow:
+    """The latest tokens of an endless stream, behind a prefix token; the older ones are in the bank.
+
+    When it is full, its older half leaves (at a character boundary), and the rest is read again from position 0.
+    Nothing is written twice: tokens that `remember` wrote while they were in the window simply leave it.
+    What the model reads is the bank without those tokens, since it sees them locally.
+
+    Args:
+        bank: None drops what leaves.
+        source: name of the stream in the bank, continued if it is there already.
+
+    Attributes:
+        token_ids: in the window, without the prefix.
+        decoder: their text.
+    """
+
+    def __init__(
+        self, model: LongMem, bank: MemoryBank | None, config: GenerationConfig, *, source: str | None = None
+    ) -> None:
+        longest = model.backbone.max_positions
+        self.size = min(DEFAULT_WINDOW, longest) if config.window is None else config.window
+        if self.size > longest:
+            raise ConfigError(
+                f"A local window of {self.size} tokens does not fit backbone {model.backbone.name!r}, which was "
+                f"trained on {longest}. Choose a window of at most {longest}."
+            )
+        if bank is not None:
+            model.check(bank)
+        self.model, self.bank, self.config = model, bank, config
+        self.token_ids: list[int] = []
+        self.decoder = TextDecoder(model.tokenizer)
+        self._source = source
+        self._cache: ModelCache | None = None
+        self._read = 0
+        # The window is [unremembered | in the bank | not yet in the bank]
+        self._unremembered = 0
+        self._in_bank = 0
+
+    def extend(self, token_ids: Sequence[int], *, remember: bool = True, silent: bool = False) -> int:
+        """Add tokens at the end; returns how many left the window to make room.
+
+        Args:
+            remember: False for tokens that are never written (only at the start of a stream).
+            silent: they cover no text, as special tokens do.
+        """
+        moved = 0
+        for token_id in token_ids:
+            if 1 + len(self.token_ids) >= self.size:
+                moved += self._move()
+            self.token_ids.append(token_id)
+            self.decoder.push(token_id, silent=silent)
+            if not remember:
+                self._unremembered += 1
+        return moved
+
+    def remember(self) -> int:
+        """Write what is not in the bank yet, durably if the bank is a stored one; returns how many tokens."""
+        self.decoder.flush()
+        return self._write(len(self.token_ids))
+
+    @torch.no_grad()
+    def logits(self) -> tuple[Tensor, list[MemoryRead]]:
+        """Next-token logits (V,), and what the last token read."""
+        tokens_N = self.model.with_prefix(torch.tensor(self.token_ids, dtype=torch.int64)).to(self.model.device)
+        banks = [self._visible()]
+        if not self.config.cache:
+            output = self.model.forward(tokens_N[None], banks, memory=self.config.memory, last_only=True)
+            return output.logits_BTV[0, -1], output.reads
+        if self._cache is None or self._read == len(tokens_N):
+            self._cache, self._read = self.model.new_cache(), 0
+        for piece_N in tokens_N[self._read :].split(_PREFILL):
+            output = self.model.forward(
+                piece_N[None], banks, memory=self.config.memory, cache=self._cache, last_only=True
+            )
+        self._read = len(tokens_N)
+        return output.logits_BTV[0, -1], output.reads
+
+    def _move(self) -> int:
+        """Make room: the older half leaves."""
+        half = len(self.token_ids) // 2
+        if len(self.decoder.offsets) <= half:
+            self.decoder.flush()
+        cut = half
+        # Not inside a character, unless one fills the whole half (bytes that make no text).
+        while cut and self.decoder.offsets[cut - 1][1] > self.decoder.offsets[cut][0]:
+            cut -= 1
+        cut = cut or half
+        if self.config.remember:
+            self._write(cut)
+        unremembered = min(cut, self._unremembered)
+        self._unremembered -= unremembered
+        self._in_bank = max(0, self._in_bank - (cut - unremembered))
+        del self.token_ids[:cut]
+        self.decoder.forget(cut)
+        self._cache, self._read = None, 0
+        return cut
+
+    def _write(self, end: int) -> int:
+        """Bring the tokens before `end` into the bank, as far as they are not there."""
+        begin = self._unremembered + self._in_bank
+        if self.bank is None or end <= begin:
+            return 0
+        offsets_N2 = torch.tensor(self.decoder.offsets[begin:end], dtype=torch.int64)
+        first, last = int(offsets_N2[0, 0]), int(offsets_N2[-1, 1])
+        self._source = self._source or _new_source(self.bank)
+        remember_tokens(
+            self.model,
+            self.bank,
+            torch.tensor(self.token_ids[begin:end], dtype=torch.int64),
+            self.decoder.text[first:last],
+            offsets_N2 - first,
+            source=self._source,
+        )
+        self._in_bank += end - begin
+        return end - begin
+
+    def _visible(self) -> MemoryBank | None:
+        """The bank without what is in the window."""
+        if self.bank is None or not self._in_bank:
+            return self.bank
+        before = len(self.bank) - self._in_bank
+        own_N = self.bank.source_index_N[before:]
+        # Somebody else has written since: better to see part of the window twice than to miss what is new.
+        if before < 0 or self.bank.sources[int(own_N[-1])] != self._source or bool((own_N != own_N[-1]).any()):
+            return self.bank
+        return _Beginning(self.bank, before)
+
+
+class _Beginning(MemoryBank):
+    """The first tokens of a bank, for reading: shares the bank's memory."""
+
+    def __init__(self, bank: MemoryBank, length: int) -> None:
+        super().__init__(bank.spec, bank.device)
+        self._keys_HCE, self._values_HCE, self._length = bank.keys_HNE, bank.values_HNE, length
+
+
+def remember_tokens(
+    model: LongMem, bank: MemoryBank, token_ids_N: Tensor, text: str, offsets_N2: Tensor, *, source: str
+) -> None:
+    """Append tokens to a source as they are. (Writing their text would tokenise it anew, perhaps differently.)
+
+    Args:
+        token_ids_N: int64.
+        text: what they say.
+        offsets_N2: [start, end) of each in `text`.
+        source: continued if it is in the bank already.
+    """
+    past = bank.length_of(source)
+    before_N = bank.tokens_of(source)
+    keys_HNE, values_HNE = model.encode(torch.cat((before_N, token_ids_N)), len(before_N))
+    bank.append(BankEntry(source, text, past, token_ids_N, offsets_N2 + past, keys_HNE, values_HNE))
+
+
+def _new_source(bank: MemoryBank) -> str:
+    taken = set(bank.sources)
+    return next(name for n in range(1, len(taken) + 2) if (name := f"generated/{n}") not in taken)
+
+
+# ---- attribution -----------------------------------------------------------------------------------------------
+
+_HEAVIEST = 32  # tokens a generated token is attributed to, before neighbours are joined
+_GAP = 8
+_PAD = 4  # half the gap, so that spans never overlap
+
+
+def attribute(reads: Sequence[MemoryRead], bank: MemoryBank, spans: int = 3) -> tuple[Attribution, ...]:
+    """The stretches of remembered text that the last token of a read (batch row 0) drew on most, heaviest first."""
+    if not reads:
+        return ()
+    index_X = torch.cat([read.index_BKGTR[0, :, :, -1].flatten() for read in reads]).cpu()
+    weight_X = torch.cat([read.weight_BKGTR[0, :, :, -1].flatten() for read in reads]).float().cpu()
+    heads = sum(read.mass_BKGT[0, :, :, -1].numel() for read in reads)
+    position_P, inverse_X = index_X.unique(return_inverse=True)
+    weight_P = torch.zeros(len(position_P)).index_add(0, inverse_X, weight_X) / heads
+    top_weight, top = weight_P.topk(min(_HEAVIEST, len(position_P)))
+    runs: list[list[int]] = []
+    for position in sorted(position_P[top[top_weight > 0]].tolist()):
+        if runs and position - runs[-1][1] <= _GAP and _same_source(bank, runs[-1][1], position):
+            runs[-1][1] = position
+        else:
+            runs.append([position, position])
+    found = []
+    for first, last in runs:
+        weight = float(weight_P[(position_P >= first) & (position_P <= last)].sum())
+        for _ in range(_PAD):
+            first -= first > 0 and _same_source(bank, first - 1, first)
+            last += last + 1 < len(bank) and _same_source(bank, last, last + 1)
+        span = bank.span(first, last)
+        found.append(Attribution(span.source, span.start, span.end, span.text, weight))
+    return tuple(sorted(found, key=lambda a: -a.weight)[:spans])
+
+
+def _same_source(bank: MemoryBank, one: int, other: int) -> bool:
+    return bool(bank.source_index_N[one] == bank.source_index_N[other])
