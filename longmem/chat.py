@@ -9,8 +9,8 @@ written again. The system prompt is not remembered: it would be repeated in ever
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from itertools import takewhile
 from types import TracebackType
 from typing import Any, Self
 
@@ -51,7 +51,7 @@ class ChatSession:
             raise ConfigError(f"A conversation needs a name that is not empty; got {name!r}.")
         if not getattr(model.tokenizer, "chat_template", None):
             raise ConfigError(
-                f"The tokenizer of backbone {model.backbone.name!r} has no chat template, so it was not trained to chat. "
+                f"The tokenizer of backbone {model.backbone.name!r} has no chat template, so it cannot chat. "
                 "Continue text with `generate`, or use an instruction-tuned backbone."
             )
         self.model = model
@@ -122,7 +122,8 @@ class ChatSession:
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         opening = self._render([*system, {"role": "user", "content": text}])
         # A later turn has no system prompt, so what both end with is the turn.
-        common = len(os.path.commonprefix([opening[::-1], self._next_turn(text)[::-1]]))
+        backwards = zip(reversed(opening), reversed(self._next_turn(text)), strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], backwards))
         return opening[: len(opening) - common], opening[len(opening) - common :]
 
     def _next_turn(self, text: str) -> str:
