@@ -74,7 +74,7 @@ def recall(
 
     Args:
         words: share of the word score, from 0 (memory heads alone) to 1 (BM25 alone); None is the measured default.
-        index: the bank's passages, to ask many questions of a bank that does not change in between.
+        index: the bank's passages, to ask many questions of a bank; made anew if the bank has grown or shrunk.
         on_progress: called with the sources cut into passages so far, and how many there are.
 
     Raises:
@@ -91,7 +91,8 @@ def recall(
         raise ConfigError(f"top_k must be at least 1; got {top_k}.")
     if not 0.0 <= words <= 1.0:
         raise ConfigError(f"words must be from 0 (memory heads alone) to 1 (words alone); got {words}.")
-    index = index or PassageIndex(bank, on_progress)
+    if index is None or len(index.passage_N) != len(bank):
+        index = PassageIndex(bank, on_progress)
     if not index.passages:
         return []
     memory_P = _relative(memory_scores(model, bank, query, index)) if words < 1 else torch.zeros(len(index.passages))

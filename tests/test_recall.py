@@ -110,6 +110,8 @@ def test_recall_is_repeatable_with_and_without_an_index(bank):
     index = PassageIndex(bank)
     one, two = (recall(tiny(), bank, "bees", index=i) for i in (index, None))
     assert one == two
+    tiny().write_text(bank, "Bees sleep in winter.", source="news")
+    assert "news" in {hit.source for hit in recall(tiny(), bank, "bees", index=index)}
 
 
 def test_top_k_and_progress(bank):
