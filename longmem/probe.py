@@ -77,9 +77,9 @@ class ProbeConfig:
     sessions: int = 4
     facts: int = 8
     filler: int = 1024
-    min_hit_rate: float = 0.4
+    min_hit_rate: float = 0.5
     min_effect: float = 0.1
-    min_gain: float = 0.3
+    min_gain: float = 0.5
     max_heads: int = 8
     seed: int = 0
 
