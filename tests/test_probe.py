@@ -269,7 +269,7 @@ def test_a_window_that_ends_before_the_session_shows_nothing(tokenizer: Any, doc
 def test_greedy_addition_prefers_look_up_then_gain(tokenizer: Any, documents: TokenizedDocuments) -> None:
     backbone = backbone_of("llama", tokenizer)
     questions = questions_of(backbone, documents)
-    look_up = ((0.0, 0.4), (0.9, 0.0), (0.0, 0.0))
+    look_up = ((0.0, 0.6), (0.9, 0.0), (0.0, 0.0))
     knock_out = ((1.0, 1.0), (1.0, 1.0), (-1.0, 1.0))
     config = ProbeConfig(**{**vars(SMALL), "min_gain": -10.0, "max_heads": 4})
     path = module._add_greedily(questions, look_up, knock_out, config, lambda stage, done, total: None)
