@@ -1,0 +1,232 @@
+"""`longmem write`, `recall`, `banks`, `sources`, `forget`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from longmem.cli import common
+from longmem.errors import SourceError, StoreNotWritableError
+
+# What tokenising costs in memory for each token: ids and character offsets as Python objects.
+_TOKENIZING = 200
+# Ids, offsets and their share of the text on disk, beside keys and values.
+_PROVENANCE = 28
+# Copies of a text's keys and values that exist while it is written: collected, joined, in the file, in the bank.
+_COPIES = 4
+
+
+def write(
+    files: Annotated[list[str], typer.Argument(help="UTF-8 text files; - is standard input.", show_default=False)],
+    store: common.Store,
+    bank: common.Bank,
+    source: Annotated[
+        str | None, typer.Option(help="Name in the bank, for a single text; the path by default.")
+    ] = None,
+    model: common.Model = common.DEFAULT_MODEL,
+    device: common.Device = "auto",
+    as_json: common.Json = False,
+) -> None:
+    """Remember texts. All of them are checked before any is written; each is on disk when its line appears."""
+    if source is not None and len(files) > 1:
+        raise typer.BadParameter(f"--source names one text; {len(files)} were given.", param_hint="--source")
+    texts = _read(files, source, store)
+
+    loaded = common.load_model(model, device)
+    _check_room([len(text.encode()) for text in texts.values()], store, loaded.bank_spec.bytes_per_token)
+    from longmem.store import MemoryStore
+
+    with MemoryStore.open(store) as opened:
+        if not opened.writable:
+            raise StoreNotWritableError(
+                f"The store in {store} cannot be written, only read. Change its permissions, or give another --store."
+            )
+        target = opened.bank(bank, loaded.bank_spec, device=loaded.device)
+        _check_new(texts, target.sources, bank)
+        written = {}
+        tokens = sum(len(loaded.tokenizer(text, add_special_tokens=False).input_ids) for text in texts.values())
+        with common.counting("remembering", tokens, "tokens") as advance:
+            for name, text in texts.items():
+                written[name] = loaded.write_text(target, text, source=name, on_tokens=advance)
+                if not as_json:
+                    common.out.print(f"{name}: {written[name]:,} tokens", markup=False, highlight=False)
+        if as_json:
+            rows = [{"source": name, "tokens": count} for name, count in written.items()]
+            common.print_json({"bank": bank, "written": rows, "tokens": len(target), "sources": len(target.sources)})
+        else:
+            many = f"{len(target):,} tokens of {len(target.sources)} sources"
+            common.out.print(f"Bank {bank} remembers {many}.", markup=False, highlight=False)
+
+
+def _read(files: Sequence[str], source: str | None, folder: Path) -> dict[str, str]:
+    """Source names and texts, in order."""
+    from longmem.data import read_text
+
+    # Sizes first: a file that is larger than memory must not be read to find that out.
+    paths = [Path(file) for file in files if file != "-"]
+    _check_room([path.stat().st_size for path in paths if path.is_file()], folder)
+    texts: dict[str, str] = {}
+    for file in files:
+        name = source or ("stdin" if file == "-" else file)
+        text = _read_stdin() if file == "-" else read_text(Path(file))
+        if not text.strip():
+            raise SourceError(f"{name} is empty. Expected a file with text in it.")
+        if name in texts:
+            raise SourceError(f"{name} is given twice. Name every text once.")
+        texts[name] = text
+    return texts
+
+
+def _read_stdin() -> str:
+    raw = sys.stdin.buffer.read()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"Standard input is not UTF-8 text: byte {error.start} cannot be decoded. Convert it, e.g. with iconv."
+        ) from error
+    if "\0" in text:
+        raise SourceError("Standard input is binary (it holds zero bytes), expected UTF-8 text. Convert it first.")
+    return text
+
+
+def _check_new(texts: dict[str, str], remembered: Sequence[str], bank: str) -> None:
+    known = [name for name in texts if name in set(remembered)]
+    if known:
+        raise SourceError(
+            f"Bank {bank!r} remembers {', '.join(map(repr, known))} already; nothing was written. To replace a source, "
+            f"first `longmem forget --bank {bank} {known[0]}`; to keep both, give another name with --source."
+        )
+
+
+def _check_room(text_sizes: Sequence[int], folder: Path, bytes_per_token: int = 0) -> None:
+    """Raise `SourceError` if texts of these sizes in bytes do not fit into memory or onto the store's disk."""
+    # Three bytes a token is on the safe side for text; English has four to five.
+    tokens, largest = sum(text_sizes) // 3, max(text_sizes, default=0) // 3
+    memory = sum(text_sizes) + tokens * bytes_per_token + largest * (_TOKENIZING + (_COPIES - 1) * bytes_per_token)
+    disk = tokens * (bytes_per_token + _PROVENANCE)
+    free_memory, free_disk = available_memory(), available_disk(folder)
+    if memory <= free_memory and disk <= free_disk:
+        return
+    raise SourceError(
+        f"Too much text at once: about {tokens:,} tokens need {common.size(memory)} of memory, of which "
+        f"{common.size(free_memory)} are available, and at least {common.size(disk)} on the disk of {folder}, of which "
+        f"{common.size(free_disk)} are. Nothing was written. Split the text and write the parts one by one, to several "
+        "banks if they are very many; or use a larger machine."
+    )
+
+
+def available_memory() -> int:
+    """Bytes of memory that new data can take without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_disk(folder: Path) -> int:
+    """Free bytes where `folder` is, or would be."""
+    folder = folder.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def recall(
+    query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
+    store: common.Store,
+    bank: common.Bank,
+    top_k: Annotated[int, typer.Option(help="How many passages.")] = 8,
+    words: Annotated[
+        float | None,
+        typer.Option(help="Share of the word score: 0 is the memory heads alone, 1 words (BM25) alone."),
+    ] = None,
+    model: common.Model = common.DEFAULT_MODEL,
+    device: common.Device = "auto",
+    as_json: common.Json = False,
+) -> None:
+    """Show the remembered passages that a query is about."""
+    from longmem import recall as search
+    from longmem.store import MemoryStore
+
+    with MemoryStore.open(store, create=False) as opened:
+        remembered = opened.bank(bank, device=common.device_of(device))
+        loaded = common.load_model(model, device)
+        hits = search.recall(loaded, remembered, query, top_k, words)
+    if as_json:
+        common.print_json([{"rank": rank, **dataclasses.asdict(hit)} for rank, hit in enumerate(hits, start=1)])
+        return
+    if not hits:
+        common.out.print("Nothing that is remembered matches.")
+        return
+    table = Table("", "score", "memory", "words", "source", "text", box=None, pad_edge=False, header_style="dim")
+    for rank, hit in enumerate(hits, start=1):
+        scores = (f"{score:.2f}" for score in (hit.score, hit.memory_score, hit.word_score))
+        place = Text(f"{hit.source}:{hit.start}–{hit.end}", overflow="fold")
+        table.add_row(str(rank), *scores, place, Text(common.snippet(hit.text, 240)))
+    common.out.print(table)
+
+
+def banks(store: common.Store, as_json: common.Json = False) -> None:
+    """List the banks of a store."""
+    from longmem.store import MemoryStore
+
+    with MemoryStore.open(store, create=False) as opened:
+        infos = opened.banks()
+    if as_json:
+        common.print_json([dataclasses.asdict(info) for info in infos])
+        return
+    table = Table("bank", "tokens", "sources", "size", "backbone", "updated", box=None, header_style="dim")
+    for info in infos:
+        updated = info.updated.astimezone().strftime("%Y-%m-%d %H:%M")
+        row = (info.name, f"{info.tokens:,}", f"{info.sources:,}", common.size(info.bytes), info.backbone, updated)
+        table.add_row(*map(Text, row))
+    common.out.print(table if infos else f"No banks in {store} yet.")
+
+
+def sources(store: common.Store, bank: common.Bank, as_json: common.Json = False) -> None:
+    """List what a bank remembers."""
+    from longmem.store import MemoryStore
+
+    with MemoryStore.open(store, create=False) as opened:
+        infos = opened.bank(bank, verify=False).source_infos()
+    if as_json:
+        common.print_json([dataclasses.asdict(info) for info in infos])
+        return
+    table = Table("source", "tokens", "characters", "written", box=None, header_style="dim")
+    for info in infos:
+        written = info.created.astimezone().strftime("%Y-%m-%d %H:%M")
+        table.add_row(*map(Text, (info.source, f"{info.tokens:,}", f"{info.chars:,}", written)))
+    common.out.print(table if infos else f"Bank {bank} remembers nothing yet.")
+
+
+def forget(
+    source: Annotated[str, typer.Argument(help="Name of the source, as `longmem sources` lists it.")],
+    store: common.Store,
+    bank: common.Bank,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Forget a source for good: its bytes are gone from the disk."""
+    from longmem.store import MemoryStore
+
+    with MemoryStore.open(store, create=False) as opened:
+        remembered = opened.bank(bank)
+        tokens = {info.source: info.tokens for info in remembered.source_infos()}
+        if source in tokens and not yes:
+            typer.confirm(f"Forget {source} ({tokens[source]:,} tokens) for good?", abort=True, err=True)
+        forgotten = remembered.forget(source)
+    common.out.print(f"Forgot {source}: {forgotten:,} tokens.", markup=False, highlight=False)

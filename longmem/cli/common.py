@@ -1,0 +1,169 @@
+"""Options that several commands share, and how they load and print things."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from longmem.errors import ConfigError, SourceError
+
+if TYPE_CHECKING:
+    import torch
+
+    from longmem.backbone import Backbone
+    from longmem.data import TokenizedDocuments
+    from longmem.evals.perplexity import PerplexityConfig
+    from longmem.model import LongMem
+
+DEFAULT_MODEL = "smollm2-135m"
+DType = Literal["auto", "float32", "bfloat16"]
+
+Store = Annotated[Path, typer.Option(envvar="LONGMEM_STORE", help="Folder that holds the banks.", show_default=False)]
+MaybeStore = Annotated[
+    Path | None, typer.Option(envvar="LONGMEM_STORE", help="Folder that holds the banks.", show_default=False)
+]
+Bank = Annotated[str, typer.Option(help="Name of the bank: notes, user/1234.", show_default=False)]
+MaybeBank = Annotated[
+    str | None, typer.Option(help="Name of the bank; without one nothing is remembered.", show_default=False)
+]
+Model = Annotated[str, typer.Option(help="A SideNet that ships with longmem, or a checkpoint folder.")]
+BackboneName = Annotated[str, typer.Option("--backbone", help="An embedded model, a folder, or a Hugging Face hub id.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Precision = Annotated[DType, typer.Option("--dtype", help="auto is bfloat16 on a GPU, float32 elsewhere.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+Documents = Annotated[
+    list[Path],
+    typer.Argument(
+        help="Text files, .jsonl files, folders of them, or folders written by `longmem tokenize`.",
+        show_default=False,
+    ),
+]
+
+out = Console()
+err = Console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+# ---- models ------------------------------------------------------------------------------------------------
+
+
+def load_model(name: str, device: str, dtype: DType = "auto") -> LongMem:
+    _quiet_transformers()
+    from longmem.model import LongMem
+
+    return LongMem.from_pretrained(name, device=device, dtype=dtype)
+
+
+def load_backbone(name: str, device: str, dtype: DType) -> Backbone:
+    _quiet_transformers()
+    from longmem.backbone import Backbone
+    from longmem.bank import DTYPES
+
+    where = device_of(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if where.type == "cuda" else "float32"
+    return Backbone.from_pretrained(name, dtype=DTYPES[dtype], device=str(where))
+
+
+def device_of(name: str) -> torch.device:
+    from longmem.pretrained import resolve_device
+
+    return resolve_device(name)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    # Texts longer than the backbone's window are the whole point.
+    logging.set_verbosity_error()
+
+
+# ---- documents ---------------------------------------------------------------------------------------------
+
+
+def load_documents(paths: Sequence[Path], backbone: Backbone) -> TokenizedDocuments:
+    """Documents of all paths, tokenised unless they are already.
+
+    Raises:
+        SourceError: a path holds no text.
+        ConfigError: token ids on disk are not this backbone's.
+    """
+    import numpy as np
+
+    from longmem.data import TokenizedDocuments, read_documents
+
+    parts = [TokenizedDocuments.load(path) for path in paths if TokenizedDocuments.is_saved(path)]
+    for path, part in zip(filter(TokenizedDocuments.is_saved, paths), parts, strict=True):
+        largest = int(part.tokens.max(initial=0))
+        if largest >= backbone.config.vocab_size:
+            raise ConfigError(
+                f"{path} holds token id {largest}, but backbone {backbone.name!r} knows {backbone.config.vocab_size} "
+                "tokens only. Tokenise the text again: `longmem tokenize DOCUMENTS --backbone NAME --out DIR`."
+            )
+    texts = [path for path in paths if not TokenizedDocuments.is_saved(path)]
+    if texts:
+        with counting("tokenizing", None, "documents") as advance:
+            found = TokenizedDocuments.from_documents(
+                read_documents(texts), backbone.tokenizer, on_document=lambda name: advance(1)
+            )
+        parts.append(found)
+    if len(parts) == 1:
+        return parts[0]
+    names = [name for part in parts for name in part.names]
+    lengths = [int(length) for part in parts for length in part.lengths]
+    return TokenizedDocuments(np.concatenate([part.tokens for part in parts]), names, lengths)
+
+
+def check_long_enough(documents: TokenizedDocuments, config: PerplexityConfig) -> int:
+    """How many documents an evaluation can use.
+
+    Raises:
+        SourceError: none.
+    """
+    usable = int((documents.lengths >= config.needed).sum())
+    if not usable:
+        raise SourceError(
+            f"No document has the {config.needed:,} tokens that this evaluation needs (remembered and scored); the "
+            f"longest has {int(documents.lengths.max()):,}. Give longer documents, remember less first (prefill), or "
+            "score fewer segments."
+        )
+    return usable
+
+
+# ---- printing ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counting(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; yields a function that advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
+    quiet = not err.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=quiet) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda steps: progress.advance(task, steps)
+
+
+def size(count: float) -> str:
+    """A number of bytes in words: 1.4 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def snippet(text: str, longest: int = 160) -> str:
+    """A text in one line, cut if it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 1].rstrip() + "…"

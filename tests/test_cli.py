@@ -1,0 +1,498 @@
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TINY_TEXT
+from typer.testing import CliRunner
+
+import longmem
+from longmem.cli import app, banks, learn, measure
+from longmem.cli.talk import stretches
+from longmem.generation import Attribution, Piece
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.delenv("LONGMEM_STORE", raising=False)
+    monkeypatch.delenv("LONGMEM_DEBUG", raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+    # Other processes run the same code, installed or not.
+    monkeypatch.setenv("PYTHONPATH", str(Path(longmem.__file__).parents[1]))
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch) -> Path:
+    """An empty folder, and the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def notes(work, tiny_model_dir) -> Path:
+    """`notes.txt`, remembered in bank `notes` of `memories/`."""
+    (work / "notes.txt").write_text(TINY_TEXT)
+    ok("write", *at("notes"), "notes.txt", "--model", tiny_model_dir, *CPU)
+    return work
+
+
+CPU = ("--device", "cpu")
+
+
+def at(bank: str) -> tuple[str, ...]:
+    return ("--store", "memories", "--bank", bank)
+
+
+def cli(*arguments, input=None):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
+
+
+def ok(*arguments, input=None) -> str:
+    """Standard output of a command that must succeed."""
+    result = cli(*arguments, input=input)
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def fails(*arguments, code: int = 1, input=None) -> str:
+    """Standard error of a command that must fail, in one line, and leave the current folder as it was."""
+    before = disk()
+    result = cli(*arguments, input=input)
+    assert result.exit_code == code, (result.output, result.exception)
+    assert disk() == before
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    if code == 1:
+        (line,) = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
+        assert line.startswith("error: ")
+    return result.stderr
+
+
+def process(*arguments) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "longmem", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def disk() -> tuple:
+    """Every file of the current folder, and the rows of its manifest."""
+    files = sorted(
+        (str(path), path.stat().st_size if path.is_file() and "manifest" not in path.name else None)
+        for path in Path().rglob("*")
+        if path.suffix not in (".sqlite-wal", ".sqlite-shm")
+    )
+    rows = []
+    if Path("memories/manifest.sqlite").exists():
+        database = sqlite3.connect("memories/manifest.sqlite")
+        rows = [database.execute(f"SELECT * FROM {table}").fetchall() for table in ("bank", "segment")]
+        database.close()
+    return files, rows
+
+
+# ---- the command itself ------------------------------------------------------------------------------------
+
+
+def test_help_and_version_import_nothing_heavy():
+    code = (
+        "import sys; from longmem.cli import app\n"
+        "for words in (['--help'], ['train', '--help'], ['eval', 'perplexity', '--help'], ['--version']):\n"
+        "    app(words, standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f"longmem {longmem.__version__}" in done.stdout
+
+
+def test_banks_loads_no_model(notes):
+    code = (
+        "import sys; from longmem.cli import app\n"
+        "app(['banks', '--store', 'memories'], standalone_mode=False)\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "notes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "without"),
+    [
+        (learn.train, "longmem.train.TrainConfig", set()),
+        (measure.perplexity, "longmem.evals.perplexity.PerplexityConfig", {"conditions", "context"}),
+        (measure.probe, "longmem.probe.ProbeConfig", {"top_k", "max_pair", "max_current"}),
+    ],
+)
+def test_options_have_the_defaults_of_the_config(command, name, without):
+    module, _, name = name.rpartition(".")
+    config = getattr(__import__(module, fromlist=[name]), name)
+    options = inspect.signature(command).parameters
+    for field in dataclasses.fields(config):
+        if field.name in without or field.name.startswith("min_"):
+            continue
+        default = "auto" if (command, field.name) == (learn.train, "dtype") else field.default
+        assert options[field.name].default == default, field.name
+
+
+def test_usage_errors_exit_2(work):
+    assert "Missing option" in fails("banks", code=2)
+    assert "No such command" in fails("remember", code=2)
+    assert "LONGMEM_STORE" in fails("generate", "a", "--bank", "b", code=2)
+    assert "nothing to draw on" in fails("generate", "a", "--attribute", code=2)
+    assert "names one text" in fails("write", *at("n"), "a", "b", "--source", "c", code=2)
+
+
+def test_debug_shows_the_traceback(work):
+    code = "from longmem.cli import main; main()"
+    words = [sys.executable, "-c", code, "banks", "--store", "nowhere"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=os.environ | {"LONGMEM_DEBUG": "1"})
+    assert done.returncode == 1 and "Traceback" in done.stderr and "StoreError: No store in nowhere" in done.stderr
+
+
+def test_interrupt_exits_130(work, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("longmem.store.MemoryStore.open", interrupted)
+    assert cli("banks", "--store", "memories").exit_code == 130
+
+
+def test_setup_lists_the_embedded_models(work, monkeypatch):
+    monkeypatch.setenv("LONGMEM_CACHE", str(work))
+    (row,) = json.loads(ok("setup", "--json"))
+    assert row["name"] == "smollm2-135m" and not row["ready"]
+    assert "longmem setup smollm2-135m" in ok("setup")
+    assert "smollm2-135m" in fails("setup", "gpt-9")
+
+
+# ---- remember and read -------------------------------------------------------------------------------------
+
+
+def test_what_one_process_writes_another_reads(work, tiny_model_dir, monkeypatch):
+    (work / "notes.txt").write_text(TINY_TEXT)
+    (work / "more.txt").write_text("The moon is full. " * 20)
+    model = ("--model", tiny_model_dir, *CPU)
+    written = process("write", *at("notes"), "notes.txt", "more.txt", *model)
+    assert written.returncode == 0, written.stderr
+    assert "notes.txt: " in written.stdout and "2 sources" in written.stdout
+    assert written.stderr == ""
+
+    monkeypatch.setenv("LONGMEM_STORE", "memories")
+    hits = json.loads(ok("recall", "honey and wax", "--bank", "notes", "--json", *model))
+    assert hits[0]["source"] == "notes.txt" and "honey" in hits[0]["text"]
+    assert hits[0]["text"] == TINY_TEXT[hits[0]["start"] : hits[0]["end"]]
+    assert set(hits[0]) == {"rank", "source", "start", "end", "text", "score", "memory_score", "word_score"}
+
+    words = ("generate", "Ada keeps", "--bank", "notes", "--attribute", "--max-new-tokens", 4, "--json")
+    answer = json.loads(ok(*words, *model))
+    assert answer["tokens"] == len(answer["pieces"]) == 4 or answer["pieces"][-1]["token_id"] == 1
+    assert answer["text"] == "".join(piece["text"] for piece in answer["pieces"])
+    assert {source["source"] for piece in answer["pieces"] for source in piece["sources"]} <= {"notes.txt", "more.txt"}
+    assert answer["pieces"][0]["sources"]
+
+
+def test_recall_shows_a_table(notes, tiny_model_dir):
+    shown = ok("recall", "paints boats", *at("notes"), "--top-k", 1, "--words", 1, "--model", tiny_model_dir, *CPU)
+    assert "notes.txt:0–" in shown and "paints boats in" in " ".join(shown.split()) and "1.00" in shown
+
+
+def test_standard_input_can_be_remembered(work, tiny_model_dir):
+    model = ("--model", tiny_model_dir, *CPU)
+    written = json.loads(ok("write", *at("n"), "-", "--source", "talk", "--json", *model, input="Hello there, Ada."))
+    assert [row["source"] for row in written["written"]] == ["talk"]
+    assert written["tokens"] == written["written"][0]["tokens"] > 3
+    assert written["sources"] == 1
+    assert "is empty" in fails("write", *at("n"), "-", *model, input=" \n")
+    assert "binary" in fails("write", *at("n"), "-", *model, input="a\0b")
+    assert "not UTF-8" in fails("write", *at("n"), "-", *model, input=b"\xff\xfe\xfd")
+
+
+def test_generate_streams_and_prints_footnotes(notes, tiny_model_dir):
+    words = ("generate", "Ada keeps", "--max-new-tokens", 6, "--model", tiny_model_dir, *CPU)
+    plain = ok(*words)
+    assert plain == ok(*words)  # greedy
+    footnoted = ok(*words, *at("notes"), "--attribute")
+    assert "[1] “" in footnoted and "notes.txt:" in footnoted and "% of the memory heads' attention" in footnoted
+    alone = json.loads(ok(*words, *at("notes"), "--memory", 0, "--json"))
+    assert alone["text"] + "\n" == plain  # a dial at 0 is the model without its bank
+
+
+def test_a_stretch_ends_where_its_source_changes():
+    def piece(text, *spans):
+        return Piece(text, 0, tuple(Attribution(s, a, b, "", w) for s, a, b, w in spans))
+
+    found = stretches(
+        [
+            piece("In", ("a", 10, 20, 0.5), ("b", 0, 5, 0.1)),
+            piece(" the", ("a", 15, 30, 0.3)),
+            piece(" end", ("a", 900, 910, 0.3)),
+            piece(" of", ("a", 900, 910, 0.001)),
+            piece(" it"),
+            piece(" all", ("b", 0, 9, 0.4)),
+        ]
+    )
+    assert [(s.text, s.source, s.start, s.end) for s in found] == [
+        ("In the", "a", 10, 30),
+        (" end", "a", 900, 910),
+        (" of it", None, 0, 0),
+        (" all", "b", 0, 9),
+    ]
+    assert found[0].weights == [0.5, 0.3]
+
+
+def test_chat_is_remembered(work, tiny_model_dir):
+    words = ("chat", *at("talks"), "--session", "ada", "--max-new-tokens", 4, "--model", tiny_model_dir, *CPU)
+    said = ok(*words, input="Ada keeps bees.\n/sources\n/help\n/nonsense\nAnd boats?\n/sources\n/quit\n")
+    assert "Ctrl-C" in said and "in particular" in said
+    (row,) = json.loads(ok("sources", *at("talks"), "--json"))
+    assert row["source"] == "chat/ada"
+    assert "chat/ada:" in ok(*words, input="Again.\n/sources\n")  # Ctrl-D leaves
+    (again,) = json.loads(ok("sources", *at("talks"), "--json"))
+    assert again["tokens"] > row["tokens"]
+    assert "forgotten" in cli("chat", "--model", tiny_model_dir, *CPU, input="/quit\n").stderr
+
+
+def test_ctrl_c_stops_a_reply_and_keeps_the_turn(work, tiny_model_dir, monkeypatch):
+    from longmem import generation
+
+    original, calls = generation.sample, []
+
+    def sample(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(generation, "sample", sample)
+    words = ("--max-new-tokens", 8, "--session", "x", "--model", tiny_model_dir, *CPU)
+    ok("chat", *at("talks"), *words, input="Ada keeps bees.\n/quit\n")
+    assert len(calls) == 3
+    (row,) = json.loads(ok("sources", *at("talks"), "--json"))
+    assert row["chars"] > len("Ada keeps bees.")
+
+
+def test_banks_sources_and_forget(notes):
+    (row,) = json.loads(ok("banks", "--store", "memories", "--json"))
+    assert row["name"] == "notes" and row["sources"] == 1 and row["tokens"] > 0 and row["bytes"] > 0
+    assert "notes" in ok("banks", "--store", "memories")
+    (source,) = json.loads(ok("sources", *at("notes"), "--json"))
+    assert source["source"] == "notes.txt" and source["chars"] == len(TINY_TEXT) and source["tokens"] == row["tokens"]
+    assert "notes.txt" in ok("sources", *at("notes"))
+
+    before = disk()
+    refused = cli("forget", "notes.txt", *at("notes"), input="n\n")
+    assert refused.exit_code == 1 and disk() == before and f"{row['tokens']:,} tokens" in refused.stderr
+    assert "It has: notes" in fails("forget", "notes.txt", *at("other"))
+    assert "remembers: notes.txt" in fails("forget", "x.txt", *at("notes"))
+    assert f"{row['tokens']:,} tokens" in ok("forget", "notes.txt", *at("notes"), "--yes")
+    assert "remembers nothing" in ok("sources", *at("notes"))
+    assert list(Path("memories/segments").iterdir()) == []
+
+
+# ---- bad input changes nothing -----------------------------------------------------------------------------
+
+
+def bad_files(work: Path) -> dict[str, str]:
+    """Names of files that cannot be written, and what the error says."""
+    (work / "empty.txt").write_text(" \n")
+    (work / "mark.txt").write_bytes(b"\xef\xbb\xbf \n")
+    (work / "binary.txt").write_bytes(b"PK\0\1")
+    (work / "latin.txt").write_bytes("café".encode("latin-1"))
+    (work / "folder").mkdir()
+    with open(work / "huge.txt", "wb") as file:
+        file.truncate(1 << 42)  # sparse
+    return {
+        "missing.txt": "does not exist",
+        "empty.txt": "is empty",
+        "mark.txt": "is empty",
+        "binary.txt": "binary",
+        "latin.txt": "not UTF-8",
+        "folder": "is a folder",
+        "huge.txt": "Too much text at once: about 1,466,015,503,",
+        "notes.txt": "remembers 'notes.txt' already",
+    }
+
+
+def test_one_bad_file_and_nothing_is_written(notes, tiny_model_dir):
+    (notes / "good.txt").write_text("The moon is full.")
+    for file, message in bad_files(notes).items():
+        error = fails("write", *at("notes"), "good.txt", file, "--model", tiny_model_dir, *CPU)
+        assert message in error, file
+    assert "given twice" in fails("write", *at("notes"), "good.txt", "good.txt", "--model", tiny_model_dir, *CPU)
+
+
+def test_a_text_larger_than_memory_or_disk_is_refused(notes, tiny_model_dir, monkeypatch):
+    (notes / "good.txt").write_text("The moon is full. " * 100)
+    words = ("write", *at("notes"), "good.txt", "--model", tiny_model_dir, *CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(banks, "available_disk", lambda folder: 1000)
+        assert "1.0 kB are. Nothing was written. Split" in fails(*words)
+    # Enough to read and tokenize it, not enough for its keys and values:
+    monkeypatch.setattr(banks, "available_memory", lambda: 200_000)
+    assert "200.0 kB are available" in fails(*words)
+    monkeypatch.undo()
+    assert banks.available_memory() > 0 and banks.available_disk(Path("no/such/folder")) > 0
+
+
+def test_unknown_banks_and_stores(notes, tiny_model_dir):
+    for command in (("recall", "x"), ("generate", "x"), ("sources",), ("forget", "x")):
+        assert "No bank 'other' in memories. It has: notes." in fails(*command, *at("other"))
+        assert "No store in nowhere" in fails(*command, "--store", "nowhere", "--bank", "other")
+    assert "cannot name a bank" in fails("write", *at("../x"), "notes.txt", "--model", tiny_model_dir, *CPU)
+    assert "No store in nowhere" in fails("banks", "--store", "nowhere")
+
+
+def test_a_bank_of_another_backbone(notes, other_tiny_model_dir):
+    (notes / "good.txt").write_text("The moon is full.")
+    model = ("--model", other_tiny_model_dir, *CPU)
+    assert "was written by another model" in fails("write", *at("notes"), "good.txt", *model)
+    assert "their weights differ" in fails("recall", "moon", *at("notes"), *model)
+    assert "their weights differ" in fails("generate", "moon", *at("notes"), *model)
+    assert "was written by another model" in fails("chat", *at("notes"), *model)
+
+
+def test_an_unwritable_store(notes, tiny_model_dir, monkeypatch):
+    (notes / "file").write_text("not a folder")
+    model = ("--model", tiny_model_dir, *CPU)
+    error = fails("write", "--store", "file/memories", "--bank", "n", "notes.txt", *model)
+    assert "No store can be created in file/memories" in error
+    (notes / "good.txt").write_text("The moon is full.")
+    monkeypatch.setattr("longmem.store._can_write", lambda path: False)  # root may write everywhere
+    assert "cannot be written, only read" in fails("write", *at("notes"), "good.txt", *model)
+    assert "open for reading only" in fails("forget", "notes.txt", *at("notes"), "--yes")
+
+
+def test_a_damaged_store(notes, tiny_model_dir):
+    (segment,) = Path("memories/segments").iterdir()
+    segment.write_bytes(segment.read_bytes()[:-1] + b"?")
+    assert "is damaged: its sha256" in fails("recall", "moon", *at("notes"), "--model", tiny_model_dir, *CPU)
+
+
+def test_a_damaged_checkpoint(notes, tiny_model_dir, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("copy")
+    weights = (tiny_model_dir / "sidenet.safetensors").read_bytes()
+    (copy / "config.json").write_text((tiny_model_dir / "config.json").read_text())
+    words = ("generate", "x", *at("notes"), "--model", copy, *CPU)
+    assert "sidenet.safetensors is missing" in fails(*words)
+    (copy / "sidenet.safetensors").write_bytes(weights[:100])
+    assert "is damaged" in fails(*words)
+    (copy / "sidenet.safetensors").write_bytes(weights)
+    (copy / "config.json").write_text("{")
+    assert "cannot be read as JSON" in fails(*words)
+    assert "longmem train" in fails("generate", "x", "--model", "no-such-model")
+
+
+def test_a_device_that_is_not_there(notes, tiny_model_dir):
+    (notes / "good.txt").write_text("The moon is full.")
+    for command in (("write", *at("notes"), "good.txt"), ("recall", "x", *at("notes")), ("generate", "x")):
+        error = fails(*command, "--model", tiny_model_dir, "--device", "cuda:99")
+        assert "'cuda:99' is not on this machine, which has:" in error
+
+
+def test_settings_out_of_range(notes, tiny_model_dir):
+    model = ("--model", tiny_model_dir, *CPU)
+    assert "temperature must be" in fails("generate", "x", "--temperature", -1, *model)
+    assert "memory must be" in fails("chat", *at("new"), "--memory", 2, *model)
+    assert "does not fit backbone" in fails("chat", *at("new"), "--window", 5000, *model)
+    assert "top_k must be" in fails("recall", "x", *at("notes"), "--top-k", 0, *model)
+    assert "query is empty" in fails("recall", " ", *at("notes"), *model)
+
+
+# ---- train and measure -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def texts(work, tiny_model_dir) -> tuple[str, ...]:
+    """Options of the tiny backbone, with two text files and a JSONL file in `texts/`."""
+    (work / "texts").mkdir()
+    (work / "texts" / "a.txt").write_text(TINY_TEXT * 6)
+    (work / "texts" / "b.md").write_text(TINY_TEXT[::-1] * 6)
+    (work / "texts" / "c.jsonl").write_text(json.dumps({"text": TINY_TEXT.upper() * 6, "name": "c"}) + "\n")
+    return ("--backbone", str(tiny_model_dir.parent / "backbone"))
+
+
+SMALL = "--rows 2 --segment 16 --bank-tokens 64 --log-every 1 --eval-prefill 32 --eval-segments 2 --top-k 8"
+SMALL_PROBE = "--texts 1 --remembered 64 --window 32 --sessions 1 --facts 2 --filler 8 --max-heads 2"
+
+
+def train(*arguments) -> tuple:
+    return ("train", *SMALL.split(), *CPU, *arguments)
+
+
+def test_tokenize_train_evaluate(texts):
+    assert "3 documents" in ok("tokenize", "texts", "--out", "tokens", *texts)
+    shape = ("--heads", "1.0 2.1", "--heldout", "texts/a.txt", "--heldout", "texts/b.md", *texts)
+    result = cli(*train("tokens", "texts/a.txt", "--out", "runs/x", "--steps", 3, "--save-every", 2, *shape))
+    assert result.exit_code == 0, result.output
+    assert "step 3 of 3: loss" in result.stderr and "gain from memory" in result.stdout
+    assert {p.name for p in Path("runs/x").iterdir()} >= {"config.json", "sidenet.safetensors", "log.jsonl", "state"}
+
+    assert "holds a run already" in fails(*train("tokens", "--out", "runs/x", "--steps", 3, *shape))
+    assert "other settings: steps 3 (now 4)" in fails(
+        *train("tokens", "texts/a.txt", "--out", "runs/x", "--steps", 4, "--save-every", 2, "--resume", *shape)
+    )
+    ok(*train("tokens", "texts/a.txt", "--out", "runs/x", "--steps", 3, "--save-every", 2, "--resume", *shape))
+    ok(*train("tokens", "--out", "runs/warm", "--steps", 1, "--warm-from", "runs/x", *texts))
+
+    sizes = ("--segment", 16, "--segments", 2, "--prefill", 32, "--context", 16, "--stride", 16)
+    words = ("eval", "perplexity", "tokens", "--model", "runs/x", *sizes, *CPU)
+    names = "backbone_local", "backbone_window", "bank_off", "bank_on", "bank_wrong"
+    figures = json.loads(ok(*words, "--protocol", "blocks", "--json", "-"))
+    assert all(figures[name] > 1 for name in names) and figures["documents"] == 3 and figures["tokens"] == 96
+    assert len(figures["gain_interval"]) == 2 and set(figures["intervals"]) == set(names)
+    shown = ok(*words, "--only", "bank_off,bank_on", "--json", "figures.json")
+    assert "bank empty" in shown and "bank wrong" not in shown and "96 tokens of 3 documents scored." in shown
+    assert json.loads(Path("figures.json").read_text())["gain_percent"] is not None
+    assert "Unknown conditions" in fails(*words, "--only", "bank_of")
+    assert "needs (remembered and scored)" in fails(*words, "--prefill", 100_000)
+
+
+def test_the_recipe_of_the_paper(texts):
+    ok(*train("texts", "--out", "runs/paper", "--steps", 1, "--recipe", "paper", "--no-memory", *texts))
+    sidenet = json.loads(Path("runs/paper/config.json").read_text())["sidenet"]
+    assert sidenet["memory_heads"] == [[3, 0], [3, 1]]  # 0.63 of 4 layers
+    assert (sidenet["chunk_size"], sidenet["fusion"]) == (4, "gate")
+
+
+def test_probe_writes_what_train_reads(texts):
+    files = ("--out", "probe.json", "--plot", "probe.png")
+    shown = ok("probe", "texts", *files, *SMALL_PROBE.split(), *texts, *CPU)
+    assert "look-up" in shown and Path("probe.png").stat().st_size > 0
+    found = json.loads(Path("probe.json").read_text())
+    found["memory_heads"] = [[2, 1]]
+    Path("probe.json").write_text(json.dumps(found))
+    ok(*train("texts", "--out", "runs/p", "--steps", 1, "--probe", "probe.json", *texts))
+    assert json.loads(Path("runs/p/config.json").read_text())["sidenet"]["memory_heads"] == [[2, 1]]
+
+
+def test_training_refuses_what_cannot_work(texts, notes):
+    heads = ("--heads", "1.0")
+
+    def refused(*arguments, code=1):
+        return fails(*train(*arguments, "--out", "runs/bad"), *texts, code=code)
+
+    assert "longmem probe" in refused("texts")
+    assert "expected layer.head pairs" in refused("texts", "--heads", "17,1", code=2)
+    assert "give one of them" in refused("texts", *heads, "--recipe", "paper", code=2)
+    assert "Memory heads [(9, 0)] do not exist" in refused("texts", "--heads", "1.0 9.0")
+    assert "holds no state to resume from" in refused("texts", *heads, "--resume")
+    assert "notes.txt is a file" in fails(*train("texts", *heads, "--out", "notes.txt"), *texts)
+    assert "does not exist" in refused("nowhere.txt", *heads)
+    assert "No document has two segments" in refused("texts", *heads, "--segment", 9000)
+    assert "needs (remembered and scored)" in refused("texts", *heads, "--heldout", "texts", "--eval-prefill", 10**6)
+    assert "rows must be at least 1" in refused("texts", *heads, "--rows", 0)
+    assert "is not on this machine" in refused("texts", *heads, "--device", "cuda:99")
+    assert "is missing" in refused("texts", "--probe", "nothing.json")
+    assert "cannot be loaded" in fails(*train("texts", *heads, "--out", "runs/bad", "--backbone", "no/model"))
+
+
+def test_a_missing_optional_package(texts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    error = fails("probe", "texts", "--plot", "probe.png", *texts, *CPU)
+    assert "needs matplotlib" in error and "pip install 'longmem[plot]'" in error
