@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from longmem.index import Retrieved
 
+# Bank size at which the size bias is 0, so that it and the plain bias can be learned apart.
+REFERENCE_SIZE = 16384
+
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
     """(T, S) bool, True where a query may look. The last query stands at the last key."""
@@ -79,7 +82,7 @@ class MemoryAttention(nn.Module):
     """Fuses retrieved tokens with local attention, for the memory heads of one layer.
 
     Trainable, one number a query head: a scale of memory scores (1 at the start), a bias b₀ and a bias per
-    log of the bank's size b₁ (0); and a null key with its bias, which takes attention that would otherwise go to
+    log of the bank's size b₁ (0; the size is counted in units of 16,384 tokens); and a null key with its bias, which takes attention that would otherwise go to
     useless memories. With `fusion="gate"` the paper's static gate σ(g) instead (equation 5).
 
     Args:
@@ -131,7 +134,7 @@ class MemoryAttention(nn.Module):
             mass_BKGT = self.gate_KG.sigmoid()[..., None].expand(score_BKGTR.shape[:-1])
         else:
             memory_BKGT = score_BKGTR.masked_fill(nothing_BKGT[..., None], 0.0).logsumexp(-1)
-            log_size_B111 = found.bank_size_B.clamp(min=1).log()[:, None, None, None]
+            log_size_B111 = (found.bank_size_B.clamp(min=1) / REFERENCE_SIZE).log()[:, None, None, None]
             memory_BKGT = memory_BKGT + self.bias_KG[..., None] + self.size_bias_KG[..., None] * log_size_B111
             null_BKGT = (query_BKGTE * self.null_key_KGE[..., None, :]).sum(-1).float() * self.scaling
             rest_BKGT = torch.logaddexp(local_logsumexp_BKGT, null_BKGT + self.null_bias_KG[..., None])

@@ -181,6 +181,11 @@ class Backbone(nn.Module):
         """Final norm and head: hidden states at the last boundary → (B, T, vocabulary)."""
         return self.model.get_output_embeddings()(self.final_norm(hidden_BTD))
 
+    @property
+    def output_weight_VD(self) -> Tensor:
+        """The output embeddings, for losses that never hold all logits at once."""
+        return self.model.get_output_embeddings().weight
+
     @cached_property
     def _trunks(self) -> dict[int, Any]:
         return {}

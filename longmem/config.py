@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -132,14 +133,26 @@ class SideNetConfig:
 
     @classmethod
     def around(
-        cls, memory_heads: list[MemoryHead] | list[tuple[int, int]], num_layers: int, *, below: int = 3, **settings: Any
+        cls,
+        memory_heads: Sequence[tuple[int, int]],
+        num_layers: int,
+        *,
+        below: int = 0,
+        above: int = 2,
+        **settings: Any,
     ) -> SideNetConfig:
-        """A SideNet for given memory heads: a span from each memory layer to the next, and `below` equal spans
-        under the first one."""
+        """A SideNet for given memory heads: a span from each memory layer to the next.
+
+        Args:
+            below: equal spans under the first memory layer, where there is nothing to read yet.
+            above: equal spans from the last memory layer to the top.
+        """
         heads = tuple(sorted(MemoryHead(*head) for head in memory_heads))
         layers = sorted({head.layer for head in heads})
-        lower = [round(layers[0] * i / below) for i in range(below)] if below else []
-        starts = sorted({*lower, *layers})
+        first, last = layers[0], layers[-1]
+        lower = [round(first * i / below) for i in range(below)]
+        upper = [last + round((num_layers - last) * i / above) for i in range(1, above)]
+        starts = sorted({*lower, *layers, *upper} - {num_layers})
         return cls(spans=tuple(zip(starts, [*starts[1:], num_layers], strict=True)), memory_heads=heads, **settings)
 
     def to_dict(self) -> dict[str, Any]:

@@ -162,7 +162,8 @@ class StreamReader:
             index_BQR, valid_BQR = search_tokens(
                 query_BGTE.flatten(1, 2), keys_BNE, config.top_k, config.chunk_size, self.length_B
             )
-            found.append((gather_rows(keys_BNE, index_BQR), gather_rows(values_BNE, index_BQR), valid_BQR, index_BQR))
+            rows = (gather_rows(part_BNE, index_BQR).to(query_BGTE.dtype) for part_BNE in (keys_BNE, values_BNE))
+            found.append((*rows, valid_BQR, index_BQR))
         keys, values, valid, index = (
             torch.stack(parts, dim=1).unflatten(2, (group, tokens)) for parts in zip(*found, strict=True)
         )

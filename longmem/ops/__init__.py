@@ -3,6 +3,6 @@
 `reference` is the plain PyTorch truth that every faster kernel is checked against.
 """
 
-from longmem.ops.reference import gather_rows, linear_cross_entropy, topk_scan
+from longmem.ops.reference import gather_rows, linear_cross_entropy, linear_nll, topk_scan
 
-__all__ = ["gather_rows", "linear_cross_entropy", "topk_scan"]
+__all__ = ["gather_rows", "linear_cross_entropy", "linear_nll", "topk_scan"]

@@ -6,12 +6,15 @@ X independent searches (a memory head of a bank each), Q queries, N keys, E head
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # A block of scores is kept below this many elements, so that a search needs bounded memory however large the bank.
 MAX_SCORES = {"cpu": 1 << 25, "cuda": 1 << 30}
 # Keys are first ranked by the best of this many neighbours: the R best keys lie in the R best groups.
 GROUP = 16
+# Score of a key that does not exist; far below any real one, and finite in bfloat16.
+BEYOND = -1e30
 
 
 def topk_scan(
@@ -39,31 +42,35 @@ def topk_scan(
 
     # bfloat16 products on the CPU would round scores to 8 bits; accelerators accumulate in float32 and round once.
     dtype = torch.float32 if query_XQE.device.type == "cpu" else keys_XNE.dtype
-    keys_XEN = keys_XNE.to(dtype).transpose(1, 2)
-    beyond_XN = None
+    query_XQE, keys_XNE = query_XQE.to(dtype), keys_XNE.to(dtype)
     if length_X is not None:
-        beyond_XN = torch.arange(num_keys, device=keys_XNE.device) >= length_X[:, None]
+        beyond_XN1 = (torch.arange(num_keys, device=keys_XNE.device) >= length_X[:, None])[..., None]
+        # The mask rides along in the product, as one more (padded to eight) column: no pass over the scores for it.
+        penalty_XN8 = F.pad(beyond_XN1.to(dtype) * BEYOND, (0, 7))
+        keys_XNE = torch.cat((keys_XNE.masked_fill(beyond_XN1, 0.0), penalty_XN8), dim=-1)
+        query_XQE = F.pad(F.pad(query_XQE, (0, 1), value=1.0), (0, 7))
+    keys_XEN = keys_XNE.transpose(1, 2)
     rows = max(1, MAX_SCORES.get(query_XQE.device.type, 1 << 25) // (searches * num_keys))
     for first in range(0, queries, rows):
         part = slice(first, first + rows)
-        score_XQN = query_XQE[:, part].to(dtype) @ keys_XEN
-        if beyond_XN is not None:
-            score_XQN.masked_fill_(beyond_XN[:, None], -torch.inf)
-        best_XQR, where_XQR = _topk(score_XQN, kept)
+        best_XQR, where_XQR = _topk(query_XQE[:, part] @ keys_XEN, kept)
         score_XQR[:, part, :kept] = best_XQR.float()
         index_XQR[:, part, :kept] = where_XQR
-    return index_XQR.masked_fill_(score_XQR == -torch.inf, 0), score_XQR
+    nothing_XQR = score_XQR < BEYOND / 2
+    return index_XQR.masked_fill_(nothing_XQR, 0), score_XQR.masked_fill_(nothing_XQR, -torch.inf)
 
 
 def _topk(score_XQN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """`score_XQN.topk(top_k)`, about 8 times cheaper for long rows: whole groups are ranked by their maximum first."""
+    """`score_XQN.topk(top_k)`, several times cheaper for long rows: groups of keys are ranked by their maximum first."""
     num_keys = score_XQN.shape[-1]
     if num_keys < 4 * GROUP * top_k:
         return score_XQN.topk(top_k, dim=-1)
-    whole = num_keys // GROUP * GROUP
-    grouped_XQgG = score_XQN[..., :whole].unflatten(-1, (-1, GROUP))
-    groups_XQR = grouped_XQgG.amax(-1).topk(top_k, dim=-1, sorted=False).indices
-    candidate_XQC = (groups_XQR[..., None] * GROUP + torch.arange(GROUP, device=score_XQN.device)).flatten(-2)
+    # Group g holds keys g, g + groups, g + 2 · groups, …: a maximum over the outer dimension reads memory in order.
+    groups = num_keys // GROUP
+    whole = groups * GROUP
+    best_XQg = score_XQN[..., :whole].unflatten(-1, (GROUP, groups)).amax(-2)
+    group_XQR = best_XQg.topk(top_k, dim=-1, sorted=False).indices
+    candidate_XQC = (group_XQR[..., None] + groups * torch.arange(GROUP, device=score_XQN.device)).flatten(-2)
     if whole < num_keys:
         rest = torch.arange(whole, num_keys, device=score_XQN.device).expand(*candidate_XQC.shape[:-1], -1)
         candidate_XQC = torch.cat((candidate_XQC, rest), dim=-1)
@@ -118,3 +125,14 @@ def linear_cross_entropy(
         chunk: rows whose logits are held at once.
     """
     return _LinearCrossEntropy.apply(hidden_XD, weight_VD, target_X, row_weight_X, chunk)
+
+
+@torch.no_grad()
+def linear_nll(hidden_XD: Tensor, weight_VD: Tensor, target_X: Tensor, chunk: int = 2048) -> Tensor:
+    """Next-token losses (X,) in nats, float32, without keeping the logits of a whole vocabulary."""
+    losses = []
+    for first in range(0, len(target_X), chunk):
+        rows = slice(first, first + chunk)
+        logits_CV = (hidden_XD[rows].to(weight_VD.dtype) @ weight_VD.T).float()
+        losses.append(torch.nn.functional.cross_entropy(logits_CV, target_X[rows], reduction="none"))
+    return torch.cat(losses)

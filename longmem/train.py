@@ -1,0 +1,387 @@
+"""Training a SideNet (paper, section 2.4): forward → loss → step → write.
+
+Streams of consecutive segments, one bank a stream. Each step reads what earlier steps wrote, and only then is its own text
+written, so a segment never retrieves itself. The backbone gets no gradient.
+
+B streams, S tokens of a segment, T = S + 1 with the prefix; K, G, R as in `longmem.attention`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from longmem.attention import MemoryRead
+from longmem.bank import DTYPES
+from longmem.config import read_json
+from longmem.data import Segments, Streams, TokenizedDocuments
+from longmem.errors import CheckpointError, ConfigError
+from longmem.evals.perplexity import PerplexityConfig, PerplexityResult, perplexity
+from longmem.index import StreamBanks, StreamReader
+from longmem.model import LongMem
+from longmem.ops import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a SideNet is trained.
+
+    Attributes:
+        steps: optimiser steps; the learning rate is a function of the step alone.
+        rows: streams side by side, B.
+        segment: tokens of a segment, S.
+        bank_tokens: tokens that each stream's bank keeps while training (it is unlimited afterwards).
+        learning_rate: peak, after a linear warm-up; then a cosine down to `final_rate` of it.
+        gate_rate: factor on the learning rate of α, scales, biases and gates, which have far to go.
+        weight_decay: of matrices only.
+        empty_fraction: share of streams whose bank is hidden in a step, so that an empty bank costs nothing.
+        wrong_fraction: share of streams that read another stream's bank in a step, so that a wrong one costs little.
+        lookup_weight: of the memory regulariser: attention among retrieved tokens should fall on those that are the next token.
+        memory: False trains the memory-free twin: the same network, data, steps and seed without any bank.
+        max_segments: segments read of one document before the stream moves on.
+        dtype: precision of the forward pass; master weights are float32.
+    """
+
+    steps: int = 2000
+    rows: int = 16
+    segment: int = 1024
+    bank_tokens: int = 16384
+    learning_rate: float = 2e-3
+    gate_rate: float = 10.0
+    final_rate: float = 0.05
+    warmup: int = 100
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip: float = 1.0
+    seed: int = 0
+    empty_fraction: float = 0.1
+    wrong_fraction: float = 0.1
+    lookup_weight: float = 0.0
+    memory: bool = True
+    max_segments: int = 64
+    dtype: str = "bfloat16"
+    log_every: int = 10
+    eval_every: int = 0
+    save_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows", "segment", "bank_tokens", "max_segments", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if not 0 <= self.empty_fraction + self.wrong_fraction <= 1:
+            raise ConfigError(
+                f"empty_fraction and wrong_fraction are shares of the batch; got {self.empty_fraction} and {self.wrong_fraction}."
+            )
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
+
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rate at a step (0-based)."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Trainer:
+    """Everything a run consists of; `step()` shows the whole of it.
+
+    Args:
+        model: its SideNet is trained in float32, its backbone is left alone.
+        documents: tokenised training text.
+        config: settings.
+    """
+
+    def __init__(self, model: LongMem, documents: TokenizedDocuments, config: TrainConfig) -> None:
+        self.model = model
+        self.config = config
+        self.device = model.device
+        self.sidenet = model.sidenet.float().requires_grad_(True)
+        self.streams = Streams(
+            documents, config.rows, config.segment, max_segments=config.max_segments, seed=config.seed
+        )
+        self.banks = StreamBanks(
+            config.rows,
+            config.bank_tokens,
+            model.config,
+            model.backbone.head_dim,
+            dtype=torch.bfloat16,
+            device=self.device,
+        )
+        self.optimizer = torch.optim.AdamW(
+            self._groups(), betas=(config.beta1, config.beta2), fused=self.device.type == "cuda"
+        )
+        self.rng = np.random.default_rng(config.seed + 1)
+        self.done = 0
+        self.tokens = 0
+
+    def _groups(self) -> list[dict[str, Any]]:
+        config = self.config
+        matrices, vectors, gates = [], [], []
+        for name, parameter in self.sidenet.named_parameters():
+            if ".decoder." in name or name.endswith("memory_output_DF"):
+                (matrices if parameter.ndim == 2 else vectors).append(parameter)
+            else:
+                gates.append(parameter)
+        return [
+            {"params": matrices, "lr": config.learning_rate, "weight_decay": config.weight_decay, "factor": 1.0},
+            {"params": vectors, "lr": config.learning_rate, "weight_decay": 0.0, "factor": 1.0},
+            {"params": gates, "lr": config.learning_rate, "weight_decay": 0.0, "factor": config.gate_rate},
+        ]
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step; returns what there is to log."""
+        segments = self.streams.next()
+        tokens_BS = segments.tokens_BS.to(self.device, non_blocking=True)
+        self.banks.reset(segments.starts_B.to(self.device))
+        prefix_B1 = tokens_BS.new_full((tokens_BS.shape[0], 1), self.model.backbone.prefix_token_id)
+        boundaries = {*self.sidenet.boundaries, *self.model.config.memory_layers, self.model.backbone.num_layers}
+        seen = self.model.backbone(torch.cat((prefix_B1, tokens_BS), dim=1), boundaries=boundaries)
+
+        reader, right_B = self._reader()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+            hidden_BTD, reads = self.model.correct(seen, reader)
+            loss = self._language_loss(hidden_BTD[:, :-1], tokens_BS)
+            lookup = self._lookup_loss(reads, reader, right_B, tokens_BS) if reader is not None else loss.new_zeros(())
+        (loss + self.config.lookup_weight * lookup).backward()
+
+        norm = nn.utils.clip_grad_norm_(self.sidenet.parameters(), self.config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * group["factor"] * self.config.rate(self.done)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.config.memory:
+            self._write(seen, tokens_BS)
+        self.done += 1
+        self.tokens += tokens_BS.numel()
+        return self._figures(loss, lookup, norm, reads)
+
+    def _reader(self) -> tuple[StreamReader | None, Tensor]:
+        """The banks as this step sees them, and which rows see their own."""
+        config, rows = self.config, self.config.rows
+        draw_B = self.rng.random(rows)
+        source_B, shift = np.arange(rows), int(self.rng.integers(1, max(2, rows)))
+        empty_B = draw_B < config.empty_fraction
+        wrong_B = ~empty_B & (draw_B < config.empty_fraction + config.wrong_fraction)
+        source_B = np.where(wrong_B, (source_B + shift) % rows, source_B)
+        right_B = torch.from_numpy(~empty_B & ~wrong_B).to(self.device)
+        if not config.memory:
+            return None, right_B
+        return self.banks.reader(torch.from_numpy(source_B).to(self.device), torch.from_numpy(empty_B).to(self.device)), right_B
+
+    def _language_loss(self, hidden_BSD: Tensor, tokens_BS: Tensor) -> Tensor:
+        normed_XD = self.model.backbone.final_norm(hidden_BSD).flatten(0, 1)
+        target_X = tokens_BS.flatten()
+        weight_X = torch.full_like(target_X, 1 / target_X.numel(), dtype=torch.float32)
+        return linear_cross_entropy(normed_XD, self.model.backbone.output_weight_VD, target_X, weight_X)
+
+    def _lookup_loss(self, reads: list[MemoryRead], reader: StreamReader, right_B: Tensor, tokens_BS: Tensor) -> Tensor:
+        """−log of the attention, among retrieved tokens, that falls on those which are the next token.
+
+        Counted where the next token was retrieved at all, from the row's own bank: memory must be used where it helps, and
+        only there.
+        """
+        if not self.config.lookup_weight:
+            return tokens_BS.new_zeros((), dtype=torch.float32)
+        total, count = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for read in reads:
+            ids_BKGSR = reader.token_ids(read.index_BKGTR[..., :-1, :])
+            hit_BKGSR = (ids_BKGSR == tokens_BS[:, None, None, :, None]) & read.valid_BKGTR[..., :-1, :]
+            found_BKGS = hit_BKGSR.any(-1) & right_B[:, None, None, None]
+            log_weight_BKGSR = read.log_weight_BKGTR[..., :-1, :].masked_fill(~hit_BKGSR, -torch.inf)
+            log_hit_BKGS = torch.where(found_BKGS[..., None], log_weight_BKGSR, 0.0).logsumexp(-1)
+            total = total - (log_hit_BKGS * found_BKGS).sum()
+            count = count + found_BKGS.sum()
+        return total / count.clamp(min=1)
+
+    @torch.no_grad()
+    def _write(self, seen: Any, tokens_BS: Tensor) -> None:
+        keys_HBTE, values_HBTE = self.model.keys_values(seen)
+        self.banks.append(keys_HBTE[:, :, 1:], values_HBTE[:, :, 1:], tokens_BS)
+
+    def _figures(self, loss: Tensor, lookup: Tensor, norm: Tensor, reads: list[MemoryRead]) -> dict[str, float]:
+        if self.done % self.config.log_every and self.done != self.config.steps:
+            return {}
+        figures = {
+            "step": self.done,
+            "tokens": self.tokens,
+            "loss": float(loss.detach()),
+            "lookup": float(lookup.detach()),
+            "gradient_norm": float(norm),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        for read in reads:
+            figures[f"mass_{read.layer}"] = float(read.mass_BKGT.detach().mean())
+        return figures
+
+    # ---- resuming ------------------------------------------------------------------------------------------
+
+    def save_state(self, folder: Path) -> None:
+        """Everything needed to go on as if nothing had happened: weights, optimiser, banks, data position, random state."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {f"sidenet.{name}": p.detach().contiguous() for name, p in self.sidenet.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer.{index}.{name}": value.contiguous() for name, value in state.items()})
+        tensors["banks.keys"], tensors["banks.values"] = self.banks.keys_HBNE, self.banks.values_HBNE
+        tensors["banks.token_ids"], tensors["banks.written"] = self.banks.token_ids_BN, self.banks.written_B
+        temporary = folder / ".state.safetensors"
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, temporary)
+        temporary.replace(folder / "state.safetensors")
+        numbers = {
+            "done": self.done,
+            "tokens": self.tokens,
+            "streams": self.streams.state,
+            "rng": self.rng.bit_generator.state,
+            "config": dataclasses.asdict(self.config),
+        }
+        (folder / ".state.json").write_text(json.dumps(numbers))
+        (folder / ".state.json").replace(folder / "state.json")
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from `save_state`.
+
+        Raises:
+            CheckpointError: the files are damaged, or were saved by a run with other settings.
+        """
+        numbers = read_json(folder / "state.json")
+        changed = {
+            name: (old, getattr(self.config, name, None))
+            for name, old in numbers["config"].items()
+            if getattr(self.config, name, None) != old and name not in ("log_every", "eval_every", "save_every")
+        }
+        if changed:
+            raise CheckpointError(
+                f"The run saved in {folder} had other settings: {', '.join(f'{n} {a} (now {b})' for n, (a, b) in changed.items())}. "
+                "Resume with the same ones, or begin a new run with --warm-from."
+            )
+        try:
+            tensors = load_file(folder / "state.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{folder / 'state.safetensors'} cannot be read ({error}). Begin again, or use --warm-from.") from error
+        self.sidenet.load_state_dict(
+            {name.removeprefix("sidenet."): t for name, t in tensors.items() if name.startswith("sidenet.")}
+        )
+        optimizer = self.optimizer.state_dict()
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, field = name.split(".")
+                optimizer["state"].setdefault(int(index), {})[field] = tensor
+        self.optimizer.load_state_dict(optimizer)
+        for name, mine in (
+            ("keys", self.banks.keys_HBNE),
+            ("values", self.banks.values_HBNE),
+            ("token_ids", self.banks.token_ids_BN),
+            ("written", self.banks.written_B),
+        ):
+            mine.copy_(tensors[f"banks.{name}"])
+        self.done, self.tokens = numbers["done"], numbers["tokens"]
+        self.streams.state = numbers["streams"]
+        self.rng.bit_generator.state = numbers["rng"]
+
+
+def train(
+    model: LongMem,
+    documents: TokenizedDocuments,
+    config: TrainConfig,
+    out: Path,
+    *,
+    heldout: TokenizedDocuments | None = None,
+    evaluation: PerplexityConfig | None = None,
+    resume: bool = False,
+    on_figures: Callable[[dict[str, Any]], None] | None = None,
+) -> PerplexityResult | None:
+    """Train the SideNet of `model` and write it to `out`; returns the last held-out evaluation.
+
+    `out` gets `config.json` and `sidenet.safetensors` (bfloat16), `log.jsonl`, `curves.png` (with matplotlib installed) and,
+    with `save_every`, `state/` to resume from.
+
+    Raises:
+        ConfigError, CheckpointError, SourceError: before anything is trained.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(model, documents, config)
+    log = out / "log.jsonl"
+    if resume:
+        trainer.load_state(out / "state")
+        # Lines of steps after the saved one belong to a future that will now be lived again.
+        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= trainer.done] if log.exists() else []
+        log.write_text("".join(line + "\n" for line in kept))
+    elif log.exists():
+        log.unlink()
+    result = None
+    clock, clock_tokens = time.perf_counter(), trainer.tokens
+
+    def write(figures: dict[str, Any]) -> None:
+        with log.open("a") as file:
+            file.write(json.dumps(figures) + "\n")
+        if on_figures is not None:
+            on_figures(figures)
+
+    while trainer.done < config.steps:
+        figures = trainer.step()
+        last = trainer.done == config.steps
+        if figures:
+            if not math.isfinite(figures["loss"]):
+                raise ConfigError(f"The loss is {figures['loss']} at step {trainer.done}. Lower --learning-rate (now {config.learning_rate}).")
+            now = time.perf_counter()
+            figures["tokens_per_second"] = (trainer.tokens - clock_tokens) / (now - clock)
+            clock, clock_tokens = now, trainer.tokens
+            write(figures)
+        if heldout is not None and (last or (config.eval_every and trainer.done % config.eval_every == 0)):
+            result = evaluate(model, heldout, evaluation or PerplexityConfig("blocks", prefill=8192, segments=4))
+            write({"step": trainer.done, **{k: v for k, v in result.perplexity.items() if v}, "gain_percent": result.gain_percent})
+            clock = time.perf_counter()
+        if config.save_every and (last or trainer.done % config.save_every == 0):
+            trainer.save_state(out / "state")
+            clock = time.perf_counter()
+    training = {"train": dataclasses.asdict(config), "tokens": trainer.tokens, "documents": len(documents)}
+    model.save(out, training=training)
+    draw_curves(log, out / "curves.png")
+    return result
+
+
+def evaluate(model: LongMem, heldout: TokenizedDocuments, config: PerplexityConfig) -> PerplexityResult:
+    """Held-out perplexity in the middle of training, under the same precision as training."""
+    kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    mixed = model.backbone.dtype == kinds["bfloat16"]
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+        return perplexity(model, heldout, config)
+
+
+def draw_curves(log: Path, path: Path) -> bool:
+    """Draw losses and held-out perplexities of a log; False if matplotlib is not installed (extra `plot`)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    steps = [row["step"] for row in rows if "loss" in row]
+    left.plot(steps, [row["loss"] for row in rows if "loss" in row], linewidth=0.8)
+    left.set(xlabel="step", ylabel="nats a token", title="training loss")
+    for name, label in (("bank_on", "on"), ("bank_off", "empty"), ("bank_wrong", "wrong"), ("backbone_local", "backbone")):
+        points = [(row["step"], row[name]) for row in rows if row.get(name)]
+        if points:
+            right.plot(*zip(*points, strict=True), marker="o", label=label)
+    right.set(xlabel="step", ylabel="perplexity", title="held-out, bank on / empty / wrong")
+    if right.lines:
+        right.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+__all__ = ["Segments", "TrainConfig", "Trainer", "draw_curves", "evaluate", "train"]
