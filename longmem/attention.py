@@ -82,8 +82,9 @@ class MemoryAttention(nn.Module):
     """Fuses retrieved tokens with local attention, for the memory heads of one layer.
 
     Trainable, one number a query head: a scale of memory scores (1 at the start), a bias b₀ and a bias per
-    log of the bank's size b₁ (0; the size is counted in units of 16,384 tokens); and a null key with its bias, which takes attention that would otherwise go to
-    useless memories. With `fusion="gate"` the paper's static gate σ(g) instead (equation 5).
+    log of the bank's size b₁ (0; the size is counted in units of 16,384 tokens); and a null key with its bias, which
+    takes attention that would otherwise go to useless memories. With `fusion="gate"` the paper's static gate σ(g)
+    instead (equation 5).
 
     Args:
         layer: backbone layer whose keys are queried.
@@ -129,7 +130,9 @@ class MemoryAttention(nn.Module):
         # An all −inf row has no softmax; its mass is set to 0 below, so any finite stand-in will do.
         log_weight_BKGTR = score_BKGTR.masked_fill(nothing_BKGT[..., None], 0.0).log_softmax(-1)
         within_BKGTR = log_weight_BKGTR.exp()
-        memory_BKGTE = torch.matmul(within_BKGTR.to(found.values_BKGTRE.dtype)[..., None, :], found.values_BKGTRE).squeeze(-2)
+        memory_BKGTE = torch.matmul(
+            within_BKGTR.to(found.values_BKGTRE.dtype)[..., None, :], found.values_BKGTRE
+        ).squeeze(-2)
         if self.fusion == "gate":
             mass_BKGT = self.gate_KG.sigmoid()[..., None].expand(score_BKGTR.shape[:-1])
         else:

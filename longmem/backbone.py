@@ -157,7 +157,9 @@ class Backbone(nn.Module):
         """
         highest = max(boundaries)
         past = cache.get_seq_length() if cache is not None else 0
-        positions_BT = torch.arange(past, past + input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
+        positions_BT = torch.arange(past, past + input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(
+            input_ids_BT
+        )
         with self._captured(boundaries) as hidden_states:
             output = self._trunk(highest)(
                 input_ids=input_ids_BT, past_key_values=cache, use_cache=cache is not None, position_ids=positions_BT

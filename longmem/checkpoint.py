@@ -40,8 +40,10 @@ def new_sidenet(config: SideNetConfig, backbone: Backbone) -> SideNet:
     stray = [head for head in config.memory_heads if head.kv_head >= backbone.num_key_value_heads]
     if top > backbone.num_layers or stray:
         raise CheckpointError(
-            f"The SideNet's spans reach layer {top} and its memory heads are {list(map(tuple, config.memory_heads))}, but backbone "
-            f"{backbone.name!r} has {backbone.num_layers} layers with {backbone.num_key_value_heads} key-value heads each. "
+            f"The SideNet's spans reach layer {top} and its memory heads are "
+            f"{list(map(tuple, config.memory_heads))}, but backbone "
+            f"{backbone.name!r} has {backbone.num_layers} layers with {backbone.num_key_value_heads} key-value "
+            "heads each. "
             "Use the backbone it was trained for, or choose heads with `longmem probe`."
         )
     return SideNet(
@@ -68,7 +70,12 @@ def architecture(backbone: Backbone) -> dict[str, Any]:
 
 
 def save_sidenet(
-    folder: Path, sidenet: SideNet, backbone: Backbone, *, precision: Precision = "bfloat16", training: Mapping[str, Any] | None = None
+    folder: Path,
+    sidenet: SideNet,
+    backbone: Backbone,
+    *,
+    precision: Precision = "bfloat16",
+    training: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a SideNet; each file appears whole or not at all.
 
@@ -139,11 +146,13 @@ def load_sidenet(folder: Path, backbone: Backbone) -> SideNet:
     if config.get("architecture") != architecture(backbone):
         raise CheckpointError(
             f"The SideNet in {folder} was trained for {config.get('backbone')!r} with {config.get('architecture')}; "
-            f"this backbone, {backbone.name!r}, is {architecture(backbone)}. Use its own backbone, or train one with `longmem train`."
+            f"this backbone, {backbone.name!r}, is {architecture(backbone)}. Use its own backbone, or train one "
+            "with `longmem train`."
         )
     if config.get("backbone_weights") != backbone.weights_hash:
         warnings.warn(
-            f"The SideNet in {folder} was trained on other weights of {config.get('backbone')!r}. It fits, but may read memory less well.",
+            f"The SideNet in {folder} was trained on other weights of {config.get('backbone')!r}. It fits, but may "
+            "read memory less well.",
             stacklevel=2,
         )
     sidenet = new_sidenet(SideNetConfig.from_dict(config["sidenet"]), backbone).float()
@@ -163,7 +172,9 @@ def load_sidenet(folder: Path, backbone: Backbone) -> SideNet:
             else:
                 state[name] = stored[name].float()
         except KeyError as error:
-            raise CheckpointError(f"{path} lacks {error}. It is incomplete: restore it from a copy, or train again.") from error
+            raise CheckpointError(
+                f"{path} lacks {error}. It is incomplete: restore it from a copy, or train again."
+            ) from error
     try:
         sidenet.load_state_dict(state)
     except RuntimeError as error:

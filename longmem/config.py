@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,11 +23,12 @@ class MemoryHead(NamedTuple):
 class BankSpec:
     """What a bank's tensors mean: two banks are compatible only if their specs are equal.
 
+    The backbone's name is for people and not compared: the same weights may be loaded by another name.
     `weights` is the sha256 of the backbone's parameters (`Backbone.weights_hash`): stored keys are only
     meaningful to the very weights that produced them.
     """
 
-    backbone: str
+    backbone: str = field(compare=False)
     weights: str
     memory_heads: tuple[MemoryHead, ...]
     head_dim: int
@@ -101,7 +102,7 @@ class SideNetConfig:
     def __post_init__(self) -> None:
         if not self.spans:
             raise ConfigError("A SideNet needs at least one span of backbone layers; got none.")
-        for (lo, hi), (next_lo, _) in zip(self.spans, self.spans[1:] + ((self.spans[-1][1], 0),), strict=True):
+        for (lo, hi), (next_lo, _) in zip(self.spans, (*self.spans[1:], (self.spans[-1][1], 0)), strict=True):
             if not lo < hi <= next_lo:
                 raise ConfigError(
                     f"SideNet spans must be ascending [lo, hi) pairs that do not overlap; got {list(self.spans)}."
@@ -119,7 +120,8 @@ class SideNetConfig:
             raise ConfigError(f"List memory heads in ascending order; got {list(self.memory_heads)}.")
         if self.top_k < 1 or self.chunk_size < 1 or self.top_k % self.chunk_size:
             raise ConfigError(
-                f"top_k must be a positive multiple of chunk_size; got top_k={self.top_k}, chunk_size={self.chunk_size}."
+                f"top_k must be a positive multiple of chunk_size; got top_k={self.top_k}, "
+                f"chunk_size={self.chunk_size}."
             )
 
     @property
@@ -167,7 +169,9 @@ class SideNetConfig:
             fields["encode"] = EncodeConfig(**fields["encode"])
             return cls(**fields)
         except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"This is not the configuration of a SideNet: {error}. Fields given: {sorted(fields)}.") from error
+            raise CheckpointError(
+                f"This is not the configuration of a SideNet: {error}. Fields given: {sorted(fields)}."
+            ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -175,7 +179,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing. Expected a folder written by `longmem train` or `LongMem.save`.") from error
+        raise CheckpointError(
+            f"{path} is missing. Expected a folder written by `longmem train` or `LongMem.save`."
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}. Restore it, or train again.") from error
     if not isinstance(value, dict):

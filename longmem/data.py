@@ -42,20 +42,31 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}.") from error
+    return decode_text(raw, str(path))
+
+
+def decode_text(raw: bytes, name: str) -> str:
+    """UTF-8 bytes as text; `name` is what errors call them.
+
+    Raises:
+        SourceError: they are empty, binary, or not UTF-8.
+    """
     if not raw.strip():
-        raise SourceError(f"{path} is empty. Expected a file with text in it.")
+        raise SourceError(f"{name} is empty. Expected text in it.")
     if b"\0" in raw:
-        raise SourceError(f"{path} is a binary file (it holds zero bytes), expected UTF-8 text. Convert it to text first.")
+        raise SourceError(f"{name} is binary (it holds zero bytes), expected UTF-8 text. Convert it to text first.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"{path} is not UTF-8 text: byte {error.start} cannot be decoded. Convert it, e.g. `iconv -f latin1 -t utf-8`."
+            f"{name} is not UTF-8 text: byte {error.start} cannot be decoded. "
+            "Convert it, e.g. `iconv -f latin1 -t utf-8`."
         ) from error
 
 
 def read_documents(paths: Iterable[Path]) -> Iterator[Document]:
-    """Documents of text files, JSONL files (a `text` field a line, `name` optional) and folders of them, in sorted order.
+    """Documents of text files, JSONL files (a `text` field a line, `name` optional) and folders of them, in sorted
+    order.
 
     Raises:
         SourceError: names the file, and in JSONL the line, that cannot be used.
@@ -79,7 +90,9 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise SourceError(f"{path}, line {number}: not JSON ({error}). Expected an object with a `text` field.") from error
+            raise SourceError(
+                f"{path}, line {number}: not JSON ({error}). Expected an object with a `text` field."
+            ) from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise SourceError(f"{path}, line {number}: expected a JSON object with a `text` string, got {line[:60]!r}.")
         yield Document(str(row.get("name", f"{path}:{number}")), row["text"])
@@ -145,9 +158,13 @@ class TokenizedDocuments:
             tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
             names, lengths = [row["name"] for row in rows], [row["tokens"] for row in rows]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SourceError(f"{folder} is not a folder of tokenised documents ({error}). Make one with `longmem tokenize`.") from error
+            raise SourceError(
+                f"{folder} is not a folder of tokenised documents ({error}). Make one with `longmem tokenize`."
+            ) from error
         if sum(lengths) != len(tokens):
-            raise SourceError(f"{folder} is damaged: documents.json counts {sum(lengths)} tokens, tokens.npy holds {len(tokens)}.")
+            raise SourceError(
+                f"{folder} is damaged: documents.json counts {sum(lengths)} tokens, tokens.npy holds {len(tokens)}."
+            )
         return cls(tokens, names, lengths)
 
     @staticmethod
@@ -187,7 +204,8 @@ class Streams:
         self.usable = np.flatnonzero(documents.lengths >= 2 * segment)
         if not len(self.usable):
             raise ConfigError(
-                f"No document has two segments of {segment} tokens; the longest has {int(documents.lengths.max())} tokens. "
+                f"No document has two segments of {segment} tokens; the longest has {int(documents.lengths.max())} "
+                "tokens. "
                 "Training needs documents that span memory operations: give longer ones, or a smaller --segment."
             )
         self.rng = np.random.default_rng(seed)

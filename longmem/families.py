@@ -22,10 +22,25 @@ Rotary = tuple[Tensor, Tensor] | None
 class Family(Protocol):
     """One way of building a decoder layer."""
 
-    model_types: tuple[str, ...]
-    layers_name: str
-    norm_name: str
-    norms_branch: bool
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        """Values of `config.model_type`."""
+        ...
+
+    @property
+    def layers_name(self) -> str:
+        """Attribute of the base model that holds its decoder layers."""
+        ...
+
+    @property
+    def norm_name(self) -> str:
+        """Attribute of the base model that holds the final norm."""
+        ...
+
+    @property
+    def norms_branch(self) -> bool:
+        """Whether a norm stands between the output projection and the residual add."""
+        ...
 
     def position_embeddings(self, base: Any, layer: int, hidden_BTD: Tensor, positions_BT: Tensor) -> Rotary:
         """(cos, sin) for a layer, each (B, T, rotated size), or None where positions are learned embeddings."""

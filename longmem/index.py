@@ -104,7 +104,14 @@ class StreamBanks:
     """
 
     def __init__(
-        self, rows: int, capacity: int, config: SideNetConfig, head_dim: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        rows: int,
+        capacity: int,
+        config: SideNetConfig,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         if capacity % config.chunk_size:
             raise ValueError(f"capacity {capacity} is not a multiple of chunk_size {config.chunk_size}")
@@ -152,7 +159,7 @@ class StreamReader:
     @torch.no_grad()
     def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
         config, streams = self.streams.config, self.streams
-        batch, kv_heads, group, tokens, _ = query_BKGTE.shape
+        group, tokens = query_BKGTE.shape[2:4]
         heads = config.heads_of(layer)
         found = []
         # A head at a time: the scores of one head of all rows are the largest tensor of a training step.

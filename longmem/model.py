@@ -10,10 +10,10 @@ B batch, T tokens, D hidden size, H memory heads, N tokens of a source, E head s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,10 @@ from longmem.data import read_text
 from longmem.errors import BankMismatchError, ConfigError, SideNetNotFoundError, SourceError
 from longmem.index import BankReader, Retrieve
 from longmem.sidenet import SideNet, SideNetCache
+
+if TYPE_CHECKING:
+    from longmem.generation import Piece
+    from longmem.recall import Hit
 
 SHIPPED = Path(__file__).parent / "sidenets"
 
@@ -105,20 +109,24 @@ class LongMem(nn.Module):
 
     @staticmethod
     def _find(name: str | Path) -> Path:
-        for folder in (SHIPPED / str(name), Path(name)):
+        shipped = [SHIPPED / str(name)] if "/" not in str(name) else []
+        for folder in (*shipped, Path(name)):
             if (folder / "config.json").is_file() and (folder / "sidenet.safetensors").is_file():
                 return folder
         if Path(name).is_dir() and (Path(name) / "config.json").is_file():
             # A folder that is meant, but damaged: say what is wrong with it rather than that it is unknown.
             read_config(Path(name))
             return Path(name)
-        shipped = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
+        names = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.is_dir() else []
         raise SideNetNotFoundError(
-            f"There is no trained SideNet for {str(name)!r}. These ship with longmem: {', '.join(shipped) or 'none'}; otherwise "
+            f"There is no trained SideNet for {str(name)!r}. These ship with longmem: {', '.join(names) or 'none'}; "
+            "otherwise "
             f"give a checkpoint folder. To train one: `longmem train DOCUMENTS --backbone {name} --out DIR`."
         )
 
-    def save(self, folder: str | Path, *, precision: Precision = "bfloat16", training: dict[str, Any] | None = None) -> None:
+    def save(
+        self, folder: str | Path, *, precision: Precision = "bfloat16", training: dict[str, Any] | None = None
+    ) -> None:
         """Write the SideNet to a folder (not the backbone)."""
         save_sidenet(Path(folder), self.sidenet, self.backbone, precision=precision, training=training)
 
@@ -174,7 +182,9 @@ class LongMem(nn.Module):
         """
         retrieve = self.reader(banks, rows=input_ids_BT.shape[0])
         if not 0.0 <= memory <= 1.0:
-            raise ConfigError(f"memory is a dial from 0 (the backbone alone) to 1 (the trained strength); got {memory}.")
+            raise ConfigError(
+                f"memory is a dial from 0 (the backbone alone) to 1 (the trained strength); got {memory}."
+            )
         hidden_BTD, reads = self.read(input_ids_BT, retrieve, memory=memory, cache=cache)
         return LongMemOutput(self.backbone.logits(hidden_BTD[:, -1:] if last_only else hidden_BTD), reads)
 
@@ -208,7 +218,9 @@ class LongMem(nn.Module):
         if banks is None or isinstance(banks, MemoryBank):
             banks = [banks] * rows
         if len(banks) != rows:
-            raise ConfigError(f"{len(banks)} banks were given for a batch of {rows} rows; give one a row (None for an empty one).")
+            raise ConfigError(
+                f"{len(banks)} banks were given for a batch of {rows} rows; give one a row (None for an empty one)."
+            )
         for bank in banks:
             if bank is not None:
                 self.check(bank)
@@ -222,8 +234,10 @@ class LongMem(nn.Module):
         for name in ("weights", "memory_heads", "head_dim"):
             if getattr(given, name) != getattr(wanted, name):
                 raise BankMismatchError(
-                    f"This bank was written by {given.backbone!r} and the model is {wanted.backbone!r}: their {name} differ "
-                    f"(bank {_short(getattr(given, name))}, model {_short(getattr(wanted, name))}). Remembered keys mean something only to the "
+                    f"This bank was written by {given.backbone!r} and the model is {wanted.backbone!r}: their "
+                    f"{name} differ "
+                    f"(bank {_short(getattr(given, name))}, model {_short(getattr(wanted, name))}). Remembered keys "
+                    "mean something only to the "
                     "weights that made them: use the bank's own model, or write the texts into a new bank."
                 )
 
@@ -231,7 +245,12 @@ class LongMem(nn.Module):
 
     @torch.no_grad()
     def encode(
-        self, token_ids_N: Tensor, start: int = 0, *, batch_size: int | None = None, on_tokens: Callable[[int], None] | None = None
+        self,
+        token_ids_N: Tensor,
+        start: int = 0,
+        *,
+        batch_size: int | None = None,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Keys and values (H, N − start, E) of a source's tokens from `start` on, in the bank's dtype.
 
@@ -267,7 +286,9 @@ class LongMem(nn.Module):
                 if on_tokens is not None:
                     on_tokens(end - kept)
         if not keys:
-            empty = torch.empty(len(self.config.memory_heads), 0, self.backbone.head_dim, dtype=DTYPES[self.bank_spec.dtype])
+            empty = torch.empty(
+                len(self.config.memory_heads), 0, self.backbone.head_dim, dtype=DTYPES[self.bank_spec.dtype]
+            )
             return empty, empty.clone()
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
@@ -287,7 +308,12 @@ class LongMem(nn.Module):
         return torch.cat(keys).to(dtype), torch.cat(values).to(dtype)
 
     def write(
-        self, bank: MemoryBank, path: str | Path, *, source: str | None = None, on_tokens: Callable[[int], None] | None = None
+        self,
+        bank: MemoryBank,
+        path: str | Path,
+        *,
+        source: str | None = None,
+        on_tokens: Callable[[int], None] | None = None,
     ) -> int:
         """Remember a text file; returns the number of tokens. Durable once it returns if the bank is a stored one.
 
@@ -326,7 +352,8 @@ class LongMem(nn.Module):
         past = bank.length_of(source)
         if past and not append:
             raise SourceError(
-                f"Source {source!r} is remembered already ({past} characters). Forget it first, continue it with append, or choose another name."
+                f"Source {source!r} is remembered already ({past} characters). Forget it first, continue it with "
+                "append, or choose another name."
             )
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         new_N = torch.tensor(encoded["input_ids"], dtype=torch.int64)
@@ -338,10 +365,33 @@ class LongMem(nn.Module):
         bank.append(BankEntry(source, text, past, new_N, offsets_N2, keys_HNE, values_HNE))
         return len(new_N)
 
+    # ---- use -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompt: str | Tensor, *, bank: MemoryBank | None = None, source: str | None = None, **settings: Any
+    ) -> Iterator[Piece]:
+        """Continue a text with what the bank remembers, token by token (see `longmem.generation.generate`).
+
+        Args:
+            settings: fields of `GenerationConfig`, such as `max_new_tokens`, `temperature`, `attribute`.
+        """
+        from longmem.generation import GenerationConfig, generate
+
+        return generate(self, prompt, bank=bank, source=source, config=GenerationConfig(**settings))
+
+    def recall(self, query: str, *, bank: MemoryBank, top_k: int = 8, words: float | None = None) -> list[Hit]:
+        """The remembered passages that a query is about, best first (see `longmem.recall.recall`)."""
+        from longmem.recall import recall
+
+        return recall(self, bank, query, top_k, words)
+
     @property
     def tokenizer(self) -> Any:
         if self.backbone.tokenizer is None:
-            raise ConfigError(f"Backbone {self.backbone.name!r} was built without a tokenizer, so it can only take token ids. Give it one.")
+            raise ConfigError(
+                f"Backbone {self.backbone.name!r} was built without a tokenizer, so it can only take token ids. "
+                "Give it one."
+            )
         return self.backbone.tokenizer
 
     def with_prefix(self, token_ids_N: Tensor) -> Tensor:

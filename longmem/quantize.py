@@ -1,6 +1,7 @@
 """Small files for trained layers: what is stored is the difference to the backbone layer they were copied from.
 
-Training moves a layer's weights little, so the difference survives coarse rounding that the weights themselves would not.
+Training moves a layer's weights little, so the difference survives coarse rounding that the weights themselves would
+not.
 
 O output rows, I input columns, G groups of columns that share a scale.
 """
@@ -16,8 +17,12 @@ GROUP = 64
 
 
 def quantize(weight_OI: Tensor, bits: int) -> dict[str, Tensor]:
-    """Symmetric rounding with a float16 scale for each group of 64 columns: {"packed": int8 or two 4-bit codes a uint8, "scale"}."""
-    rows, columns = weight_OI.shape
+    """Symmetric rounding with a float16 scale for each group of 64 columns.
+
+    Returns:
+        "packed", int8 or two 4-bit codes a uint8; and "scale", (O, G).
+    """
+    columns = weight_OI.shape[1]
     padded = -(-columns // GROUP) * GROUP
     grouped_OGg = torch.nn.functional.pad(weight_OI.float(), (0, padded - columns)).unflatten(1, (-1, GROUP))
     limit = 2 ** (bits - 1) - 1
@@ -44,7 +49,8 @@ def dequantize(packed: Tensor, scale_OG: Tensor, columns: int) -> Tensor:
         code_OI = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1).float() - 8
     if code_OI.shape != (scale_OG.shape[0], scale_OG.shape[1] * GROUP):
         raise CheckpointError(
-            f"Packed weights of shape {tuple(packed.shape)} do not fit scales of shape {tuple(scale_OG.shape)}: the file is damaged."
+            f"Packed weights of shape {tuple(packed.shape)} do not fit scales of shape {tuple(scale_OG.shape)}: the "
+            "file is damaged."
         )
     step_OG1 = scale_OG.float().clamp(min=torch.finfo(torch.float16).tiny)[..., None]
     return (code_OI.unflatten(1, (-1, GROUP)) * step_OG1).flatten(1)[:, :columns]

@@ -9,10 +9,11 @@ It carries only the difference d to the backbone, so the paper's cross-network r
         difference:  d ← d + layer(x) − layer(H[lo]) + Δ_mem
     logits = head(norm(H[L] + d))
 
-Δ_mem = branch(joint attention) − branch(local attention), where a branch is everything between the heads' outputs and the
+Δ_mem = branch(joint attention) − branch(local attention). A branch is everything between the heads' outputs and the
 residual add, with its own trainable copy of the output projection. It is exactly 0 where nothing is retrieved.
 
-B batch, T tokens, S local keys, D hidden size, H query heads, K memory heads of a layer, G query heads each, E head size.
+B batch, T tokens, S local keys, D hidden size, H query heads, K memory heads of a layer, G query heads each, E head
+size.
 """
 
 from __future__ import annotations
@@ -67,7 +68,14 @@ class SideNetLayer(nn.Module):
     """
 
     def __init__(
-        self, family: Family, source: nn.Module, lo: int, kv_heads: list[int], config: SideNetConfig, head_dim: int, group: int
+        self,
+        family: Family,
+        source: nn.Module,
+        lo: int,
+        kv_heads: list[int],
+        config: SideNetConfig,
+        head_dim: int,
+        group: int,
     ) -> None:
         super().__init__()
         self.family = family
@@ -168,7 +176,14 @@ class SideNet(nn.Module):
     """
 
     def __init__(
-        self, config: SideNetConfig, family: Family, layers: nn.ModuleList, *, head_dim: int, num_heads: int, num_kv_heads: int
+        self,
+        config: SideNetConfig,
+        family: Family,
+        layers: nn.ModuleList,
+        *,
+        head_dim: int,
+        num_heads: int,
+        num_kv_heads: int,
     ) -> None:
         super().__init__()
         self.config = config
@@ -176,9 +191,7 @@ class SideNet(nn.Module):
         for lo, hi in config.spans:
             kv_heads = [head.kv_head for head in config.memory_heads if head.layer == lo]
             source = layers[lo if kv_heads or config.init == "first" else hi - 1]
-            self.layers.append(
-                SideNetLayer(family, source, lo, kv_heads, config, head_dim, num_heads // num_kv_heads)
-            )
+            self.layers.append(SideNetLayer(family, source, lo, kv_heads, config, head_dim, num_heads // num_kv_heads))
 
     @property
     def boundaries(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Training a SideNet (paper, section 2.4): forward → loss → step → write.
 
-Streams of consecutive segments, one bank a stream. Each step reads what earlier steps wrote, and only then is its own text
-written, so a segment never retrieves itself. The backbone gets no gradient.
+Streams of consecutive segments, one bank a stream. Each step reads what earlier steps wrote, and only then is its own
+text written, so a segment never retrieves itself. The backbone gets no gradient.
 
 B streams, S tokens of a segment, T = S + 1 with the prefix; K, G, R as in `longmem.attention`.
 """
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from longmem.attention import MemoryRead
 from longmem.bank import DTYPES
-from longmem.config import read_json
+from longmem.config import SideNetConfig, read_json
 from longmem.data import Segments, Streams, TokenizedDocuments
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evals.perplexity import PerplexityConfig, PerplexityResult, perplexity
@@ -48,7 +48,8 @@ class TrainConfig:
         weight_decay: of matrices only.
         empty_fraction: share of streams whose bank is hidden in a step, so that an empty bank costs nothing.
         wrong_fraction: share of streams that read another stream's bank in a step, so that a wrong one costs little.
-        lookup_weight: of the memory regulariser: attention among retrieved tokens should fall on those that are the next token.
+        lookup_weight: of the memory regulariser: attention among retrieved tokens should fall on those that are the
+            next token.
         memory: False trains the memory-free twin: the same network, data, steps and seed without any bank.
         max_segments: segments read of one document before the stream moves on.
         dtype: precision of the forward pass; master weights are float32.
@@ -83,7 +84,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if not 0 <= self.empty_fraction + self.wrong_fraction <= 1:
             raise ConfigError(
-                f"empty_fraction and wrong_fraction are shares of the batch; got {self.empty_fraction} and {self.wrong_fraction}."
+                f"empty_fraction and wrong_fraction are shares of the batch; got {self.empty_fraction} and "
+                f"{self.wrong_fraction}."
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
@@ -180,7 +182,9 @@ class Trainer:
         right_B = torch.from_numpy(~empty_B & ~wrong_B).to(self.device)
         if not config.memory:
             return None, right_B
-        return self.banks.reader(torch.from_numpy(source_B).to(self.device), torch.from_numpy(empty_B).to(self.device)), right_B
+        return self.banks.reader(
+            torch.from_numpy(source_B).to(self.device), torch.from_numpy(empty_B).to(self.device)
+        ), right_B
 
     def _language_loss(self, hidden_BSD: Tensor, tokens_BS: Tensor) -> Tensor:
         normed_XD = self.model.backbone.final_norm(hidden_BSD).flatten(0, 1)
@@ -191,8 +195,8 @@ class Trainer:
     def _lookup_loss(self, reads: list[MemoryRead], reader: StreamReader, right_B: Tensor, tokens_BS: Tensor) -> Tensor:
         """−log of the attention, among retrieved tokens, that falls on those which are the next token.
 
-        Counted where the next token was retrieved at all, from the row's own bank: memory must be used where it helps, and
-        only there.
+        Counted where the next token was retrieved at all, from the row's own bank: memory must be used where it
+        helps, and only there.
         """
         if not self.config.lookup_weight:
             return tokens_BS.new_zeros((), dtype=torch.float32)
@@ -230,7 +234,7 @@ class Trainer:
     # ---- resuming ------------------------------------------------------------------------------------------
 
     def save_state(self, folder: Path) -> None:
-        """Everything needed to go on as if nothing had happened: weights, optimiser, banks, data position, random state."""
+        """All that is needed to go on as if nothing had happened: weights, optimiser, banks, data, random state."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"sidenet.{name}": p.detach().contiguous() for name, p in self.sidenet.state_dict().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
@@ -246,6 +250,7 @@ class Trainer:
             "streams": self.streams.state,
             "rng": self.rng.bit_generator.state,
             "config": dataclasses.asdict(self.config),
+            "sidenet": self.sidenet.config.to_dict(),
         }
         (folder / ".state.json").write_text(json.dumps(numbers))
         (folder / ".state.json").replace(folder / "state.json")
@@ -257,6 +262,11 @@ class Trainer:
             CheckpointError: the files are damaged, or were saved by a run with other settings.
         """
         numbers = read_json(folder / "state.json")
+        if SideNetConfig.from_dict(numbers["sidenet"]) != self.sidenet.config:
+            raise CheckpointError(
+                f"The run saved in {folder} trains a SideNet of another shape: {numbers['sidenet']}; now "
+                f"{self.sidenet.config.to_dict()}. Resume with the same shape, or begin a new run."
+            )
         changed = {
             name: (old, getattr(self.config, name, None))
             for name, old in numbers["config"].items()
@@ -264,13 +274,16 @@ class Trainer:
         }
         if changed:
             raise CheckpointError(
-                f"The run saved in {folder} had other settings: {', '.join(f'{n} {a} (now {b})' for n, (a, b) in changed.items())}. "
+                f"The run saved in {folder} had other settings: "
+                f"{', '.join(f'{n} {a} (now {b})' for n, (a, b) in changed.items())}. "
                 "Resume with the same ones, or begin a new run with --warm-from."
             )
         try:
             tensors = load_file(folder / "state.safetensors")
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / 'state.safetensors'} cannot be read ({error}). Begin again, or use --warm-from.") from error
+            raise CheckpointError(
+                f"{folder / 'state.safetensors'} cannot be read ({error}). Begin again, or use --warm-from."
+            ) from error
         self.sidenet.load_state_dict(
             {name.removeprefix("sidenet."): t for name, t in tensors.items() if name.startswith("sidenet.")}
         )
@@ -305,19 +318,24 @@ def train(
 ) -> PerplexityResult | None:
     """Train the SideNet of `model` and write it to `out`; returns the last held-out evaluation.
 
-    `out` gets `config.json` and `sidenet.safetensors` (bfloat16), `log.jsonl`, `curves.png` (with matplotlib installed) and,
-    with `save_every`, `state/` to resume from.
+    `out` gets `config.json` and `sidenet.safetensors` (bfloat16), `log.jsonl`, `curves.png` (with matplotlib
+    installed) and, with `save_every`, `state/` to resume from.
 
     Raises:
         ConfigError, CheckpointError, SourceError: before anything is trained.
     """
-    out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(model, documents, config)
-    log = out / "log.jsonl"
     if resume:
         trainer.load_state(out / "state")
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.jsonl"
+    if resume:
         # Lines of steps after the saved one belong to a future that will now be lived again.
-        kept = [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= trainer.done] if log.exists() else []
+        kept = (
+            [line for line in log.read_text().splitlines() if json.loads(line)["step"] <= trainer.done]
+            if log.exists()
+            else []
+        )
         log.write_text("".join(line + "\n" for line in kept))
     elif log.exists():
         log.unlink()
@@ -335,14 +353,23 @@ def train(
         last = trainer.done == config.steps
         if figures:
             if not math.isfinite(figures["loss"]):
-                raise ConfigError(f"The loss is {figures['loss']} at step {trainer.done}. Lower --learning-rate (now {config.learning_rate}).")
+                raise ConfigError(
+                    f"The loss is {figures['loss']} at step {trainer.done}. Lower --learning-rate (now "
+                    f"{config.learning_rate})."
+                )
             now = time.perf_counter()
             figures["tokens_per_second"] = (trainer.tokens - clock_tokens) / (now - clock)
             clock, clock_tokens = now, trainer.tokens
             write(figures)
         if heldout is not None and (last or (config.eval_every and trainer.done % config.eval_every == 0)):
             result = evaluate(model, heldout, evaluation or PerplexityConfig("blocks", prefill=8192, segments=4))
-            write({"step": trainer.done, **{k: v for k, v in result.perplexity.items() if v}, "gain_percent": result.gain_percent})
+            write(
+                {
+                    "step": trainer.done,
+                    **{k: v for k, v in result.perplexity.items() if v},
+                    "gain_percent": result.gain_percent,
+                }
+            )
             clock = time.perf_counter()
         if config.save_every and (last or trainer.done % config.save_every == 0):
             trainer.save_state(out / "state")
@@ -373,7 +400,12 @@ def draw_curves(log: Path, path: Path) -> bool:
     steps = [row["step"] for row in rows if "loss" in row]
     left.plot(steps, [row["loss"] for row in rows if "loss" in row], linewidth=0.8)
     left.set(xlabel="step", ylabel="nats a token", title="training loss")
-    for name, label in (("bank_on", "on"), ("bank_off", "empty"), ("bank_wrong", "wrong"), ("backbone_local", "backbone")):
+    for name, label in (
+        ("bank_on", "on"),
+        ("bank_off", "empty"),
+        ("bank_wrong", "wrong"),
+        ("backbone_local", "backbone"),
+    ):
         points = [(row["step"], row[name]) for row in rows if row.get(name)]
         if points:
             right.plot(*zip(*points, strict=True), marker="o", label=label)

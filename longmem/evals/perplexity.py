@@ -41,8 +41,8 @@ class PerplexityConfig:
         segments: how many times `segment` tokens are scored.
         context: local tokens before each scored stride (sliding).
         stride: tokens scored at a time (sliding).
-        conditions: any of `backbone_local` (the frozen model, same local window), `backbone_window` (its whole trained window),
-            `bank_off`, `bank_on`, `bank_wrong` (another document's memory).
+        conditions: any of `backbone_local` (the frozen model, same local window), `backbone_window` (its whole
+            trained window), `bank_off`, `bank_on`, `bank_wrong` (another document's memory).
         rows: documents side by side; 0 chooses.
         seed: of the bootstrap.
     """
@@ -62,7 +62,8 @@ class PerplexityConfig:
             raise ConfigError(f"Unknown protocol {self.protocol!r}; choose blocks or sliding.")
         if self.prefill < 0 or self.segments < 1 or self.segment < 2:
             raise ConfigError(
-                f"prefill must be >= 0, segments >= 1 and segment >= 2; got {self.prefill}, {self.segments}, {self.segment}."
+                f"prefill must be >= 0, segments >= 1 and segment >= 2; got {self.prefill}, {self.segments}, "
+                f"{self.segment}."
             )
         if self.protocol == "sliding" and (self.segments * self.segment) % self.stride:
             raise ConfigError(f"stride {self.stride} does not divide the {self.segments * self.segment} scored tokens.")
@@ -140,7 +141,8 @@ def perplexity(
     long_enough = [i for i in range(len(documents)) if documents.lengths[i] >= config.needed]
     if not long_enough:
         raise SourceError(
-            f"No document has the {config.needed} tokens that this evaluation needs; the longest has {int(documents.lengths.max())}. "
+            f"No document has the {config.needed} tokens that this evaluation needs; the longest has "
+            f"{int(documents.lengths.max())}. "
             "Give longer documents, or lower --prefill or --segments."
         )
     rows = config.rows or (16 if model.device.type == "cuda" else 2)
@@ -168,7 +170,9 @@ def _score(model: LongMem, tokens_BN: Tensor, config: PerplexityConfig) -> dict[
         keys_HBNE = torch.stack([keys for keys, _ in encoded], dim=1).to(model.device)
         values_HBNE = torch.stack([values for _, values in encoded], dim=1).to(model.device)
         capacity = -(-config.needed // model.config.chunk_size) * model.config.chunk_size
-        banks = StreamBanks(rows, capacity, model.config, model.backbone.head_dim, dtype=keys_HBNE.dtype, device=model.device)
+        banks = StreamBanks(
+            rows, capacity, model.config, model.backbone.head_dim, dtype=keys_HBNE.dtype, device=model.device
+        )
     losses: dict[str, list[Tensor]] = {name: [] for name in config.conditions}
     step = config.segment if config.protocol == "blocks" else config.stride
     local = 0 if config.protocol == "blocks" else config.context
@@ -177,7 +181,11 @@ def _score(model: LongMem, tokens_BN: Tensor, config: PerplexityConfig) -> dict[
         last = first + step
         window = first - local
         if banks is not None:
-            banks.append(keys_HBNE[:, :, remembered:window], values_HBNE[:, :, remembered:window], tokens_BN[:, remembered:window])
+            banks.append(
+                keys_HBNE[:, :, remembered:window],
+                values_HBNE[:, :, remembered:window],
+                tokens_BN[:, remembered:window],
+            )
             remembered = window
         for name, loss_BX in _score_step(model, tokens_BN, window, first, last, banks, config).items():
             losses[name].append(loss_BX)
@@ -185,7 +193,13 @@ def _score(model: LongMem, tokens_BN: Tensor, config: PerplexityConfig) -> dict[
 
 
 def _score_step(
-    model: LongMem, tokens_BN: Tensor, window: int, first: int, last: int, banks: StreamBanks | None, config: PerplexityConfig
+    model: LongMem,
+    tokens_BN: Tensor,
+    window: int,
+    first: int,
+    last: int,
+    banks: StreamBanks | None,
+    config: PerplexityConfig,
 ) -> dict[str, Tensor]:
     """Losses of tokens [first, last), the local window beginning at `window`."""
     backbone = model.backbone

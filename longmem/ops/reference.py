@@ -17,9 +17,7 @@ GROUP = 16
 BEYOND = -1e30
 
 
-def topk_scan(
-    query_XQE: Tensor, keys_XNE: Tensor, top_k: int, length_X: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def topk_scan(query_XQE: Tensor, keys_XNE: Tensor, top_k: int, length_X: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The `top_k` keys of largest dot product for each query, exactly.
 
     Args:
@@ -61,7 +59,7 @@ def topk_scan(
 
 
 def _topk(score_XQN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """`score_XQN.topk(top_k)`, several times cheaper for long rows: groups of keys are ranked by their maximum first."""
+    """`score_XQN.topk(top_k)`, several times cheaper for long rows: groups of keys are ranked first."""
     num_keys = score_XQN.shape[-1]
     if num_keys < 4 * GROUP * top_k:
         return score_XQN.topk(top_k, dim=-1)
@@ -92,7 +90,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_XD: Tensor, weight_VD: Tensor, target_X: Tensor, row_weight_X: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx, hidden_XD: Tensor, weight_VD: Tensor, target_X: Tensor, row_weight_X: Tensor, chunk: int
+    ) -> Tensor:
         gradient_XD = torch.empty_like(hidden_XD)
         loss_X = torch.empty(len(target_X), dtype=torch.float32, device=hidden_XD.device)
         for first in range(0, len(target_X), chunk):
