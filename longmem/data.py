@@ -51,17 +51,18 @@ def decode_text(raw: bytes, name: str) -> str:
     Raises:
         SourceError: they are empty, binary, or not UTF-8.
     """
-    if not raw.strip():
-        raise SourceError(f"{name} is empty. Expected text in it.")
     if b"\0" in raw:
         raise SourceError(f"{name} is binary (it holds zero bytes), expected UTF-8 text. Convert it to text first.")
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{name} is not UTF-8 text: byte {error.start} cannot be decoded. "
             "Convert it, e.g. `iconv -f latin1 -t utf-8`."
         ) from error
+    if not text.strip():
+        raise SourceError(f"{name} is empty. Expected text in it.")
+    return text
 
 
 def read_documents(paths: Iterable[Path]) -> Iterator[Document]:

@@ -127,6 +127,15 @@ class _Segment:
 _SEGMENT_COLUMNS = ", ".join(field.name for field in dataclasses.fields(_Segment))
 
 
+def check_bank_name(name: str) -> None:
+    """Raise `BankError` unless `name` can name a bank."""
+    if _NAME.fullmatch(name) is None:
+        raise BankError(
+            f"{name!r} cannot name a bank. Use letters, digits, '.', '_' and '-', in parts joined by '/', "
+            "such as 'notes' or 'user/1234'."
+        )
+
+
 class MemoryStore:
     """Named memory banks in one folder. Several processes may read and write it at once.
 
@@ -233,11 +242,7 @@ class MemoryStore:
             StoreCorruptError: if a segment file is missing or damaged.
             StoreNotWritableError: if the bank would have to be created in a read-only store.
         """
-        if _NAME.fullmatch(name) is None:
-            raise BankError(
-                f"{name!r} cannot name a bank. Use letters, digits, '.', '_' and '-', in parts joined by '/', "
-                "such as 'notes' or 'user/1234'."
-            )
+        check_bank_name(name)
         row = self._find(name)
         if row is None:
             if spec is None:

@@ -39,12 +39,12 @@ def write(
     """Remember texts. All of them are checked before any is written; each is on disk when its line appears."""
     if source is not None and len(files) > 1:
         raise typer.BadParameter(f"--source names one text; {len(files)} were given.", param_hint="--source")
-    texts = _read(files, source, store)
+    from longmem.store import MemoryStore, check_bank_name
 
+    check_bank_name(bank)
+    texts = _read(files, source, store)
     loaded = common.load_model(model, device)
     _check_room([len(text.encode()) for text in texts.values()], store, loaded.bank_spec.bytes_per_token)
-    from longmem.store import MemoryStore
-
     with MemoryStore.open(store) as opened:
         if not opened.writable:
             raise StoreNotWritableError(
@@ -69,7 +69,7 @@ def write(
 
 def _read(files: Sequence[str], source: str | None, folder: Path) -> dict[str, str]:
     """Source names and texts, in order."""
-    from longmem.data import read_text
+    from longmem.data import decode_text, read_text
 
     # Sizes first: a file that is larger than memory must not be read to find that out.
     paths = [Path(file) for file in files if file != "-"]
@@ -77,26 +77,11 @@ def _read(files: Sequence[str], source: str | None, folder: Path) -> dict[str, s
     texts: dict[str, str] = {}
     for file in files:
         name = source or ("stdin" if file == "-" else file)
-        text = _read_stdin() if file == "-" else read_text(Path(file))
-        if not text.strip():
-            raise SourceError(f"{name} is empty. Expected a file with text in it.")
+        text = decode_text(sys.stdin.buffer.read(), "Standard input") if file == "-" else read_text(Path(file))
         if name in texts:
             raise SourceError(f"{name} is given twice. Name every text once.")
         texts[name] = text
     return texts
-
-
-def _read_stdin() -> str:
-    raw = sys.stdin.buffer.read()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"Standard input is not UTF-8 text: byte {error.start} cannot be decoded. Convert it, e.g. with iconv."
-        ) from error
-    if "\0" in text:
-        raise SourceError("Standard input is binary (it holds zero bytes), expected UTF-8 text. Convert it first.")
-    return text
 
 
 def _check_new(texts: dict[str, str], remembered: Sequence[str], bank: str) -> None:
