@@ -58,8 +58,10 @@ def search_tokens(
     chunks_X = None if length_X is None else length_X // chunk_size
     chunk_XQR, score_XQR = topk_scan(query_XQE, means_XNE, top_k // chunk_size, chunks_X)
     within_c = torch.arange(chunk_size, device=keys_XNE.device)
-    index_XQR = (chunk_XQR[..., None] * chunk_size + within_c).flatten(-2)
-    return index_XQR, (score_XQR > -torch.inf).repeat_interleave(chunk_size, dim=-1)
+    valid_XQR = (score_XQR > -torch.inf).repeat_interleave(chunk_size, dim=-1)
+    # A bank of less than a chunk has no token at the places that a missing chunk would have.
+    index_XQR = (chunk_XQR[..., None] * chunk_size + within_c).flatten(-2).masked_fill(~valid_XQR, 0)
+    return index_XQR, valid_XQR
 
 
 class BankReader:
