@@ -73,7 +73,7 @@ def _root(
 _REMEMBER, _TRAIN = "Remember and read", "Train and measure"
 for _command in (banks.write, banks.recall, talk.generate, talk.chat, banks.banks, banks.sources, banks.forget):
     app.command(rich_help_panel=_REMEMBER)(_command)
-for _command in (learn.setup, learn.tokenize, measure.probe, learn.train):
+for _command in (learn.setup, learn.tokenize, measure.probe, learn.train, learn.pack):
     app.command(rich_help_panel=_TRAIN)(_command)
 app.add_typer(measure.evaluations, name="eval", rich_help_panel=_TRAIN)
 

@@ -151,7 +151,7 @@ def train(
     evaluation = PerplexityConfig("blocks", segment=segment, prefill=eval_prefill, segments=eval_segments)
     _check_out(out, resume=resume)
 
-    frozen = common.load_backbone(backbone, device, "auto")
+    frozen = common.load_backbone(backbone, device, precision)
     if warm_from is not None:
         model = LongMem.from_pretrained(warm_from, backbone=frozen)
     else:
@@ -183,6 +183,25 @@ def train(
     if result is not None:
         common.out.print(perplexity_table(result))
     typer.echo(f"{out}: a SideNet for {frozen.name}. Use it with --model {out}")
+
+
+def pack(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a trained SideNet.", show_default=False)],
+    out: Out,
+    precision: Annotated[
+        Literal["float32", "bfloat16", "int8", "int4"],
+        typer.Option(help="int8 and int4 store the difference to the backbone's own layers."),
+    ] = "int4",
+) -> None:
+    """Store a trained SideNet in a smaller file."""
+    from longmem.checkpoint import read_config
+    from longmem.model import LongMem
+
+    training = read_config(checkpoint).get("training")
+    model = LongMem.from_pretrained(checkpoint, device="cpu", dtype="float32")
+    model.save(out, precision=precision, training=training)
+    size = (out / "sidenet.safetensors").stat().st_size
+    typer.echo(f"{out}: {precision}, {size / 1e6:.1f} MB")
 
 
 def paper_recipe(backbone: Backbone, **settings: Any) -> SideNetConfig:
