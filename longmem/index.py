@@ -132,11 +132,13 @@ class StreamBanks:
     def append(self, keys_HBTE: Tensor, values_HBTE: Tensor, token_ids_BT: Tensor) -> None:
         """Remember T tokens of every row, over the oldest where the ring is full."""
         tokens = token_ids_BT.shape[1]
-        slot_BT = (self.written_B[:, None] + torch.arange(tokens, device=self.written_B.device)) % self.capacity
+        # Of more tokens than the ring holds only the last are written: two writes to one slot have no order on a GPU.
+        last = slice(max(0, tokens - self.capacity), tokens)
+        slot_BT = (self.written_B[:, None] + torch.arange(tokens, device=self.written_B.device)[last]) % self.capacity
         rows_B1 = torch.arange(slot_BT.shape[0], device=slot_BT.device)[:, None]
-        self.keys_HBNE[:, rows_B1, slot_BT] = keys_HBTE
-        self.values_HBNE[:, rows_B1, slot_BT] = values_HBTE
-        self.token_ids_BN[rows_B1, slot_BT] = token_ids_BT
+        self.keys_HBNE[:, rows_B1, slot_BT] = keys_HBTE[:, :, last]
+        self.values_HBNE[:, rows_B1, slot_BT] = values_HBTE[:, :, last]
+        self.token_ids_BN[rows_B1, slot_BT] = token_ids_BT[:, last]
         self.written_B += tokens
 
     def reset(self, rows_B: Tensor) -> None:
