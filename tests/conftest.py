@@ -21,7 +21,8 @@ from longmem.pretrained import setup
 # The first example pays for lazy initialisation, and test machines are shared: time is no sign of a fault here.
 hypothesis.settings.register_profile("longmem", deadline=None)
 hypothesis.settings.load_profile("longmem")
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Tiny models gain nothing from threads, and threads that wait for each other on a shared machine cost a lot.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,169 @@
+"""Searching banks: against a search of each row by hand, and rings against a Python list."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longmem.bank import BankEntry, MemoryBank
+from longmem.config import BankSpec, MemoryHead, SideNetConfig
+from longmem.index import BankReader, StreamBanks, search_tokens
+
+HEADS = (MemoryHead(1, 0), MemoryHead(1, 1), MemoryHead(2, 1))
+SPEC = BankSpec("tiny", "0" * 64, HEADS, 4, "float32")
+
+
+def config(top_k: int = 4, chunk_size: int = 1) -> SideNetConfig:
+    return SideNetConfig(((1, 2), (2, 4)), HEADS, top_k=top_k, chunk_size=chunk_size)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_bank(size: int, seed: int = 0) -> MemoryBank:
+    bank = MemoryBank(SPEC)
+    if size:
+        offsets_N2 = torch.stack([torch.arange(size), torch.arange(size) + 1], dim=1)
+        keys, values = normal(3, size, 4, seed=seed), normal(3, size, 4, seed=seed + 100)
+        bank.append(BankEntry("source", "x" * size, 0, torch.arange(size), offsets_N2, keys, values))
+    return bank
+
+
+def naive_search(query_E: Tensor, keys_NE: Tensor, top_k: int, chunk_size: int) -> list[int]:
+    """Positions of the best tokens; with chunks, of all tokens of the chunks with the best mean key."""
+    chunks = [keys_NE[i : i + chunk_size].mean(0) for i in range(0, len(keys_NE) - chunk_size + 1, chunk_size)]
+    ranked = sorted(range(len(chunks)), key=lambda i: -float(chunks[i] @ query_E))[: top_k // chunk_size]
+    return [chunk * chunk_size + i for chunk in ranked for i in range(chunk_size)]
+
+
+sizes = st.lists(st.none() | st.integers(0, 20), min_size=1, max_size=3)
+
+
+@given(sizes, st.sampled_from([(4, 1), (1, 1), (4, 2), (6, 3), (4, 4)]), st.sampled_from([1, 2]), st.integers(0, 99))
+def test_a_reader_searches_each_row_in_its_own_bank(
+    bank_sizes: list[int | None], reads: tuple[int, int], layer: int, seed: int
+) -> None:
+    top_k, chunk_size = reads
+    banks = [None if size is None else make_bank(size, seed + row) for row, size in enumerate(bank_sizes)]
+    heads = [0, 1] if layer == 1 else [2]
+    query_BKGTE = normal(len(banks), len(heads), 2, 3, 4, seed=seed)
+    found = BankReader(banks, config(top_k, chunk_size))(layer, query_BKGTE)
+    assert found.keys_BKGTRE.shape == found.values_BKGTRE.shape == (*query_BKGTE.shape[:-1], top_k, 4)
+    assert found.bank_size_B.tolist() == [size or 0 for size in bank_sizes]
+    for b, bank in enumerate(banks):
+        for k, head in enumerate(heads):
+            for g in range(2):
+                for t in range(3):
+                    valid_R = found.valid_BKGTR[b, k, g, t]
+                    if bank is None:
+                        assert not valid_R.any()
+                        continue
+                    best = naive_search(query_BKGTE[b, k, g, t], bank.keys_HNE[head], top_k, chunk_size)
+                    assert found.index_BKGTR[b, k, g, t][valid_R].tolist() == best
+                    assert torch.equal(found.keys_BKGTRE[b, k, g, t][valid_R], bank.keys_HNE[head, best])
+                    assert torch.equal(found.values_BKGTRE[b, k, g, t][valid_R], bank.values_HNE[head, best])
+
+
+@given(st.integers(0, 11), st.sampled_from([2, 4]), st.booleans())
+def test_a_chunk_that_is_not_full_cannot_be_found(size: int, chunk_size: int, padded: bool) -> None:
+    keys_XNE = torch.full((2, 12 if padded else size, 3), torch.nan)
+    keys_XNE[:, :size] = normal(2, size, 3)
+    length_X = torch.full((2,), size) if padded else None
+    index_XQR, valid_XQR = search_tokens(normal(2, 5, 3, seed=1), keys_XNE, 2 * chunk_size, chunk_size, length_X)
+    whole = size // chunk_size * chunk_size
+    assert (valid_XQR.sum(-1) == min(whole, 2 * chunk_size)).all()
+    assert (index_XQR[valid_XQR] < whole).all()
+    assert (index_XQR[~valid_XQR] == 0).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_bank_smaller_than_a_chunk_is_read_as_empty(size: int) -> None:
+    found = BankReader([make_bank(size)], config(4, 4))(1, normal(1, 2, 2, 3, 4))
+    assert not found.valid_BKGTR.any()
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_a_ring_keeps_the_last_tokens_of_each_row(data: st.DataObject) -> None:
+    rows, capacity = data.draw(st.integers(1, 3), "rows"), data.draw(st.integers(1, 12), "capacity")
+    banks = StreamBanks(rows, capacity, config(4), 4, dtype=torch.float32, device=torch.device("cpu"))
+    kept: list[list[tuple[int, Tensor, Tensor]]] = [[] for _ in range(rows)]
+    for step in range(data.draw(st.integers(0, 6), "steps")):
+        if data.draw(st.booleans(), "reset"):
+            gone = data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows), "rows to empty")
+            banks.reset(torch.tensor(gone))
+            kept = [[] if empty else row for empty, row in zip(gone, kept, strict=True)]
+        new = data.draw(st.integers(0, 2 * capacity), "tokens")
+        keys, values = normal(3, rows, new, 4, seed=step), normal(3, rows, new, 4, seed=step + 50)
+        ids_BT = torch.randint(1000, (rows, new))
+        banks.append(keys, values, ids_BT)
+        for row in range(rows):
+            kept[row] += [(int(ids_BT[row, t]), keys[:, row, t], values[:, row, t]) for t in range(new)]
+            kept[row] = kept[row][-capacity:]
+    assert banks.length_B.tolist() == [len(row) for row in kept]
+
+    query_BKGTE = normal(rows, 2, 2, 3, 4, seed=99)
+    reader = banks.reader()
+    found = reader(1, query_BKGTE)
+    ids_BKGTR = reader.token_ids(found.index_BKGTR)
+    for b, row in enumerate(kept):
+        for k in range(2):
+            keys_NE = torch.stack([key[k] for _, key, _ in row]) if row else torch.empty(0, 4)
+            for g in range(2):
+                for t in range(3):
+                    best = naive_search(query_BKGTE[b, k, g, t], keys_NE, 4, 1)
+                    valid_R = found.valid_BKGTR[b, k, g, t]
+                    assert ids_BKGTR[b, k, g, t][valid_R].tolist() == [row[i][0] for i in best]
+                    for r, i in enumerate(best):
+                        assert torch.equal(found.keys_BKGTRE[b, k, g, t, r], row[i][1][k])
+                        assert torch.equal(found.values_BKGTRE[b, k, g, t, r], row[i][2][k])
+
+
+@given(st.permutations(range(3)), st.lists(st.booleans(), min_size=3, max_size=3))
+def test_rows_may_read_each_others_banks_or_none(source: list[int], empty: list[bool]) -> None:
+    banks = StreamBanks(3, 8, config(4), 4, dtype=torch.float32, device=torch.device("cpu"))
+    ids_BT = torch.arange(18).view(3, 6)
+    banks.append(normal(3, 3, 6, 4), normal(3, 3, 6, 4, seed=1), ids_BT)
+    query_BKGTE = normal(3, 1, 2, 3, 4, seed=2)
+    reader = banks.reader(torch.tensor(source), torch.tensor(empty))
+    found = reader(2, query_BKGTE)
+    ids_BKGTR = reader.token_ids(found.index_BKGTR)
+    # The queries of row b put to bank source[b], asked as if it were row source[b].
+    turned = torch.empty_like(query_BKGTE)
+    turned[torch.tensor(source)] = query_BKGTE
+    plain = banks.reader()(2, turned)
+    for row, other in enumerate(source):
+        if empty[row]:
+            assert not found.valid_BKGTR[row].any() and found.bank_size_B[row] == 0
+            continue
+        assert found.valid_BKGTR[row].all() and found.bank_size_B[row] == 6
+        assert ((ids_BKGTR[row] >= 6 * other) & (ids_BKGTR[row] < 6 * other + 6)).all()
+        assert torch.equal(found.index_BKGTR[row], plain.index_BKGTR[other])
+        assert torch.equal(found.values_BKGTRE[row], plain.values_BKGTRE[other])
+
+
+def test_a_ring_and_a_bank_of_the_same_tokens_are_read_alike() -> None:
+    for top_k, chunk_size in ((4, 1), (4, 2)):
+        bank = make_bank(11)
+        ring = StreamBanks(1, 20, config(top_k, chunk_size), 4, dtype=torch.float32, device=torch.device("cpu"))
+        ring.append(bank.keys_HNE[:, None], bank.values_HNE[:, None], bank.token_ids_N[None])
+        query_BKGTE = normal(1, 2, 2, 3, 4, seed=5)
+        from_bank = BankReader([bank], config(top_k, chunk_size))(1, query_BKGTE)
+        from_ring = ring.reader()(1, query_BKGTE)
+        assert torch.equal(from_bank.index_BKGTR, from_ring.index_BKGTR)
+        assert torch.equal(from_bank.values_BKGTRE, from_ring.values_BKGTRE)
+        assert torch.equal(from_bank.bank_size_B, from_ring.bank_size_B)
+
+
+def test_a_ring_holds_whole_chunks() -> None:
+    with pytest.raises(ValueError, match="multiple of chunk_size"):
+        StreamBanks(1, 10, config(4, 4), 4, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_queries_in_another_precision_than_the_bank_are_answered_in_theirs() -> None:
+    found = BankReader([make_bank(9)], config())(1, normal(1, 2, 2, 3, 4).bfloat16())
+    assert found.keys_BKGTRE.dtype == found.values_BKGTRE.dtype == torch.bfloat16
