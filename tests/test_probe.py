@@ -30,22 +30,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from longmem import probe as module
 from longmem.backbone import Backbone
 from longmem.config import MemoryHead, SideNetConfig
 from longmem.data import Document, TokenizedDocuments
 from longmem.errors import CheckpointError, ConfigError, MissingExtraError
-from longmem.probe import (
-    Fact,
-    ProbeConfig,
-    ProbeResult,
-    attend,
-    chance_of_hit,
-    generate_facts,
-    in_top,
-    probe,
-    repeated_pairs,
-)
+from longmem.probe import ProbeConfig, ProbeResult, cause, lookup, probe
+from longmem.probe.cause import Fact, attend, generate_facts
+from longmem.probe.lookup import chance_of_hit, in_top, repeated_pairs
+from longmem.probe.result import _number as number
+from longmem.probe.text import python_documents
 
 VOCABULARY = 300
 SMALL = ProbeConfig(texts=2, remembered=96, window=32, top_k=4, sessions=2, facts=2, filler=24, max_heads=3)
@@ -86,7 +79,7 @@ FAMILIES = models_of_all_families()
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A token for each word of the questions and each printable character; other words are all one."""
-    words = re.findall(r"\w+", " ".join(f"{t[1]} {t[2]} {' '.join(t[3][:3])}" for t in module._TEMPLATES))
+    words = re.findall(r"\w+", " ".join(f"{t[1]} {t[2]} {' '.join(t[3][:3])}" for t in cause._TEMPLATES))
     vocabulary = list(dict.fromkeys(["?", *(chr(code) for code in range(32, 127)), *words]))[:VOCABULARY]
     inner = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|\W"), "isolated")
@@ -104,9 +97,9 @@ def backbone_of(family: str, tokenizer: Any) -> Backbone:
     return Backbone(FAMILIES[family](), tokenizer, family)
 
 
-def questions_of(backbone: Backbone, documents: TokenizedDocuments, config: ProbeConfig = SMALL) -> module._Questions:
+def questions_of(backbone: Backbone, documents: TokenizedDocuments, config: ProbeConfig = SMALL) -> cause.Questions:
     rng = np.random.default_rng(0)
-    return module._Questions(backbone, module._sessions(backbone, documents, config, rng))
+    return cause.Questions(backbone, cause.make_sessions(backbone, documents, config, rng))
 
 
 # ---- look-up -----------------------------------------------------------------------------------------------
@@ -169,7 +162,7 @@ def test_look_up_finds_a_planted_head(tokenizer: Any, documents: TokenizedDocume
         weight[:size, 32 + 16 : 32 + 24] = directions.roll(1, 0)
     text = TokenizedDocuments(tokens.astype(np.uint16), ["count"], [len(tokens)])
     config = ProbeConfig(texts=1, remembered=96, window=32, top_k=1)
-    rates, positions, chance = module.look_up_rates(
+    rates, positions, chance = lookup.look_up_rates(
         backbone, text, config, np.random.default_rng(0), lambda stage, done, total: None
     )
     assert positions == 32
@@ -216,8 +209,8 @@ def test_questions_are_answered_as_the_backbone_answers(tokenizer: Any, document
     """Without filler, all heads looking is plain causal attention over session and question."""
     backbone = backbone_of("llama", tokenizer)
     config = ProbeConfig(sessions=1, facts=2, filler=0)
-    sessions = module._sessions(backbone, documents, config, np.random.default_rng(0))
-    questions = module._Questions(backbone, sessions)
+    sessions = cause.make_sessions(backbone, documents, config, np.random.default_rng(0))
+    questions = cause.Questions(backbone, sessions)
     log_probs = []
     for ids, answer in sessions[0].questions:
         whole = torch.tensor([sessions[0].context + ids])
@@ -229,16 +222,16 @@ def test_questions_are_answered_as_the_backbone_answers(tokenizer: Any, document
 
 def test_nobody_looking_is_a_session_never_told(tokenizer: Any, documents: TokenizedDocuments) -> None:
     backbone = backbone_of("llama", tokenizer)
-    sessions = module._sessions(backbone, documents, SMALL, np.random.default_rng(0))
+    sessions = cause.make_sessions(backbone, documents, SMALL, np.random.default_rng(0))
     nobody = torch.zeros(3, 2, dtype=torch.bool)
-    before, _ = module._Questions(backbone, sessions).answer(nobody)
+    before, _ = cause.Questions(backbone, sessions).answer(nobody)
     others = []
     for session in sessions:
         context = list(session.context)
         context[session.told] = [7] * (session.told.stop - session.told.start)
-        others.append(module._Session(context, session.told, session.questions))
-    after, _ = module._Questions(backbone, others).answer(nobody)
-    looking, _ = module._Questions(backbone, others).answer(~nobody)
+        others.append(cause.Session(context, session.told, session.questions))
+    after, _ = cause.Questions(backbone, others).answer(nobody)
+    looking, _ = cause.Questions(backbone, others).answer(~nobody)
     assert before == after != looking
 
 
@@ -272,7 +265,7 @@ def test_greedy_addition_prefers_look_up_then_gain(tokenizer: Any, documents: To
     look_up = ((0.0, 0.6), (0.9, 0.0), (0.0, 0.0))
     knock_out = ((1.0, 1.0), (1.0, 1.0), (-1.0, 1.0))
     config = ProbeConfig(**{**vars(SMALL), "min_gain": -10.0, "max_heads": 4})
-    path = module._add_greedily(questions, look_up, knock_out, config, lambda stage, done, total: None)
+    path = cause.add_greedily(questions, look_up, knock_out, config, lambda stage, done, total: None)
     assert [step.head for step in path[:2]] == [(1, 0), (0, 1)]
     assert [step.reason for step in path] == ["look-up", "look-up", "copy-out", "copy-out"]
     assert MemoryHead(2, 0) not in [step.head for step in path]  # no effect, no candidate
@@ -284,7 +277,7 @@ def test_greedy_addition_prefers_look_up_then_gain(tokenizer: Any, documents: To
         assert (step.log_probability, step.gain) == pytest.approx((then, then - now), abs=1e-6)
         now = then
     assert path[2].gain >= path[3].gain or path[2].head != path[3].head
-    strict = module._add_greedily(
+    strict = cause.add_greedily(
         questions, look_up, knock_out, ProbeConfig(**{**vars(SMALL), "min_gain": 99.0}), lambda stage, done, total: None
     )
     assert [step.chosen for step in strict] == [True, True, False]
@@ -304,11 +297,11 @@ def test_facts_are_of_different_kinds_with_different_answers(count: int, seed: i
 
 def test_facts_are_told_in_the_chat_template_if_there_is_one(tokenizer: Any) -> None:
     fact = Fact("I have a dog called Rex.", "What is my dog called?", "Your dog is called", "Rex")
-    session, (question,) = module._chat(tokenizer, [fact])
+    session, (question,) = cause.tell(tokenizer, [fact])
     assert session.startswith("User: I have a dog called Rex.\nAssistant: ")
     assert question.endswith("User: What is my dog called?\nAssistant: Your dog is called")
     chatty = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=CHAT_TEMPLATE)
-    session, (question,) = module._chat(chatty, [fact])
+    session, (question,) = cause.tell(chatty, [fact])
     assert session == "[user] I have a dog called Rex. [assistant] I will remember that. "
     assert question == "[user] What is my dog called? [assistant] Your dog is called"
 
@@ -316,7 +309,7 @@ def test_facts_are_told_in_the_chat_template_if_there_is_one(tokenizer: Any) -> 
 def test_contexts_are_equally_long_and_fit_the_window(tokenizer: Any, documents: TokenizedDocuments) -> None:
     backbone = backbone_of("gpt2", tokenizer)
     config = ProbeConfig(**{**vars(SMALL), "filler": 10_000})
-    sessions = module._sessions(backbone, documents, config, np.random.default_rng(0))
+    sessions = cause.make_sessions(backbone, documents, config, np.random.default_rng(0))
     assert len({len(session.context) for session in sessions}) == 1
     longest = max(len(ids) for session in sessions for ids, _ in session.questions)
     assert len(sessions[0].context) + longest == backbone.max_positions
@@ -379,7 +372,7 @@ def test_the_heat_map_shows_every_layer(result: ProbeResult) -> None:
 
 @pytest.mark.parametrize(("value", "text"), [(0.934, ".93"), (1, "1.00"), (-0.05, "-.05"), (0.001, "·"), (-2, "-2.00")])
 def test_numbers_are_short(value: float, text: str) -> None:
-    assert module._number(value) == text
+    assert number(value) == text
 
 
 def test_plot(result: ProbeResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,6 +387,6 @@ def test_plot(result: ProbeResult, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_default_documents_ship_with_python() -> None:
-    documents: list[Document] = list(module._python_documents())
+    documents: list[Document] = list(python_documents())
     assert [document.name for document in documents] == ["python topics", "python docstrings"]
     assert all(len(document.text) > 100_000 for document in documents)
