@@ -107,8 +107,9 @@ def save_sidenet(
         "sidenet": sidenet.config.to_dict(),
         "training": dict(training or {}),
     }
+    text = json.dumps(config, indent=1) + "\n"
     _replace(folder / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8"))
+    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _replace(path: Path, write: Any) -> None:
@@ -130,6 +131,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("format") != FORMAT:
         raise CheckpointError(
             f"{folder / CONFIG_FILE} has format {config.get('format')!r}, this version of longmem reads {FORMAT!r}."
+        )
+    if not isinstance(config.get("backbone"), str) or not isinstance(config.get("sidenet"), dict):
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} lacks its fields `backbone` or `sidenet`. Restore it from a copy, or train again."
         )
     return config
 
