@@ -1,0 +1,159 @@
+"""Settings: what goes together, what does not, and the way to JSON and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longmem.config import BankSpec, EncodeConfig, MemoryHead, SideNetConfig, read_json
+from longmem.errors import CheckpointError, ConfigError
+
+
+@st.composite
+def sidenet_configs(draw: st.DrawFn) -> tuple[SideNetConfig, int]:
+    """A SideNet around random memory heads, and the layers of its backbone."""
+    layers = draw(st.integers(1, 40))
+    head = st.tuples(st.integers(0, layers - 1), st.integers(0, 3))
+    heads = draw(st.lists(head, min_size=1, max_size=6, unique=True))
+    chunk_size = draw(st.integers(1, 4))
+    config = SideNetConfig.around(
+        heads,
+        layers,
+        below=draw(st.integers(0, 4)),
+        above=draw(st.integers(1, 4)),
+        update=draw(st.sampled_from(["alpha", "difference"])),
+        init=draw(st.sampled_from(["first", "last"])),
+        top_k=chunk_size * draw(st.integers(1, 9)),
+        chunk_size=chunk_size,
+        fusion=draw(st.sampled_from(["joint", "gate"])),
+        encode=EncodeConfig(draw(st.integers(1, 99)), draw(st.integers(0, 99))),
+    )
+    return config, layers
+
+
+@given(sidenet_configs())
+def test_spans_around_memory_heads_reach_the_top_without_a_gap(case: tuple[SideNetConfig, int]) -> None:
+    config, layers = case
+    assert config.spans[-1][1] == layers
+    for (lo, hi), (next_lo, _) in zip(config.spans, config.spans[1:], strict=False):
+        assert lo < hi == next_lo
+    assert set(config.memory_layers) <= {lo for lo, _ in config.spans}
+
+
+@given(sidenet_configs())
+def test_each_layer_finds_its_own_heads(case: tuple[SideNetConfig, int]) -> None:
+    config, layers = case
+    found = [config.memory_heads[config.heads_of(layer)] for layer in range(layers)]
+    assert all(head.layer == layer for layer, heads in enumerate(found) for head in heads)
+    assert sum(found, start=()) == config.memory_heads
+
+
+@given(sidenet_configs())
+def test_a_config_survives_json(case: tuple[SideNetConfig, int]) -> None:
+    config, _ = case
+    assert SideNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_spans_below_are_there_only_where_there_is_room() -> None:
+    assert SideNetConfig.around([(0, 0)], 4, below=3, above=1).spans == ((0, 4),)
+    assert SideNetConfig.around([(2, 0)], 4, below=1, above=2).spans == ((0, 2), (2, 3), (3, 4))
+    assert SideNetConfig.around([(2, 0)], 4).spans == ((2, 3), (3, 4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"spans": ()}, "at least one span"),
+        ({"spans": ((0, 0),)}, "ascending"),
+        ({"spans": ((0, 3), (2, 4))}, "ascending"),
+        ({"spans": ((2, 4), (0, 2))}, "ascending"),
+        ({"memory_heads": (MemoryHead(1, 0),)}, r"Memory layers \[1\]"),
+        ({"memory_heads": (MemoryHead(2, 0), MemoryHead(2, 0))}, "listed twice"),
+        ({"memory_heads": (MemoryHead(2, 1), MemoryHead(2, 0))}, "ascending order"),
+        ({"top_k": 0}, "top_k"),
+        ({"chunk_size": 0}, "top_k"),
+        ({"top_k": 10, "chunk_size": 4}, "multiple of chunk_size"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        SideNetConfig(**{"spans": ((0, 2), (2, 4)), "memory_heads": (MemoryHead(2, 0),), **settings})
+
+
+@pytest.mark.parametrize(("stride", "overlap"), [(0, 8), (-1, 8), (8, -1)])
+def test_windows_have_a_stride_and_no_negative_overlap(stride: int, overlap: int) -> None:
+    with pytest.raises(ConfigError, match=f"stride={stride}, overlap={overlap}"):
+        EncodeConfig(stride, overlap)
+
+
+GOOD = SideNetConfig(((0, 2), (2, 4)), (MemoryHead(2, 0),)).to_dict()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {**GOOD, "spans": [[1, 2, 3]]},
+        {**GOOD, "spans": None},
+        {**GOOD, "memory_heads": [[1]]},
+        {**GOOD, "encode": 3},
+        {**GOOD, "colour": "red"},
+        {name: value for name, value in GOOD.items() if name != "encode"},
+    ],
+)
+def test_fields_of_something_else_are_not_a_config(fields: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match="not the configuration of a SideNet"):
+        SideNetConfig.from_dict(fields)
+
+
+specs = st.builds(
+    BankSpec,
+    backbone=st.text(max_size=9),
+    weights=st.text("0123456789abcdef", min_size=64, max_size=64),
+    memory_heads=st.lists(st.builds(MemoryHead, st.integers(0, 40), st.integers(0, 8))).map(tuple),
+    head_dim=st.integers(1, 256),
+    dtype=st.sampled_from(["bfloat16", "float32"]),
+)
+
+
+@given(specs)
+def test_a_spec_survives_json(spec: BankSpec) -> None:
+    again = BankSpec.from_json(spec.to_json())
+    assert again == spec and again.backbone == spec.backbone
+    assert all(isinstance(head, MemoryHead) for head in again.memory_heads)
+
+
+def test_bytes_of_a_token_are_those_of_its_keys_and_values() -> None:
+    heads = (MemoryHead(1, 0), MemoryHead(2, 1), MemoryHead(3, 0))
+    assert BankSpec("tiny", "0" * 64, heads, 64).bytes_per_token == 2 * 3 * 64 * 2
+    assert BankSpec("tiny", "0" * 64, heads, 64, "float32").bytes_per_token == 2 * 3 * 64 * 4
+
+
+def test_a_spec_is_the_weights_and_not_the_name() -> None:
+    heads = (MemoryHead(1, 0),)
+    assert BankSpec("a", "0" * 64, heads, 64) == BankSpec("b", "0" * 64, heads, 64)
+    assert BankSpec("a", "0" * 64, heads, 64) != BankSpec("a", "1" * 64, heads, 64)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (None, "is missing"),
+        (b"", "cannot be read as JSON"),
+        (b'{"a": ', "cannot be read as JSON"),
+        (b"\xff\xfe{}", "cannot be read as JSON"),
+        (b"[1, 2]", "holds list, expected a JSON object"),
+    ],
+)
+def test_a_file_that_is_no_json_object_is_named(raw: bytes | None, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    if raw is not None:
+        path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=words) as refused:
+        read_json(path)
+    assert str(path) in str(refused.value)
