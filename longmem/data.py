@@ -85,7 +85,8 @@ def read_documents(paths: Iterable[Path]) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path) -> Iterator[Document]:
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    # Not `splitlines`: JSON strings may hold other line separators, such as U+2028, as they are.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -157,8 +158,8 @@ class TokenizedDocuments:
         try:
             rows = json.loads((folder / "documents.json").read_text())
             tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-            names, lengths = [row["name"] for row in rows], [row["tokens"] for row in rows]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            names, lengths = [row["name"] for row in rows], [int(row["tokens"]) for row in rows]
+        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise SourceError(
                 f"{folder} is not a folder of tokenised documents ({error}). Make one with `longmem tokenize`."
             ) from error
