@@ -77,7 +77,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(form: dict[str, Any
     with pytest.raises(Interrupted):
         train(fresh(**form), REPETITIVE, config, tmp_path / "parts", on_figures=interrupt, **settings)
     assert not (tmp_path / "parts" / "sidenet.safetensors").exists()
-    # Of the five logged steps the last was not saved: it is lived again. What the new model's weights were is no matter.
+    # Of the five logged steps the last was not saved: it is lived again. The new model's own weights do not matter.
     again = fresh(**form)
     tiny.randomise(again.sidenet, 0.5)
     train(again, REPETITIVE, config, tmp_path / "parts", resume=True, **settings)
