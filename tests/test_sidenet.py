@@ -10,10 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longmem.attention import local_attention, local_logsumexp
+from longmem.bank import MemoryBank
 from longmem.checkpoint import new_sidenet
 from longmem.config import SideNetConfig
 from longmem.index import BankReader, Retrieved
 from longmem.model import LongMem
+from longmem.sidenet import SideNetLayer
 
 DTYPES = (torch.float32, torch.bfloat16)
 FORMS: dict[str, dict[str, Any]] = {
@@ -144,18 +147,76 @@ def test_token_by_token_with_a_cache_equals_all_at_once(family: str, form: str) 
     torch.testing.assert_close(torch.cat(parts, dim=1), whole_BTV, atol=3e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["alpha", "difference"])
+@every_form
 @torch.no_grad()
-def test_a_bank_may_come_and_go_under_a_cache(form: str) -> None:
-    """The first tokens see no memory, the later ones do: as if the earlier had been computed without."""
+def test_a_bank_may_come_under_a_cache(form: str) -> None:
+    """The first 20 tokens see no memory, the later ones do; at once, that is a search that answers only the later."""
     model = tiny.model("llama", **FORMS[form])
     bank = tiny.bank(model, 60)
+
+    def later(layer: int, query_BKGTE: torch.Tensor) -> Retrieved:
+        found = BankReader([bank, bank], model.config)(layer, query_BKGTE)
+        found.valid_BKGTR[:, :, :, :20] = False
+        return found
+
+    hidden_BTD, _ = model.read(IDS_BT, later)
     cache = model.new_cache()
-    before = model(IDS_BT[:, :20], None, cache=cache).logits_BTV
-    torch.testing.assert_close(before, model(IDS_BT[:, :20]).logits_BTV)
-    after = model(IDS_BT[:, 20:], bank, cache=cache).logits_BTV
-    assert not torch.allclose(after, model(IDS_BT).logits_BTV[:, 20:], atol=1e-4)
-    torch.testing.assert_close(model(IDS_BT[:, :20]).logits_BTV, before)
+    parts = [
+        model(IDS_BT[:, :20], None, cache=cache).logits_BTV,
+        model(IDS_BT[:, 20:], bank, cache=cache).logits_BTV,
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model.backbone.logits(hidden_BTD), atol=3e-4, rtol=1e-3)
+
+
+def by_hand(model: LongMem, bank: MemoryBank, memory: float) -> torch.Tensor:
+    """The formula of the module's docstring, every layer in full."""
+    family, seen = model.backbone.family, model.backbone(IDS_BT, boundaries=range(tiny.LAYERS + 1))
+
+    def decode(layer: SideNetLayer, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The decoder layer's output, and Δ_mem."""
+        rotary = model.backbone.position_embeddings(layer.lo, x_BTD, seen.positions_BT)
+        query_BHTE, key_BKTE, value_BKTE = family.qkv(layer.decoder, x_BTD)
+        turned_BHTE, turned_BKTE = family.rotate(query_BHTE, rotary), family.rotate(key_BKTE, rotary)
+        scaling, window = family.scaling(layer.decoder), family.window(layer.decoder)
+        local_BHTE = local_attention(turned_BHTE, turned_BKTE, value_BKTE, scaling, window)
+        projected_BTD = family.project(layer.decoder, local_BHTE.transpose(1, 2).flatten(2))
+        branch_BTD = family.after_projection(layer.decoder, projected_BTD)
+        output_BTD = family.finish(layer.decoder, x_BTD, branch_BTD)
+        if not layer.kv_heads:
+            return output_BTD, torch.zeros_like(x_BTD)
+        group = query_BHTE.shape[1] // key_BKTE.shape[1]
+        query_BKGTE, turned_BKGTE, local_BKGTE = (
+            part.unflatten(1, (-1, group))[:, layer.kv_heads] for part in (query_BHTE, turned_BHTE, local_BHTE)
+        )
+        logsumexp_BKGT = local_logsumexp(turned_BKGTE, turned_BKTE[:, layer.kv_heads], scaling, window)
+        found = BankReader([bank] * 2, model.config)(layer.lo, query_BKGTE)
+        change_BKGTE, _ = layer.memory(query_BKGTE, local_BKGTE, logsumexp_BKGT, found)
+        heads = change_BKGTE.flatten(1, 2).transpose(1, 2).flatten(2)
+        joint_BTD = family.after_projection(layer.decoder, projected_BTD + heads @ layer.memory_output_DF.T)
+        return output_BTD, joint_BTD - branch_BTD
+
+    difference_BTD = torch.zeros_like(seen.hidden_states[0])
+    for layer in model.sidenet.layers:
+        hidden_BTD = seen.hidden_states[layer.lo]
+        x_BTD = hidden_BTD + difference_BTD
+        output_BTD, memory_BTD = decode(layer, x_BTD)
+        if model.config.update == "alpha":
+            step_BTD = layer.alpha_D * (output_BTD - x_BTD)
+        else:
+            step_BTD = output_BTD - decode(layer, hidden_BTD)[0]
+        difference_BTD = difference_BTD + step_BTD + memory * memory_BTD
+    return model.backbone.logits(seen.hidden_states[tiny.LAYERS] + memory * difference_BTD)
+
+
+@pytest.mark.parametrize("memory", [0.5, 1.0])
+@every_form
+@every_family
+@torch.no_grad()
+def test_it_is_its_formula(family: str, form: str, memory: float) -> None:
+    model = tiny.model(family, **FORMS[form])
+    bank = tiny.bank(model, 60)
+    expected_BTV = by_hand(model, bank, memory)
+    torch.testing.assert_close(model(IDS_BT, bank, memory=memory).logits_BTV, expected_BTV, atol=3e-4, rtol=1e-3)
 
 
 @every_form

@@ -174,6 +174,19 @@ def test_a_segment_reads_what_came_before_it_and_never_itself() -> None:
         assert written_B.tolist() != trainer.banks.written_B.tolist()
 
 
+def test_what_is_written_is_what_the_model_encodes() -> None:
+    model = fresh()
+    trainer = Trainer(model, REPETITIVE, SMALL)
+    trainer.step()
+    tokens_BS = Trainer(model, REPETITIVE, SMALL).streams.next().tokens_BS
+    assert torch.equal(trainer.banks.token_ids_BN[:, :16], tokens_BS)
+    for row, tokens_S in enumerate(tokens_BS):
+        # A segment is shorter than a window of `encode`, and both stand behind the prefix.
+        keys_HSE, values_HSE = model.encode(tokens_S)
+        torch.testing.assert_close(trainer.banks.keys_HBNE[:, row, :16], keys_HSE, atol=2e-2, rtol=2e-2)
+        torch.testing.assert_close(trainer.banks.values_HBNE[:, row, :16], values_HSE, atol=2e-2, rtol=2e-2)
+
+
 def test_hidden_and_wrong_banks_are_as_many_as_asked() -> None:
     for fractions, rows in (((1.0, 0.0), "empty"), ((0.0, 1.0), "wrong")):
         config = dataclasses.replace(SMALL, empty_fraction=fractions[0], wrong_fraction=fractions[1], rows=3)
