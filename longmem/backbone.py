@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,12 +129,15 @@ class Backbone(nn.Module):
 
     @cached_property
     def weights_hash(self) -> str:
-        """sha256 over names, shapes and bytes of all parameters, in their stored precision of bfloat16.
+        """sha256 over names, shapes and bytes of all parameters, in their stored precision of bfloat16, and over the
+        settings that change what they compute.
 
         A bank's keys mean something only to these very weights. Hashing in bfloat16 makes the hash the same
         whether the model computes in float32 or bfloat16.
         """
-        digest = hashlib.sha256()
+        settings = [self.config.model_type, getattr(self.config, "sliding_window", None)]
+        settings += _rope_settings(getattr(self.config, "rope_parameters", None))
+        digest = hashlib.sha256(json.dumps(settings).encode())
         for name, parameter in sorted(self.model.named_parameters()):
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             stored = parameter.detach().to("cpu", torch.bfloat16).contiguous()
@@ -221,3 +225,16 @@ class Backbone(nn.Module):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _rope_settings(parameters: Any) -> list[Any]:
+    """Bases and factors of rotary embeddings, wherever a family nests them."""
+    if not isinstance(parameters, dict):
+        return []
+    found = []
+    for name, value in sorted(parameters.items()):
+        if isinstance(value, dict):
+            found += [name, *_rope_settings(value)]
+        elif name in ("rope_theta", "factor", "partial_rotary_factor"):
+            found += [name, value]
+    return found
