@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 MODEL = "smollm2-135m"
-SEGMENT, UNREAD = 1024, 4  # the last four segments of the documentation are not remembered
+SEGMENT, UNREAD = 1024, 3  # the last three segments of the documentation are not remembered
 WRONG_MODULES = ("typing", "argparse", "turtle", "datetime", "doctest")
 
 # (what is told, question, begun answer, answer)
@@ -117,7 +117,7 @@ def remember(store_dir: Path) -> None:
     with Progress(*columns, console=console) as progress:
         for name, source, content in (
             ("python", "python-reference", text),
-            ("something-else", "standard-library", something_else()[: len(text) // 6]),
+            ("something-else", "standard-library", something_else()[: len(text) // 12]),
             ("facts", "yesterday", "".join(f"User: {told}\nAssistant: I will remember that.\n" for told, *_ in FACTS)),
         ):
             bank = store.bank(name, spec=model.bank_spec)
@@ -167,21 +167,32 @@ def show_perplexity(model: Any, python: Any, other: Any) -> None:
 
 
 def show_passage(model: Any, python: Any) -> None:
-    prompt = 'The "with" statement is used to wrap the execution of a block with methods defined by a'
-    console.print("\n[bold]A passage continued from memory[/bold], with what it drew on:")
-    console.print(prompt, style="dim", end="")
-    weights: dict[tuple[str, int, int], float] = {}
-    texts: dict[tuple[str, int, int], str] = {}
-    for piece in model.generate(prompt, bank=python, max_new_tokens=48, attribute=True, remember=False):
-        console.print(piece.text, end="", markup=False, highlight=False)
-        for span in piece.sources:
-            key = (span.source, span.start, span.end)
-            weights[key] = weights.get(key, 0.0) + span.weight
-            texts[key] = span.text
-    console.print("\n")
-    for key in sorted(weights, key=weights.__getitem__, reverse=True)[:3]:
-        snippet = " ".join(texts[key].split())
-        console.print(f"  {key[0]}:{key[1]}–{key[2]}  “{snippet[:90]}”", markup=False, highlight=False)
+    text, begun = documentation(), "Classes without an"
+    end = text.find(begun) + len(begun) if begun in text else len(text) // 3
+    prompt = text[end - 260 : end]
+    weights: dict[Any, float] = {}
+    continued = {}
+    with console.status("continuing a passage"):
+        for name, bank in (("bank on", python), ("bank off", None)):
+            words = ""
+            for piece in model.generate(
+                prompt, bank=bank, max_new_tokens=28, attribute=bank is not None, remember=False
+            ):
+                words += piece.text
+                for span in piece.sources:
+                    key = (span.source, span.start, span.end, span.text)
+                    weights[key] = weights.get(key, 0.0) + span.weight
+            continued[name] = words
+    console.print("\n[bold]A passage of the documentation, continued[/bold]")
+    console.print(f"…{prompt}", style="dim", markup=False, highlight=False)
+    for name, words in continued.items():
+        console.print(f"  {name}: {' '.join(words.split())}", markup=False, highlight=False)
+    real = " ".join(text[end : end + 130].split())
+    console.print(f"  the real text: {real}", markup=False, highlight=False)
+    console.print("\nWhat it drew on most:")
+    for key in sorted(weights, key=weights.__getitem__, reverse=True)[:4]:
+        source, start, stop, words = key
+        console.print(f"  {source}:{start}–{stop}  “{' '.join(words.split())[:90]}”", markup=False, highlight=False)
 
 
 def show_facts(model: Any, facts: Any) -> None:
@@ -193,8 +204,7 @@ def show_facts(model: Any, facts: Any) -> None:
         for _, question, begun, answer in FACTS:
             ask = f"User: {question}\nAssistant: {begun}"
             for name, bank, context in zip(right, (facts, None, None), ("", "", told), strict=True):
-                pieces = model.generate(context + ask, bank=bank, max_new_tokens=6, remember=False)
-                right[name] += "".join(piece.text for piece in pieces).strip().lower().startswith(answer.lower())
+                right[name] += answers(model, context + ask, bank, answer)
     table = Table(title=f"{len(FACTS)} facts from yesterday's conversation, answer begun", title_justify="left")
     table.add_column("")
     table.add_column("continued correctly", justify="right")
@@ -202,6 +212,18 @@ def show_facts(model: Any, facts: Any) -> None:
         table.add_row(name, f"{count} of {len(FACTS)}")
     console.print()
     console.print(table)
+
+
+def answers(model: Any, prompt: str, bank: Any, answer: str) -> bool:
+    """Whether greedy decoding continues with the answer. Stops at the first letter that differs."""
+    said = ""
+    for piece in model.generate(prompt, bank=bank, max_new_tokens=12, remember=False):
+        said = (said + piece.text).lstrip().lower()
+        if said.startswith(answer.lower()):
+            return True
+        if not answer.lower().startswith(said):
+            return False
+    return False
 
 
 def main() -> None:

@@ -262,7 +262,7 @@ class Trainer:
             CheckpointError: the files are damaged, or were saved by a run with other settings.
         """
         numbers = read_json(folder / "state.json")
-        if SideNetConfig.from_dict(numbers["sidenet"]) != self.sidenet.config:
+        if SideNetConfig.from_dict(numbers.get("sidenet", {})) != self.sidenet.config:
             raise CheckpointError(
                 f"The run saved in {folder} trains a SideNet of another shape: {numbers['sidenet']}; now "
                 f"{self.sidenet.config.to_dict()}. Resume with the same shape, or begin a new run."
