@@ -209,10 +209,14 @@ def test_an_unknown_bank_names_those_there_are(store: MemoryStore) -> None:
     assert [info.name for info in store.banks()] == ["user/1"]
 
 
+def test_the_same_weights_by_another_name_open_the_bank(store: MemoryStore) -> None:
+    store.bank("notes", SPEC).append(make_entry("a", "text"))
+    assert len(store.bank("notes", replace(SPEC, backbone="folder/of/the/same/model"))) > 0
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("backbone", "other"),
         ("weights", "1" * 64),
         ("memory_heads", (MemoryHead(1, 0), MemoryHead(2, 0))),
         ("head_dim", 16),
