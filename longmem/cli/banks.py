@@ -63,7 +63,8 @@ def write(
             rows = [{"source": name, "tokens": count} for name, count in written.items()]
             common.print_json({"bank": bank, "written": rows, "tokens": len(target), "sources": len(target.sources)})
         else:
-            many = f"{len(target):,} tokens of {len(target.sources)} sources"
+            sources = len(target.sources)
+            many = f"{len(target):,} tokens of {sources} source{'' if sources == 1 else 's'}"
             common.out.print(f"Bank {bank} remembers {many}.", markup=False, highlight=False)
 
 
