@@ -4,7 +4,8 @@
 #
 #   benchmarks/sidenet_smollm2.sh TRAIN HELDOUT OUT [STEPS]
 #
-# TRAIN and HELDOUT: folders of texts, or of `longmem tokenize`. One H200 takes about 15 minutes for 2,100 steps (34M tokens).
+# TRAIN and HELDOUT: folders of texts, or of `longmem tokenize`. 2,100 steps are 34M tokens: at the
+# rates in docs/log.md about 11 minutes of training on one H200, evaluations not counted. Not yet run as a whole.
 set -euo pipefail
 train=$1 heldout=$2 out=$3 steps=${4:-2100}
 heads='17.1 18.2 20.2 23.0 23.1 23.2'
@@ -12,7 +13,7 @@ common=(--backbone smollm2-135m --steps "$steps" --rows 16 --segment 1024 --bank
     --warmup 100 --empty-fraction 0.2 --wrong-fraction 0.1 --log-every 50 --save-every 500)
 mkdir -p "$out/evals"
 
-evaluate() { # NAME CONDITIONS PRECISION
+evaluate() { # NAME CONDITIONS
     for protocol in blocks sliding; do
         for prefill in 16384 65536; do
             longmem eval perplexity "$heldout" --model "$out/$1" --protocol "$protocol" --prefill "$prefill" --segments 16 \

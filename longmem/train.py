@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from longmem.attention import MemoryRead
 from longmem.bank import DTYPES
 from longmem.config import SideNetConfig, read_json
-from longmem.data import Segments, Streams, TokenizedDocuments
+from longmem.data import Streams, TokenizedDocuments
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evals.perplexity import PerplexityConfig, PerplexityResult, perplexity
 from longmem.index import StreamBanks, StreamReader
@@ -382,9 +382,7 @@ def train(
 
 def evaluate(model: LongMem, heldout: TokenizedDocuments, config: PerplexityConfig) -> PerplexityResult:
     """Held-out perplexity in the middle of training, under the same precision as training."""
-    kinds = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    mixed = model.backbone.dtype == kinds["bfloat16"]
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.backbone.dtype == torch.bfloat16):
         return perplexity(model, heldout, config)
 
 
@@ -416,4 +414,4 @@ def draw_curves(log: Path, path: Path) -> bool:
     return True
 
 
-__all__ = ["Segments", "TrainConfig", "Trainer", "draw_curves", "evaluate", "train"]
+__all__ = ["TrainConfig", "Trainer", "draw_curves", "evaluate", "train"]

@@ -63,9 +63,7 @@ def write(
             rows = [{"source": name, "tokens": count} for name, count in written.items()]
             common.print_json({"bank": bank, "written": rows, "tokens": len(target), "sources": len(target.sources)})
         else:
-            sources = len(target.sources)
-            many = f"{len(target):,} tokens of {sources} source{'' if sources == 1 else 's'}"
-            common.out.print(f"Bank {bank} remembers {many}.", markup=False, highlight=False)
+            common.out.print(f"Bank {bank} remembers {common.contents(target)}.", markup=False, highlight=False)
 
 
 def _read(files: Sequence[str], source: str | None, folder: Path) -> dict[str, str]:

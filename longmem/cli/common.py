@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from longmem.backbone import Backbone
+    from longmem.bank import MemoryBank
     from longmem.data import TokenizedDocuments
     from longmem.evals.perplexity import PerplexityConfig
     from longmem.model import LongMem
@@ -55,6 +56,12 @@ def print_json(value: Any) -> None:
 
 
 # ---- models ------------------------------------------------------------------------------------------------
+
+
+def contents(bank: MemoryBank) -> str:
+    """How much a bank holds, in words."""
+    sources = len(bank.sources)
+    return f"{len(bank):,} tokens of {sources} source{'' if sources == 1 else 's'}"
 
 
 def load_model(name: str, device: str, dtype: DType = "auto") -> LongMem:

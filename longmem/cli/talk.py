@@ -141,7 +141,7 @@ def chat(
     with MemoryStore.open(store) as opened:
         remembered = opened.bank(bank, loaded.bank_spec, device=loaded.device)
         with ChatSession(loaded, remembered, name, config, system=system) as conversation:
-            known = f"{len(remembered):,} tokens of {len(remembered.sources)} sources"
+            known = common.contents(remembered)
             typer.echo(f"Bank {bank} remembers {known}; this is {conversation.source}. /help lists commands.", err=True)
             _converse(conversation, remembered)
 
