@@ -133,8 +133,8 @@ def setup(name: str, *, progress: Callable[[str], None] | None = None) -> Path:
             f"No embedded model is called {name!r}. Set up one of: {', '.join(sorted(EMBEDDED))}. "
             "Other models are loaded by a folder or a Hugging Face hub id and need no set-up."
         ) from None
-    folder = cache_dir() / "backbones" / f"{model.name}-{model.version}"
-    if _is_complete(folder):
+    folder = folder_of(model)
+    if is_complete(folder):
         return folder
     say = progress or (lambda _line: None)
     try:
@@ -253,7 +253,13 @@ def _first_line(error: BaseException) -> str:
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
-def _is_complete(folder: Path) -> bool:
+def folder_of(model: EmbeddedModel) -> Path:
+    """Where an embedded model is kept once it is set up."""
+    return cache_dir() / "backbones" / f"{model.name}-{model.version}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a model's folder has all its files."""
     return all((folder / file).is_file() for file in FILES)
 
 
@@ -266,7 +272,7 @@ def _publish(built: Path, folder: Path) -> None:
         built.rename(folder)
     except OSError:
         # The name is taken: by another set-up that finished first, or by a folder that lost some of its files.
-        if not _is_complete(folder):
+        if not is_complete(folder):
             folder.rename(built.with_name("damaged"))
             built.rename(folder)
 

@@ -38,8 +38,8 @@ def setup(
         return
     rows = []
     for model in pretrained.EMBEDDED.values():
-        folder = pretrained.cache_dir() / "backbones" / f"{model.name}-{model.version}"
-        ready = all((folder / file).is_file() for file in pretrained.FILES)
+        folder = pretrained.folder_of(model)
+        ready = pretrained.is_complete(folder)
         rows.append({"name": model.name, "ready": ready, "folder": str(folder), "licence": model.licence})
     if as_json:
         common.print_json(rows)
