@@ -14,6 +14,7 @@ so a head that finds nothing (g = 0) leaves local attention exactly as it was.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -21,18 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmem.index import Retrieved
+from longmem.ops import causal_mask
 
 # Bank size at which the size bias is 0, so that it and the plain bias can be learned apart.
 REFERENCE_SIZE = 16384
-
-
-def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(T, S) bool, True where a query may look. The last query stands at the last key."""
-    distance_TS = (
-        torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
-    )
-    allowed_TS = distance_TS >= 0
-    return allowed_TS if window is None else allowed_TS & (distance_TS < window)
 
 
 def local_attention(
@@ -50,14 +43,6 @@ def local_attention(
     return F.scaled_dot_product_attention(query_BHTE, key_BHSE, value_BHSE, attn_mask=mask_TS, scale=scaling)
 
 
-def local_logsumexp(query_BKGTE: Tensor, key_BKSE: Tensor, scaling: float, window: int | None = None) -> Tensor:
-    """log Σ exp of local scores, (B, K, G, T) float32: what memory competes with in the joint softmax."""
-    group, queries = query_BKGTE.shape[2:4]
-    score_BKGTS = torch.matmul(query_BKGTE.flatten(2, 3), key_BKSE.transpose(2, 3)).unflatten(2, (group, queries))
-    mask_TS = causal_mask(queries, key_BKSE.shape[2], window, query_BKGTE.device)
-    return (score_BKGTS.float() * scaling).masked_fill(~mask_TS, -torch.inf).logsumexp(-1)
-
-
 @dataclass(frozen=True)
 class MemoryRead:
     """How much one memory layer drew on memory, and on what.
@@ -65,17 +50,37 @@ class MemoryRead:
     Attributes:
         layer: backbone layer.
         mass_BKGT: share of the attention that went to memory, 0 … 1.
-        weight_BKGTR: share that went to each retrieved token; sums to the mass.
-        log_weight_BKGTR: log of each retrieved token's share among the retrieved ones.
-        index_BKGTR, valid_BKGTR: which remembered tokens these are.
+        query_BKGTE: what the retrieved tokens were scored with.
+        scaling: what q·k was multiplied by.
+        found: the retrieved tokens.
     """
 
     layer: int
     mass_BKGT: Tensor
-    weight_BKGTR: Tensor
-    log_weight_BKGTR: Tensor
-    index_BKGTR: Tensor
-    valid_BKGTR: Tensor
+    query_BKGTE: Tensor
+    scaling: float
+    found: Retrieved
+
+    @property
+    def index_BKGTR(self) -> Tensor:
+        """Positions of the retrieved tokens in each row's bank."""
+        return self.found.index_BKGTR
+
+    @property
+    def valid_BKGTR(self) -> Tensor:
+        """False where the bank held fewer than R tokens."""
+        return self.found.valid_BKGTR
+
+    @cached_property
+    def log_weight_BKGTR(self) -> Tensor:
+        """log of each retrieved token's share among the retrieved ones; computed when asked for."""
+        score_BKGTR = self.found.scores(self.query_BKGTE, self.scaling)
+        return score_BKGTR.masked_fill(~self.valid_BKGTR.any(-1, keepdim=True), 0.0).log_softmax(-1)
+
+    @property
+    def weight_BKGTR(self) -> Tensor:
+        """Share of the attention that went to each retrieved token; sums to the mass."""
+        return self.mass_BKGT[..., None] * self.log_weight_BKGTR.exp()
 
 
 class MemoryAttention(nn.Module):
@@ -122,34 +127,20 @@ class MemoryAttention(nn.Module):
             local_logsumexp_BKGT: its log-sum-exp (not used by the gate).
             found: what the bank returned for these queries.
         """
-        score_BKGTR = torch.matmul(found.keys_BKGTRE, query_BKGTE[..., None]).squeeze(-1).float() * self.scaling
         if self.fusion == "joint":
-            score_BKGTR = score_BKGTR * self.scale_KG[..., None, None]
-        score_BKGTR = score_BKGTR.masked_fill(~found.valid_BKGTR, -torch.inf)
-        nothing_BKGT = ~found.valid_BKGTR.any(-1)
-        # An all −inf row has no softmax; its mass is set to 0 below, so any finite stand-in will do.
-        log_weight_BKGTR = score_BKGTR.masked_fill(nothing_BKGT[..., None], 0.0).log_softmax(-1)
-        within_BKGTR = log_weight_BKGTR.exp()
-        memory_BKGTE = torch.matmul(
-            within_BKGTR.to(found.values_BKGTRE.dtype)[..., None, :], found.values_BKGTRE
-        ).squeeze(-2)
+            null_BKGT = (query_BKGTE * self.null_key_KGE[..., None, :]).sum(-1).float() * self.scaling
+            query_BKGTE = query_BKGTE.float() * self.scale_KG[..., None, None].float()
+        memory_BKGTE, memory_BKGT = found.attend(query_BKGTE, self.scaling)
         if self.fusion == "gate":
-            mass_BKGT = self.gate_KG.sigmoid()[..., None].expand(score_BKGTR.shape[:-1])
+            mass_BKGT = self.gate_KG.sigmoid()[..., None].expand(memory_BKGT.shape)
+            mass_BKGT = mass_BKGT.masked_fill(memory_BKGT == -torch.inf, 0.0)
         else:
-            memory_BKGT = score_BKGTR.masked_fill(nothing_BKGT[..., None], 0.0).logsumexp(-1)
             log_size_B111 = (found.bank_size_B.clamp(min=1) / REFERENCE_SIZE).log()[:, None, None, None]
             memory_BKGT = memory_BKGT + self.bias_KG[..., None] + self.size_bias_KG[..., None] * log_size_B111
-            null_BKGT = (query_BKGTE * self.null_key_KGE[..., None, :]).sum(-1).float() * self.scaling
             rest_BKGT = torch.logaddexp(local_logsumexp_BKGT, null_BKGT + self.null_bias_KG[..., None])
+            # Where nothing was found the log-sum-exp is −inf and the mass exactly 0.
             mass_BKGT = torch.sigmoid(memory_BKGT - rest_BKGT)
-        mass_BKGT = mass_BKGT.masked_fill(nothing_BKGT, 0.0)
-        difference_BKGTE = mass_BKGT[..., None].to(local_BKGTE.dtype) * (memory_BKGTE - local_BKGTE)
-        read = MemoryRead(
-            self.layer,
-            mass_BKGT,
-            mass_BKGT[..., None] * within_BKGTR,
-            log_weight_BKGTR,
-            found.index_BKGTR,
-            found.valid_BKGTR,
+        difference_BKGTE = mass_BKGT[..., None].to(local_BKGTE.dtype) * (
+            memory_BKGTE.to(local_BKGTE.dtype) - local_BKGTE
         )
-        return difference_BKGTE, read
+        return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, query_BKGTE, self.scaling, found)

@@ -164,8 +164,9 @@ class Backbone(nn.Module):
         positions_BT = torch.arange(past, past + input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(
             input_ids_BT
         )
-        with self._captured(boundaries) as hidden_states:
-            output = self._trunk(highest)(
+        trunk = self._trunk(highest)
+        with _captured(getattr(trunk, self.family.layers_name), boundaries) as hidden_states:
+            output = trunk(
                 input_ids=input_ids_BT, past_key_values=cache, use_cache=cache is not None, position_ids=positions_BT
             )
         hidden_states[highest] = output.last_hidden_state
@@ -192,6 +193,15 @@ class Backbone(nn.Module):
         """The output embeddings, for losses that never hold all logits at once."""
         return self.model.get_output_embeddings().weight
 
+    def compile_layers(self) -> None:
+        """Run compiled layers from now on (`torch.compile`): faster on a GPU, where many calls have the same shape."""
+        self._run_layers = [torch.compile(layer) for layer in self.layers]
+        self._trunks.clear()
+
+    @cached_property
+    def _run_layers(self) -> list[Any]:
+        return list(self.layers)
+
     @cached_property
     def _trunks(self) -> dict[int, Any]:
         return {}
@@ -201,30 +211,31 @@ class Backbone(nn.Module):
         if depth not in self._trunks:
             trunk = copy.copy(self.base)
             trunk.__dict__["_modules"] = dict(self.base._modules)
-            setattr(trunk, self.family.layers_name, nn.ModuleList(list(self.layers)[:depth]))
+            setattr(trunk, self.family.layers_name, nn.ModuleList(self._run_layers[:depth]))
             setattr(trunk, self.family.norm_name, nn.Identity())
             self._trunks[depth] = trunk
         return self._trunks[depth]
 
-    @contextmanager
-    def _captured(self, boundaries: Collection[int]) -> Iterator[dict[int, Tensor]]:
-        captured: dict[int, Tensor] = {}
 
-        def keep(boundary: int) -> Any:
-            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                captured[boundary] = args[0] if args else kwargs["hidden_states"]
+@contextmanager
+def _captured(layers: nn.ModuleList, boundaries: Collection[int]) -> Iterator[dict[int, Tensor]]:
+    captured: dict[int, Tensor] = {}
 
-            return hook
+    def keep(boundary: int) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            captured[boundary] = args[0] if args else kwargs["hidden_states"]
 
-        handles = [
-            self.layers[boundary].register_forward_pre_hook(keep(boundary), with_kwargs=True)
-            for boundary in set(boundaries) - {max(boundaries)}
-        ]
-        try:
-            yield captured
-        finally:
-            for handle in handles:
-                handle.remove()
+        return hook
+
+    handles = [
+        layers[boundary].register_forward_pre_hook(keep(boundary), with_kwargs=True)
+        for boundary in set(boundaries) - {max(boundaries)}
+    ]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _rope_settings(parameters: Any) -> list[Any]:

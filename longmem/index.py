@@ -1,7 +1,7 @@
 """Search in memory banks: what a SideNet calls when it asks its bank.
 
-B batch rows, K memory heads of one layer, G query heads that share one of them, T tokens,
-R retrieved tokens, N remembered tokens, E head size.
+B batch rows, K memory heads of one layer, G query heads that share one of them, T tokens, R retrieved tokens,
+N remembered tokens, E head size; P pools of keys and values, X = B · K searches of Q = G · T queries.
 """
 
 from __future__ import annotations
@@ -15,25 +15,52 @@ from torch import Tensor
 
 from longmem.bank import MemoryBank
 from longmem.config import SideNetConfig
-from longmem.ops import gather_rows, topk_scan
+from longmem.ops import attend_rows, gather_rows, row_scores, topk_scan
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """What a layer's memory heads found.
+    """What a layer's memory heads found, and where its keys and values lie.
 
     Attributes:
-        keys_BKGTRE, values_BKGTRE: gathered from the bank.
+        keys_PNE, values_PNE: pools of remembered rows.
+        pool_BK: which pool a head draws on.
+        slot_BKGTR: which rows of its pool each query found.
         valid_BKGTR: False where the bank held fewer than R tokens.
         index_BKGTR: position in the row's bank.
         bank_size_B: float32, remembered tokens N of each row's bank.
     """
 
-    keys_BKGTRE: Tensor
-    values_BKGTRE: Tensor
+    keys_PNE: Tensor
+    values_PNE: Tensor
+    pool_BK: Tensor
+    slot_BKGTR: Tensor
     valid_BKGTR: Tensor
     index_BKGTR: Tensor
     bank_size_B: Tensor
+
+    def attend(self, query_BKGTE: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """Attention over what each query found: outputs (B, K, G, T, E) and log-sum-exps (B, K, G, T)."""
+        shape_BKGT = query_BKGTE.shape[:-1]
+        output_XQE, logsumexp_XQ = attend_rows(*self._searches(query_BKGTE), scaling)
+        return output_XQE.view(*shape_BKGT, -1), logsumexp_XQ.view(shape_BKGT)
+
+    def scores(self, query_BKGTE: Tensor, scaling: float) -> Tensor:
+        """Scaled scores (B, K, G, T, R) of what each query found, −inf where nothing was."""
+        query_XQE, keys_PNE, _, *found = self._searches(query_BKGTE)
+        return row_scores(query_XQE, keys_PNE, *found, scaling).view(self.slot_BKGTR.shape)
+
+    def rows(self, rows_PNE: Tensor) -> Tensor:
+        """Rows (B, K, G, T, R, E) of `keys_PNE` or `values_PNE`."""
+        slot_XQR = self.slot_BKGTR.flatten(0, 1).flatten(1, 2)
+        return gather_rows(rows_PNE, slot_XQR, self.pool_BK.flatten()).view(*self.slot_BKGTR.shape, -1)
+
+    def _searches(self, query_BKGTE: Tensor) -> tuple[Tensor, ...]:
+        def flat(per_query: Tensor) -> Tensor:
+            return per_query.flatten(0, 1).flatten(1, 2)
+
+        query_XQE, slot_XQR, valid_XQR = flat(query_BKGTE), flat(self.slot_BKGTR), flat(self.valid_BKGTR)
+        return query_XQE, self.keys_PNE, self.values_PNE, self.pool_BK.flatten(), slot_XQR, valid_XQR
 
 
 class Retrieve(Protocol):
@@ -43,7 +70,12 @@ class Retrieve(Protocol):
 
 
 def search_tokens(
-    query_XQE: Tensor, keys_XNE: Tensor, top_k: int, chunk_size: int, length_X: Tensor | None = None
+    query_XQE: Tensor,
+    keys_PNE: Tensor,
+    top_k: int,
+    chunk_size: int,
+    length_X: Tensor | None = None,
+    pool_X: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Positions (X, Q, R) of the retrieved tokens, and whether each is real.
 
@@ -51,13 +83,13 @@ def search_tokens(
     (paper, section 2.3); a last chunk that is not full cannot be found.
     """
     if chunk_size == 1:
-        index_XQR, score_XQR = topk_scan(query_XQE, keys_XNE, top_k, length_X)
+        index_XQR, score_XQR = topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X)
         return index_XQR, score_XQR > -torch.inf
-    chunks = keys_XNE.shape[1] // chunk_size
-    means_XNE = keys_XNE[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size)).mean(2)
+    chunks = keys_PNE.shape[1] // chunk_size
+    means_PNE = keys_PNE[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size)).mean(2)
     chunks_X = None if length_X is None else length_X // chunk_size
-    chunk_XQR, score_XQR = topk_scan(query_XQE, means_XNE, top_k // chunk_size, chunks_X)
-    within_c = torch.arange(chunk_size, device=keys_XNE.device)
+    chunk_XQR, score_XQR = topk_scan(query_XQE, means_PNE, top_k // chunk_size, chunks_X, pool_X)
+    within_c = torch.arange(chunk_size, device=keys_PNE.device)
     valid_XQR = (score_XQR > -torch.inf).repeat_interleave(chunk_size, dim=-1)
     # A bank of less than a chunk has no token at the places that a missing chunk would have.
     index_XQR = (chunk_XQR[..., None] * chunk_size + within_c).flatten(-2).masked_fill(~valid_XQR, 0)
@@ -80,9 +112,10 @@ class BankReader:
         heads = self.config.heads_of(layer)
         batch, kv_heads, group, tokens, head_dim = query_BKGTE.shape
         shape = (batch, kv_heads, group, tokens, self.config.top_k)
-        device = query_BKGTE.device
-        keys = torch.zeros(*shape, head_dim, dtype=query_BKGTE.dtype, device=device)
-        values = torch.zeros_like(keys)
+        device, found = query_BKGTE.device, group * tokens * self.config.top_k
+        # A pool for each row and head, of what its queries found: banks differ in size and may lie on another device.
+        keys_BKFE = torch.zeros(batch, kv_heads, found, head_dim, dtype=query_BKGTE.dtype, device=device)
+        values_BKFE = torch.zeros_like(keys_BKFE)
         valid = torch.zeros(shape, dtype=torch.bool, device=device)
         index = torch.zeros(shape, dtype=torch.int64, device=device)
         for row, bank in enumerate(self.banks):
@@ -91,12 +124,14 @@ class BankReader:
             keys_KNE, values_KNE = bank.keys_HNE[heads], bank.values_HNE[heads]
             query_KQE = query_BKGTE[row].flatten(1, 2).to(bank.device)
             index_KQR, valid_KQR = search_tokens(query_KQE, keys_KNE, self.config.top_k, self.config.chunk_size)
-            keys[row] = gather_rows(keys_KNE, index_KQR).unflatten(1, (group, tokens)).to(keys)
-            values[row] = gather_rows(values_KNE, index_KQR).unflatten(1, (group, tokens)).to(values)
+            keys_BKFE[row] = gather_rows(keys_KNE, index_KQR).flatten(1, 2).to(keys_BKFE)
+            values_BKFE[row] = gather_rows(values_KNE, index_KQR).flatten(1, 2).to(values_BKFE)
             valid[row] = valid_KQR.unflatten(1, (group, tokens)).to(device)
             index[row] = index_KQR.unflatten(1, (group, tokens)).to(device)
         sizes_B = torch.tensor([0.0 if bank is None else float(len(bank)) for bank in self.banks], device=device)
-        return Retrieved(keys, values, valid, index, sizes_B)
+        pool_BK = torch.arange(batch * kv_heads, device=device).view(batch, kv_heads)
+        slot_BKGTR = torch.arange(found, device=device).view(shape[2:]).expand(shape)
+        return Retrieved(keys_BKFE.flatten(0, 1), values_BKFE.flatten(0, 1), pool_BK, slot_BKGTR, valid, index, sizes_B)
 
 
 class StreamBanks:
@@ -163,22 +198,21 @@ class StreamReader:
     @torch.no_grad()
     def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
         config, streams = self.streams.config, self.streams
-        group, tokens = query_BKGTE.shape[2:4]
-        heads = config.heads_of(layer)
-        found = []
-        # A head at a time: the scores of one head of all rows are the largest tensor of a training step.
-        for head, query_BGTE in zip(range(heads.start, heads.stop), query_BKGTE.unbind(1), strict=True):
-            keys_BNE = streams.keys_HBNE[head][self.source_B]
-            values_BNE = streams.values_HBNE[head][self.source_B]
-            index_BQR, valid_BQR = search_tokens(
-                query_BGTE.flatten(1, 2), keys_BNE, config.top_k, config.chunk_size, self.length_B
-            )
-            rows = (gather_rows(part_BNE, index_BQR).to(query_BGTE.dtype) for part_BNE in (keys_BNE, values_BNE))
-            found.append((*rows, valid_BQR, index_BQR))
-        keys, values, valid, index = (
-            torch.stack(parts, dim=1).unflatten(2, (group, tokens)) for parts in zip(*found, strict=True)
+        batch, kv_heads, group, tokens, _ = query_BKGTE.shape
+        keys_PNE, values_PNE = streams.keys_HBNE.flatten(0, 1), streams.values_HBNE.flatten(0, 1)
+        head_K = torch.arange(kv_heads, device=self.source_B.device) + config.heads_of(layer).start
+        pool_BK = head_K * batch + self.source_B[:, None]
+        index_XQR, valid_XQR = search_tokens(
+            query_BKGTE.flatten(0, 1).flatten(1, 2),
+            keys_PNE,
+            config.top_k,
+            config.chunk_size,
+            self.length_B.repeat_interleave(kv_heads),
+            pool_BK.flatten(),
         )
-        return Retrieved(keys, values, valid, index, self.length_B.float())
+        shape = (batch, kv_heads, group, tokens, config.top_k)
+        index, valid = index_XQR.view(shape), valid_XQR.view(shape)
+        return Retrieved(keys_PNE, values_PNE, pool_BK, index, valid, index, self.length_B.float())
 
     def token_ids(self, index_BKGTR: Tensor) -> Tensor:
         """Which token each retrieved position holds."""

@@ -21,14 +21,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from longmem.attention import MemoryAttention, MemoryRead, local_attention, local_logsumexp
+from longmem.attention import MemoryAttention, MemoryRead, local_attention
 from longmem.config import SideNetConfig
 from longmem.families import Family, Rotary
 from longmem.index import Retrieve
+from longmem.ops import causal_logsumexp
 
 PositionEmbeddings = Callable[[int, Tensor, Tensor], Rotary]
 
@@ -151,7 +153,7 @@ class SideNetLayer(nn.Module):
             return branch_BTD, None, None
 
         query_BKGTE = self._memory_heads(query_BHTE)
-        local_BKGT = local_logsumexp(self._memory_heads(rotated_BHTE), key_BKSE[:, self.kv_heads], scaling, window)
+        local_BKGT = causal_logsumexp(self._memory_heads(rotated_BHTE), key_BKSE[:, self.kv_heads], scaling, window)
         found = retrieve(self.lo, query_BKGTE.detach())
         joint_BKGTE, read = self.memory(query_BKGTE, self._memory_heads(heads_BHTE), local_BKGT, found)
         correction_BTF = joint_BKGTE.flatten(1, 2).transpose(1, 2).flatten(2)
@@ -163,6 +165,19 @@ class SideNetLayer(nn.Module):
 
     def _memory_heads(self, heads_BHTE: Tensor) -> Tensor:
         return heads_BHTE.unflatten(1, (-1, self.group))[:, self.kv_heads]
+
+
+class CompiledFamily:
+    """A family whose pieces are compiled: the SideNet's layers share their graphs."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self.qkv = torch.compile(family.qkv)
+        self.rotate = torch.compile(family.rotate)
+        self.finish = torch.compile(family.finish)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._family, name)
 
 
 class SideNet(nn.Module):
@@ -192,6 +207,13 @@ class SideNet(nn.Module):
             kv_heads = [head.kv_head for head in config.memory_heads if head.layer == lo]
             source = layers[lo if kv_heads or config.init == "first" else hi - 1]
             self.layers.append(SideNetLayer(family, source, lo, kv_heads, config, head_dim, num_heads // num_kv_heads))
+
+    def compile_layers(self) -> None:
+        """Run compiled layers from now on (`torch.compile`): faster on a GPU, where many calls have the same shape."""
+        layers: list[Any] = list(self.layers)
+        compiled = CompiledFamily(layers[0].family)
+        for layer in layers:
+            layer.family = compiled
 
     @property
     def boundaries(self) -> tuple[int, ...]:

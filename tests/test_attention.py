@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem.attention import REFERENCE_SIZE, MemoryAttention, causal_mask, local_attention, local_logsumexp
-from longmem.index import Retrieved
+from longmem.attention import REFERENCE_SIZE, MemoryAttention, local_attention
+from longmem.ops import causal_logsumexp, causal_mask
 
 SCALING = 0.37
 
@@ -40,7 +41,7 @@ def test_local_attention_is_a_masked_softmax(sizes: tuple) -> None:
     group = query_BHTE.shape[1] // key_BKSE.shape[1]
     out_BHTE = local_attention(query_BHTE, key_BKSE, value_BKSE, SCALING, window)
     grouped_BKGTE = query_BHTE.unflatten(1, (-1, group))
-    logsumexp_BKGT = local_logsumexp(grouped_BKGTE, key_BKSE, SCALING, window)
+    logsumexp_BKGT = causal_logsumexp(grouped_BKGTE, key_BKSE, SCALING, window)
     batch, heads, queries, _ = query_BHTE.shape
     assert out_BHTE.shape == query_BHTE.shape
     for b in range(batch):
@@ -92,7 +93,7 @@ def retrievals(draw: st.DrawFn) -> tuple:
     valid_BKGTR = torch.rand(*shape, found, generator=random) < draw(st.sampled_from([0.0, 0.5, 1.0]))
     sizes_B = torch.randint(1, 10**6, (batch,), generator=random).float()
     index_BKGTR = torch.zeros(*shape, found, dtype=torch.int64)
-    retrieved = Retrieved(
+    memories = tiny.retrieved(
         normal(*shape, found, head_dim), normal(*shape, found, head_dim), valid_BKGTR, index_BKGTR, sizes_B
     )
     local_keys = queries + 2
@@ -101,7 +102,7 @@ def retrievals(draw: st.DrawFn) -> tuple:
         normal(*shape, head_dim),
         normal(*shape, local_keys),
         normal(*shape, local_keys, head_dim),
-        retrieved,
+        memories,
     )
 
 
@@ -117,7 +118,9 @@ def test_joint_attention_is_one_softmax_over_local_retrieved_and_null_keys(case:
         b, k, g, t = place.tolist()
         valid_R = found.valid_BKGTR[b, k, g, t]
         bias = attention.bias_KG[k, g] + attention.size_bias_KG[k, g] * math.log(found.bank_size_B[b] / REFERENCE_SIZE)
-        score_R = found.keys_BKGTRE[b, k, g, t] @ query_BKGTE[b, k, g, t] * SCALING * attention.scale_KG[k, g] + bias
+        score_R = (
+            found.rows(found.keys_PNE)[b, k, g, t] @ query_BKGTE[b, k, g, t] * SCALING * attention.scale_KG[k, g] + bias
+        )
         score_R[~valid_R] = -torch.inf
         null = query_BKGTE[b, k, g, t] @ attention.null_key_KGE[k, g] * SCALING + attention.null_bias_KG[k, g]
         weights = torch.cat((local_score_BKGTS[b, k, g, t], score_R, null[None])).softmax(0)
@@ -126,7 +129,7 @@ def test_joint_attention_is_one_softmax_over_local_retrieved_and_null_keys(case:
             assert not difference_BKGTE[b, k, g, t].any() and read.mass_BKGT[b, k, g, t] == 0
             continue
         # What the null key takes goes back to local attention.
-        joint_E = local_S @ local_value_BKGTSE[b, k, g, t] + memory_R @ found.values_BKGTRE[b, k, g, t]
+        joint_E = local_S @ local_value_BKGTSE[b, k, g, t] + memory_R @ found.rows(found.values_PNE)[b, k, g, t]
         joint_E = joint_E + null_1 * local_BKGTE[b, k, g, t]
         torch.testing.assert_close(
             local_BKGTE[b, k, g, t] + difference_BKGTE[b, k, g, t], joint_E, atol=1e-5, rtol=1e-4
@@ -147,9 +150,9 @@ def test_the_gate_mixes_by_its_own_number_alone(case: tuple) -> None:
     attention.gate_KG += 3 * torch.randn(kv_heads, group, generator=torch.Generator().manual_seed(0))
     local_BKGTE = local_value_BKGTSE.mean(-2)
     difference_BKGTE, read = attention(query_BKGTE, local_BKGTE, local_score_BKGTS.logsumexp(-1), found)
-    score_BKGTR = (found.keys_BKGTRE * query_BKGTE[..., None, :]).sum(-1) * SCALING
+    score_BKGTR = (found.rows(found.keys_PNE) * query_BKGTE[..., None, :]).sum(-1) * SCALING
     weight_BKGTR = score_BKGTR.masked_fill(~found.valid_BKGTR, -torch.inf).softmax(-1)
-    memory_BKGTE = (weight_BKGTR[..., None] * found.values_BKGTRE).sum(-2)
+    memory_BKGTE = (weight_BKGTR[..., None] * found.rows(found.values_PNE)).sum(-2)
     gate_KG11 = attention.gate_KG.sigmoid()[..., None, None]
     expected_BKGTE = gate_KG11 * memory_BKGTE + (1 - gate_KG11) * local_BKGTE
     something_BKGT = found.valid_BKGTR.any(-1)

@@ -52,7 +52,7 @@ def test_a_reader_searches_each_row_in_its_own_bank(
     heads = [0, 1] if layer == 1 else [2]
     query_BKGTE = normal(len(banks), len(heads), 2, 3, 4, seed=seed)
     found = BankReader(banks, config(top_k, chunk_size))(layer, query_BKGTE)
-    assert found.keys_BKGTRE.shape == found.values_BKGTRE.shape == (*query_BKGTE.shape[:-1], top_k, 4)
+    assert found.rows(found.keys_PNE).shape == found.rows(found.values_PNE).shape == (*query_BKGTE.shape[:-1], top_k, 4)
     assert found.bank_size_B.tolist() == [size or 0 for size in bank_sizes]
     for b, bank in enumerate(banks):
         for k, head in enumerate(heads):
@@ -64,8 +64,8 @@ def test_a_reader_searches_each_row_in_its_own_bank(
                         continue
                     best = naive_search(query_BKGTE[b, k, g, t], bank.keys_HNE[head], top_k, chunk_size)
                     assert found.index_BKGTR[b, k, g, t][valid_R].tolist() == best
-                    assert torch.equal(found.keys_BKGTRE[b, k, g, t][valid_R], bank.keys_HNE[head, best])
-                    assert torch.equal(found.values_BKGTRE[b, k, g, t][valid_R], bank.values_HNE[head, best])
+                    assert torch.equal(found.rows(found.keys_PNE)[b, k, g, t][valid_R], bank.keys_HNE[head, best])
+                    assert torch.equal(found.rows(found.values_PNE)[b, k, g, t][valid_R], bank.values_HNE[head, best])
 
 
 @given(st.integers(0, 11), st.sampled_from([2, 4]), st.booleans())
@@ -119,8 +119,8 @@ def test_a_ring_keeps_the_last_tokens_of_each_row(data: st.DataObject) -> None:
                     valid_R = found.valid_BKGTR[b, k, g, t]
                     assert ids_BKGTR[b, k, g, t][valid_R].tolist() == [row[i][0] for i in best]
                     for r, i in enumerate(best):
-                        assert torch.equal(found.keys_BKGTRE[b, k, g, t, r], row[i][1][k])
-                        assert torch.equal(found.values_BKGTRE[b, k, g, t, r], row[i][2][k])
+                        assert torch.equal(found.rows(found.keys_PNE)[b, k, g, t, r], row[i][1][k])
+                        assert torch.equal(found.rows(found.values_PNE)[b, k, g, t, r], row[i][2][k])
 
 
 @given(st.permutations(range(3)), st.lists(st.booleans(), min_size=3, max_size=3))
@@ -143,7 +143,7 @@ def test_rows_may_read_each_others_banks_or_none(source: list[int], empty: list[
         assert found.valid_BKGTR[row].all() and found.bank_size_B[row] == 6
         assert ((ids_BKGTR[row] >= 6 * other) & (ids_BKGTR[row] < 6 * other + 6)).all()
         assert torch.equal(found.index_BKGTR[row], plain.index_BKGTR[other])
-        assert torch.equal(found.values_BKGTRE[row], plain.values_BKGTRE[other])
+        assert torch.equal(found.rows(found.values_PNE)[row], plain.rows(plain.values_PNE)[other])
 
 
 def test_a_ring_and_a_bank_of_the_same_tokens_are_read_alike() -> None:
@@ -155,7 +155,7 @@ def test_a_ring_and_a_bank_of_the_same_tokens_are_read_alike() -> None:
         from_bank = BankReader([bank], config(top_k, chunk_size))(1, query_BKGTE)
         from_ring = ring.reader()(1, query_BKGTE)
         assert torch.equal(from_bank.index_BKGTR, from_ring.index_BKGTR)
-        assert torch.equal(from_bank.values_BKGTRE, from_ring.values_BKGTRE)
+        assert torch.equal(from_bank.rows(from_bank.values_PNE), from_ring.rows(from_ring.values_PNE))
         assert torch.equal(from_bank.bank_size_B, from_ring.bank_size_B)
 
 
@@ -166,4 +166,4 @@ def test_a_ring_holds_whole_chunks() -> None:
 
 def test_queries_in_another_precision_than_the_bank_are_answered_in_theirs() -> None:
     found = BankReader([make_bank(9)], config())(1, normal(1, 2, 2, 3, 4).bfloat16())
-    assert found.keys_BKGTRE.dtype == found.values_BKGTRE.dtype == torch.bfloat16
+    assert found.rows(found.keys_PNE).dtype == found.rows(found.values_PNE).dtype == torch.bfloat16

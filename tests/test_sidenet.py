@@ -10,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longmem.attention import local_attention, local_logsumexp
+from longmem.attention import local_attention
 from longmem.bank import MemoryBank
 from longmem.checkpoint import new_sidenet
 from longmem.config import SideNetConfig
 from longmem.index import BankReader, Retrieved
 from longmem.model import LongMem
+from longmem.ops import causal_logsumexp
 from longmem.sidenet import SideNetLayer
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -86,7 +87,7 @@ def test_memory_adds_exactly_nothing_where_nothing_is_retrieved(family: str, for
         shape = (*query_BKGTE.shape[:-1], 8)
         rows_BKGTRE = torch.full((*shape, query_BKGTE.shape[-1]), 100.0, dtype=query_BKGTE.dtype)
         valid_BKGTR = torch.zeros(shape, dtype=torch.bool)
-        return Retrieved(rows_BKGTRE, rows_BKGTRE, valid_BKGTR, valid_BKGTR.long(), torch.full((2,), 7.0))
+        return tiny.retrieved(rows_BKGTRE, rows_BKGTRE, valid_BKGTR, valid_BKGTR.long(), torch.full((2,), 7.0))
 
     hidden_BTD, _ = model.read(IDS_BT, finds_nothing)
     assert torch.equal(model.backbone.logits(hidden_BTD), without.logits_BTV)
@@ -188,7 +189,7 @@ def by_hand(model: LongMem, bank: MemoryBank, memory: float) -> torch.Tensor:
         query_BKGTE, turned_BKGTE, local_BKGTE = (
             part.unflatten(1, (-1, group))[:, layer.kv_heads] for part in (query_BHTE, turned_BHTE, local_BHTE)
         )
-        logsumexp_BKGT = local_logsumexp(turned_BKGTE, turned_BKTE[:, layer.kv_heads], scaling, window)
+        logsumexp_BKGT = causal_logsumexp(turned_BKGTE, turned_BKTE[:, layer.kv_heads], scaling, window)
         found = BankReader([bank] * 2, model.config)(layer.lo, query_BKGTE)
         change_BKGTE, _ = layer.memory(query_BKGTE, local_BKGTE, logsumexp_BKGT, found)
         heads = change_BKGTE.flatten(1, 2).transpose(1, 2).flatten(2)

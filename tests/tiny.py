@@ -28,6 +28,7 @@ from longmem.backbone import Backbone
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import EncodeConfig, SideNetConfig
 from longmem.data import TokenizedDocuments
+from longmem.index import Retrieved
 from longmem.model import LongMem
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt_neox", "gpt2")
@@ -114,6 +115,21 @@ def bank(model: LongMem, size: int, seed: int = 0) -> MemoryBank:
         offsets_N2 = torch.stack([starts_N, starts_N + 1], dim=1)
         made.append(BankEntry("source", "x" * size, 0, ids_N, offsets_N2, *model.encode(ids_N)))
     return made
+
+
+def retrieved(
+    keys_BKGTRE: torch.Tensor,
+    values_BKGTRE: torch.Tensor,
+    valid_BKGTR: torch.Tensor,
+    index_BKGTR: torch.Tensor,
+    bank_size_B: torch.Tensor,
+) -> Retrieved:
+    """What a search would return that had found these rows: a pool of its own for each head."""
+    batch, kv_heads, *_ = keys_BKGTRE.shape
+    pools = [rows_BKGTRE.flatten(0, 1).flatten(1, 3) for rows_BKGTRE in (keys_BKGTRE, values_BKGTRE)]
+    slot_BKGTR = torch.arange(pools[0].shape[1]).view(valid_BKGTR.shape[2:]).expand(valid_BKGTR.shape)
+    pool_BK = torch.arange(batch * kv_heads).view(batch, kv_heads)
+    return Retrieved(*pools, pool_BK, slot_BKGTR, valid_BKGTR, index_BKGTR, bank_size_B)
 
 
 def documents(*lengths: int, period: int = 0, seed: int = 0) -> TokenizedDocuments:

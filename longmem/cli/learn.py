@@ -110,6 +110,9 @@ def train(
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], _setting("auto is bfloat16 on a GPU, float32 elsewhere.")
     ] = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile layers: faster on a GPU after a minute.", rich_help_panel=_RUN)
+    ] = False,
     log_every: Annotated[int, typer.Option(help="Steps between lines of log.jsonl.", rich_help_panel=_RUN)] = 10,
     eval_every: Annotated[
         int, typer.Option(help="Steps between held-out evaluations; 0 is only at the end.", rich_help_panel=_RUN)

@@ -1,6 +1,7 @@
 """Plain PyTorch kernels: the truth that faster ones are tested against.
 
-X independent searches (a memory head of a bank each), Q queries, N keys, E head size, R retrieved.
+X independent searches (a memory head and a batch row each), Q queries, P pools of N keys and values, E head size,
+R retrieved; B batch, K key-value heads, G query heads each, T query tokens, S local keys; V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,20 +18,28 @@ GROUP = 16
 BEYOND = -1e30
 
 
-def topk_scan(query_XQE: Tensor, keys_XNE: Tensor, top_k: int, length_X: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def topk_scan(
+    query_XQE: Tensor,
+    keys_PNE: Tensor,
+    top_k: int,
+    length_X: Tensor | None = None,
+    pool_X: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The `top_k` keys of largest dot product for each query, exactly.
 
     Args:
         query_XQE: queries.
-        keys_XNE: keys, any strides.
+        keys_PNE: pools of keys, any strides.
         top_k: R; may exceed N.
         length_X: only the first `length_X[x]` keys of each search count; all by default.
+        pool_X: which pool each search reads; its own by default (P = X).
 
     Returns:
         index_XQR (int64, best first) and score_XQR (float32). Where fewer than R keys exist the
         score is −inf and the index 0.
     """
     searches, queries, _ = query_XQE.shape
+    keys_XNE = keys_PNE if pool_X is None else keys_PNE[pool_X]
     num_keys = keys_XNE.shape[1]
     kept = min(top_k, num_keys)
     index_XQR = torch.zeros(searches, queries, top_k, dtype=torch.int64, device=query_XQE.device)
@@ -76,63 +85,79 @@ def _topk(score_XQN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return best_XQR, candidate_XQC.gather(-1, among_XQR)
 
 
-def gather_rows(rows_XNE: Tensor, index_XQR: Tensor) -> Tensor:
-    """Rows of each search's matrix by index: (X, N, E) and (X, Q, R) → (X, Q, R, E)."""
-    searches, num_rows, _ = rows_XNE.shape
-    start_X11 = torch.arange(searches, device=rows_XNE.device)[:, None, None] * num_rows
-    return rows_XNE.flatten(0, 1)[(index_XQR + start_X11).flatten()].unflatten(0, index_XQR.shape)
+def gather_rows(rows_PNE: Tensor, index_XQR: Tensor, pool_X: Tensor | None = None) -> Tensor:
+    """Rows of pools by index, (X, Q, R, E); x reads pool `pool_X[x]`, its own by default (P = X)."""
+    pools, num_rows, _ = rows_PNE.shape
+    pool_X = torch.arange(pools, device=rows_PNE.device) if pool_X is None else pool_X
+    return rows_PNE.flatten(0, 1)[(index_XQR + pool_X[:, None, None] * num_rows).flatten()].unflatten(
+        0, index_XQR.shape
+    )
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Σ cross-entropy of hidden @ weight.T, never holding logits of more than `chunk` rows.
-
-    The gradient is made in the forward pass, chunk by chunk, since softmax − one-hot is at hand there.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, hidden_XD: Tensor, weight_VD: Tensor, target_X: Tensor, row_weight_X: Tensor, chunk: int
-    ) -> Tensor:
-        gradient_XD = torch.empty_like(hidden_XD)
-        loss_X = torch.empty(len(target_X), dtype=torch.float32, device=hidden_XD.device)
-        for first in range(0, len(target_X), chunk):
-            rows = slice(first, first + chunk)
-            log_probability_CV = (hidden_XD[rows].to(weight_VD.dtype) @ weight_VD.T).float().log_softmax(-1)
-            loss_X[rows] = -log_probability_CV.gather(-1, target_X[rows, None]).squeeze(-1)
-            slope_CV = log_probability_CV.exp_()
-            slope_CV.scatter_add_(-1, target_X[rows, None], torch.full_like(slope_CV[:, :1], -1.0))
-            slope_CV *= row_weight_X[rows, None]
-            gradient_XD[rows] = (slope_CV.to(weight_VD.dtype) @ weight_VD).to(gradient_XD.dtype)
-        ctx.save_for_backward(gradient_XD)
-        return (loss_X * row_weight_X).sum()
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (gradient_XD,) = ctx.saved_tensors
-        return gradient_XD * grad.to(gradient_XD.dtype), None, None, None, None
-
-
-def linear_cross_entropy(
-    hidden_XD: Tensor, weight_VD: Tensor, target_X: Tensor, row_weight_X: Tensor, chunk: int = 4096
-) -> Tensor:
-    """Weighted sum of next-token losses under a frozen output matrix, without keeping the logits of a whole vocabulary.
+def attend_rows(
+    query_XQE: Tensor,
+    keys_PNE: Tensor,
+    values_PNE: Tensor,
+    pool_X: Tensor,
+    slot_XQR: Tensor,
+    valid_XQR: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of each query over its own R rows of a pool.
 
     Args:
-        hidden_XD: normed hidden states; the only input that gets a gradient.
-        weight_VD: output embeddings.
-        target_X: int64 token ids.
-        row_weight_X: float32 weight of each row.
-        chunk: rows whose logits are held at once.
+        query_XQE: queries; the only input that gets a gradient.
+        keys_PNE, values_PNE: pools.
+        pool_X: which pool the queries of x draw on.
+        slot_XQR: rows of that pool, int64.
+        valid_XQR: False where there is no such row.
+        scaling: what q·k is multiplied by.
+
+    Returns:
+        Outputs (X, Q, E) in the queries' dtype and log-sum-exps of the scores (X, Q) in float32; 0 and −inf where no
+        row is valid.
     """
-    return _LinearCrossEntropy.apply(hidden_XD, weight_VD, target_X, row_weight_X, chunk)
+    value_XQRE = gather_rows(values_PNE, slot_XQR, pool_X).to(query_XQE.dtype)
+    score_XQR = row_scores(query_XQE, keys_PNE, pool_X, slot_XQR, valid_XQR, scaling)
+    nothing_XQ1 = ~valid_XQR.any(-1, keepdim=True)
+    # An all −inf row has no softmax; any finite stand-in will do, since its weights are set to 0.
+    weight_XQR = score_XQR.masked_fill(nothing_XQ1, 0.0).softmax(-1).masked_fill(nothing_XQ1, 0.0)
+    output_XQE = torch.matmul(weight_XQR.to(value_XQRE.dtype)[..., None, :], value_XQRE).squeeze(-2)
+    logsumexp_XQ = score_XQR.masked_fill(nothing_XQ1, 0.0).logsumexp(-1).masked_fill(nothing_XQ1[..., 0], -torch.inf)
+    return output_XQE, logsumexp_XQ
 
 
-@torch.no_grad()
-def linear_nll(hidden_XD: Tensor, weight_VD: Tensor, target_X: Tensor, chunk: int = 2048) -> Tensor:
-    """Next-token losses (X,) in nats, float32, without keeping the logits of a whole vocabulary."""
-    losses = []
-    for first in range(0, len(target_X), chunk):
-        rows = slice(first, first + chunk)
-        logits_CV = (hidden_XD[rows].to(weight_VD.dtype) @ weight_VD.T).float()
-        losses.append(torch.nn.functional.cross_entropy(logits_CV, target_X[rows], reduction="none"))
-    return torch.cat(losses)
+def row_scores(
+    query_XQE: Tensor, keys_PNE: Tensor, pool_X: Tensor, slot_XQR: Tensor, valid_XQR: Tensor, scaling: float
+) -> Tensor:
+    """Scaled scores (X, Q, R) of each query's own rows, float32; −inf where there is no row."""
+    key_XQRE = gather_rows(keys_PNE, slot_XQR, pool_X).to(query_XQE.dtype)
+    score_XQR = torch.matmul(key_XQRE, query_XQE[..., None]).squeeze(-1).float() * scaling
+    return score_XQR.masked_fill(~valid_XQR, -torch.inf)
+
+
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(T, S) bool, True where a query may look. The last query stands at the last key."""
+    distance_TS = (
+        torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)[None, :]
+    )
+    allowed_TS = distance_TS >= 0
+    return allowed_TS if window is None else allowed_TS & (distance_TS < window)
+
+
+def causal_logsumexp(query_BKGTE: Tensor, key_BKSE: Tensor, scaling: float, window: int | None = None) -> Tensor:
+    """log Σ exp of the scores of causal attention, (B, K, G, T) float32: what memory competes with."""
+    group, queries = query_BKGTE.shape[2:4]
+    score_BKGTS = torch.matmul(query_BKGTE.flatten(2, 3), key_BKSE.transpose(2, 3)).unflatten(2, (group, queries))
+    mask_TS = causal_mask(queries, key_BKSE.shape[2], window, query_BKGTE.device)
+    return (score_BKGTS.float() * scaling).masked_fill(~mask_TS, -torch.inf).logsumexp(-1)
+
+
+def cross_entropy_slope(logits_XV: Tensor, target_X: Tensor, row_weight_X: Tensor) -> Tensor:
+    """Losses (X,) float32; `logits_XV` is overwritten by the gradient of Σ row_weight · loss with respect to it."""
+    log_probability_XV = logits_XV.float().log_softmax(-1)
+    loss_X = -log_probability_XV.gather(-1, target_X[:, None]).squeeze(-1)
+    slope_XV = log_probability_XV.exp_()
+    slope_XV.scatter_add_(-1, target_X[:, None], torch.full_like(slope_XV[:, :1], -1.0))
+    logits_XV.copy_(slope_XV.mul_(row_weight_X[:, None]))
+    return loss_X

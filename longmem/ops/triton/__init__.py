@@ -1,0 +1,7 @@
+"""Triton kernels; each does what its twin in `longmem.ops.reference` does."""
+
+from longmem.ops.triton.attention import attend_rows, causal_logsumexp
+from longmem.ops.triton.loss import cross_entropy_slope
+from longmem.ops.triton.search import topk_scan
+
+__all__ = ["attend_rows", "causal_logsumexp", "cross_entropy_slope", "topk_scan"]
