@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--out FILE.csv]
 
 A floor is the larger of bytes over the measured copy bandwidth and operations over the measured matrix rate; a kernel
-is listed with its floor and, where there is one, with what plain torch takes. Nothing is timed unless all checks passed.
+is listed with its floor and, where there is one, with what plain torch takes. Nothing is timed before all checks pass.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def torch_search(query_XQE: Tensor, keys_XNE: Tensor, top_k: int) -> object:
     return [(part @ keys_XNE.transpose(1, 2)).topk(top_k, dim=-1) for part in query_XQE.split(rows, dim=1)]
 
 
-def time_all() -> list[dict[str, object]]:
+def time_all(profile: bool) -> list[dict[str, object]]:
     bandwidth, rate = ceilings()
     print(f"copy {bandwidth / 1e12:.2f} TB/s, matrix product {rate / 1e12:.0f} TFLOP/s", flush=True)
     rows = []
@@ -153,6 +153,12 @@ def time_all() -> list[dict[str, object]]:
         rows.append(row)
         faster = f"{other / p50:6.1f} × torch" if other else ""
         print(f"{name:58} {p50:8.3f} ms, {100 * floor / p50:5.1f} % of floor {faster}", flush=True)
+        if profile:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+                run()
+                torch.cuda.synchronize()
+            for event in sorted(found.key_averages(), key=lambda e: -e.device_time_total)[:4]:
+                print(f"    {event.device_time_total / 1000:8.3f} ms {event.count:4d} {event.key[:90]}", flush=True)
 
     for keys in (65_536, 1 << 20, 1 << 24):
         query, pool = normal(3, 3, 64), normal(3, keys, 64)
@@ -193,6 +199,8 @@ def time_all() -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--profile", action="store_true", help="print the kernels behind each line")
+    parser.add_argument("--check-only", action="store_true")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("This benchmark needs a CUDA GPU. On a CPU the kernels are tested by tests/test_triton.py.")
@@ -200,7 +208,9 @@ def main() -> None:
     for check in (check_search, check_attention, check_logsumexp, check_loss):
         check()
         print(f"{check.__name__}: passed", flush=True)
-    rows = time_all()
+    if args.check_only:
+        return
+    rows = time_all(args.profile)
     if args.out is not None:
         about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
         with args.out.open("w", newline="") as file:

@@ -1,32 +1,43 @@
 #!/usr/bin/env bash
-# Trains the SideNet that ships for SmolLM2-135M, its memory-free twin and the paper's recipe with one budget, measures all of them
-# on held-out books, and packs the winner. Each result is kept as soon as it exists.
+# The runs behind the SideNet that ships for SmolLM2-135M, one step a call: training, its memory-free twin, the paper's
+# recipe with the same budget, and their figures on held-out texts.
 #
-#   benchmarks/sidenet_smollm2.sh TRAIN HELDOUT OUT [STEPS]
+#   benchmarks/sidenet_smollm2.sh STEP TRAIN HELDOUT OUT [OPTION of `longmem train` …]
 #
-# TRAIN and HELDOUT: folders of texts, or of `longmem tokenize`. 2,100 steps are 34M tokens: at the
-# rates in docs/log.md about 11 minutes of training on one H200, evaluations not counted. Not yet run as a whole.
+# STEP: main, twin, paper (train into OUT/STEP), pack (OUT/main → OUT/int8, OUT/int4) or evaluate-NAME (OUT/NAME → OUT/evals).
+# TRAIN and HELDOUT: folders of texts, or of `longmem tokenize`. 3,100 steps are 101.6M tokens.
 set -euo pipefail
-train=$1 heldout=$2 out=$3 steps=${4:-2100}
-heads='17.1 18.2 20.2 23.0 23.1 23.2'
-common=(--backbone smollm2-135m --steps "$steps" --rows 16 --segment 1024 --bank-tokens 16384 --learning-rate 0.002
-    --warmup 100 --empty-fraction 0.2 --wrong-fraction 0.1 --log-every 50 --save-every 500)
+step=$1 train=$2 heldout=$3 out=$4
+shift 4
+longmem=(python3 -m longmem)
+memory=(--heads '17.1 18.2 20.2 23.0 23.1 23.2' --empty-fraction 0.25 --wrong-fraction 0.1)
+common=(--backbone smollm2-135m --steps 3100 --rows 16 --segment 2048 --bank-tokens 65536 --max-segments 32
+    --learning-rate 0.002 --warmup 100 --compile --log-every 50)
 mkdir -p "$out/evals"
 
 evaluate() { # NAME CONDITIONS
     for protocol in blocks sliding; do
         for prefill in 16384 65536; do
-            longmem eval perplexity "$heldout" --model "$out/$1" --protocol "$protocol" --prefill "$prefill" --segments 16 \
-                --only "$2" --json "$out/evals/$1-$protocol-$prefill.json"
+            "${longmem[@]}" eval perplexity "$heldout" --model "$out/$1" --protocol "$protocol" --prefill "$prefill" \
+                --segments 16 --only "$2" --json "$out/evals/$1-$protocol-$prefill.json"
         done
     done
 }
 
-longmem train "$train" --out "$out/main" --heads "$heads" "${common[@]}"
-for precision in int8 int4; do longmem pack "$out/main" --out "$out/$precision" --precision "$precision"; done
-evaluate main backbone_local,backbone_window,bank_off,bank_on,bank_wrong
-evaluate int4 bank_off,bank_on,bank_wrong
-longmem train "$train" --out "$out/twin" --heads "$heads" --no-memory "${common[@]}"
-evaluate twin bank_off
-longmem train "$train" --out "$out/paper" --recipe paper --below 3 "${common[@]}"
-evaluate paper bank_off,bank_on,bank_wrong
+case $step in
+    main) "${longmem[@]}" train "$train" --out "$out/main" "${memory[@]}" "${common[@]}" "$@" ;;
+    twin) "${longmem[@]}" train "$train" --out "$out/twin" --no-memory "${memory[@]}" "${common[@]}" "$@" ;;
+    paper) "${longmem[@]}" train "$train" --out "$out/paper" --recipe paper --below 3 "${common[@]}" "$@" ;;
+    pack)
+        for precision in int8 int4; do
+            "${longmem[@]}" pack "$out/main" --out "$out/$precision" --precision "$precision"
+        done
+        ;;
+    evaluate-twin) evaluate twin bank_off ;;
+    evaluate-int4) evaluate int4 backbone_local,backbone_window,bank_off,bank_on,bank_wrong ;;
+    evaluate-*) evaluate "${step#evaluate-}" bank_off,bank_on,bank_wrong ;;
+    *)
+        echo "unknown step $step: give main, twin, paper, pack or evaluate-NAME" >&2
+        exit 2
+        ;;
+esac

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +39,8 @@ def build(device: str, heads: tuple, dtype: torch.dtype) -> LongMem:
     config = SMOLLM2
     if device == "cpu":
         config = LlamaConfig(**{**SMOLLM2.to_dict(), "hidden_size": 72, "intermediate_size": 64, "vocab_size": 300})
-    backbone = Backbone(LlamaForCausalLM(config).to(device, dtype), name="random")
+    model: Any = LlamaForCausalLM(config)
+    backbone = Backbone(model.to(device, dtype), name="random")
     return LongMem(backbone, SideNetConfig.around(heads, backbone.num_layers))
 
 

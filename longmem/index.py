@@ -42,25 +42,29 @@ class Retrieved:
     def attend(self, query_BKGTE: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """Attention over what each query found: outputs (B, K, G, T, E) and log-sum-exps (B, K, G, T)."""
         shape_BKGT = query_BKGTE.shape[:-1]
-        output_XQE, logsumexp_XQ = attend_rows(*self._searches(query_BKGTE), scaling)
+        output_XQE, logsumexp_XQ = attend_rows(
+            _flat(query_BKGTE), self.keys_PNE, self.values_PNE, *self._places, scaling=scaling
+        )
         return output_XQE.view(*shape_BKGT, -1), logsumexp_XQ.view(shape_BKGT)
 
     def scores(self, query_BKGTE: Tensor, scaling: float) -> Tensor:
         """Scaled scores (B, K, G, T, R) of what each query found, −inf where nothing was."""
-        query_XQE, keys_PNE, _, *found = self._searches(query_BKGTE)
-        return row_scores(query_XQE, keys_PNE, *found, scaling).view(self.slot_BKGTR.shape)
+        return row_scores(_flat(query_BKGTE), self.keys_PNE, *self._places, scaling=scaling).view(self.slot_BKGTR.shape)
 
     def rows(self, rows_PNE: Tensor) -> Tensor:
         """Rows (B, K, G, T, R, E) of `keys_PNE` or `values_PNE`."""
-        slot_XQR = self.slot_BKGTR.flatten(0, 1).flatten(1, 2)
-        return gather_rows(rows_PNE, slot_XQR, self.pool_BK.flatten()).view(*self.slot_BKGTR.shape, -1)
+        pool_X, slot_XQR, _ = self._places
+        return gather_rows(rows_PNE, slot_XQR, pool_X).view(*self.slot_BKGTR.shape, -1)
 
-    def _searches(self, query_BKGTE: Tensor) -> tuple[Tensor, ...]:
-        def flat(per_query: Tensor) -> Tensor:
-            return per_query.flatten(0, 1).flatten(1, 2)
+    @property
+    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Pools X, slots XQR and validity XQR."""
+        return self.pool_BK.flatten(), _flat(self.slot_BKGTR), _flat(self.valid_BKGTR)
 
-        query_XQE, slot_XQR, valid_XQR = flat(query_BKGTE), flat(self.slot_BKGTR), flat(self.valid_BKGTR)
-        return query_XQE, self.keys_PNE, self.values_PNE, self.pool_BK.flatten(), slot_XQR, valid_XQR
+
+def _flat(per_query: Tensor) -> Tensor:
+    """(B, K, G, T, …) → (X, Q, …)."""
+    return per_query.flatten(0, 1).flatten(1, 2)
 
 
 class Retrieve(Protocol):

@@ -46,7 +46,9 @@ class TrainConfig:
         learning_rate: peak, after a linear warm-up; then a cosine down to `final_rate` of it.
         gate_rate: factor on the learning rate of α, scales, biases and gates, which have far to go.
         weight_decay: of matrices only.
-        empty_fraction: share of streams whose bank is hidden in a step, so that an empty bank costs nothing.
+        empty_weight: of a second loss, that of the same segments with an empty bank, so that one costs nothing. The
+            backbone runs once for both.
+        empty_fraction: share of streams whose bank is hidden in a step: a cheaper way to the same end.
         wrong_fraction: share of streams that read another stream's bank in a step, so that a wrong one costs little.
         lookup_weight: of the memory regulariser: attention among retrieved tokens should fall on those that are the
             next token.
@@ -69,6 +71,7 @@ class TrainConfig:
     beta2: float = 0.98
     clip: float = 1.0
     seed: int = 0
+    empty_weight: float = 0.0
     empty_fraction: float = 0.1
     wrong_fraction: float = 0.1
     lookup_weight: float = 0.0
@@ -164,6 +167,10 @@ class Trainer:
             loss = self._language_loss(hidden_BTD[:, :-1], tokens_BS)
             lookup = self._lookup_loss(reads, reader, right_B, tokens_BS) if reader is not None else loss.new_zeros(())
         (loss + self.config.lookup_weight * lookup).backward()
+        if reader is not None and self.config.empty_weight:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+                empty = self._language_loss(self.model.correct(seen, None)[0][:, :-1], tokens_BS)
+            (self.config.empty_weight * empty).backward()
 
         norm = nn.utils.clip_grad_norm_(self.sidenet.parameters(), self.config.clip)
         for group in self.optimizer.param_groups:

@@ -19,6 +19,10 @@ MOST = 64
 TILE = tl.constexpr(128)
 # A query's group maxima are held in registers.
 MOST_GROUPS = 4096
+# Groups of a query that are scored again, at most; and keys of those that are ranked.
+WIDTH = 128
+# Columns of a key that are read at a time: 16 bytes of bfloat16.
+COLUMNS = tl.constexpr(8)
 
 
 def topk_scan(
@@ -72,10 +76,10 @@ def topk_scan(
         query_XQE, keys_PNE, pool_X, length_X, best_XSQM, *shape, **blocking, BQ=block,
         PRECISION="ieee" if keys_PNE.dtype == torch.float32 else "tf32", num_warps=8 if block > 16 else 4, num_stages=3,
     )  # fmt: skip
-    scratch = torch.empty(searches * splits * queries, 2 * MOST, dtype=torch.int32, device=device)
+    scratch = torch.empty(searches * splits * queries, 2 * WIDTH, dtype=torch.int32, device=device)
     _best_keys[(queries, searches, splits)](
         query_XQE, keys_PNE, pool_X, length_X, best_XSQM, scratch, score_XSQR, index_XSQR, *shape, **blocking,
-        M=triton.next_power_of_2(groups), R=top_k, WIDTH=MOST, num_warps=4,
+        M=triton.next_power_of_2(groups), R=top_k, WIDTH=WIDTH, num_warps=4 if group == 8 else 8,
     )  # fmt: skip
     if splits == 1:
         return index_XSQR[:, 0], score_XSQR[:, 0]
@@ -149,6 +153,17 @@ def _bracket(value, lowest, highest, count, most):
 
 
 @triton.jit
+def _place(value, real, low, high):
+    """Where to write each value that is `low` or more: those from `high` up first. Others get −1."""
+    certain = real & (value >= high)
+    possible = real & (value >= low) & (value < high)
+    num_certain = tl.sum(certain.to(tl.int32), axis=0)
+    place = tl.where(certain, tl.cumsum(certain.to(tl.int32), axis=0) - 1, -1)
+    place = tl.where(possible, num_certain + tl.cumsum(possible.to(tl.int32), axis=0) - 1, place)
+    return place, num_certain + tl.sum(possible.to(tl.int32), axis=0)
+
+
+@triton.jit
 def _best_keys(
     query_ptr, keys_ptr, pool_ptr, length_ptr, best_ptr, scratch_ptr, score_ptr, index_ptr,
     queries, splits, split_keys, stride_p, stride_n, head_dim,
@@ -161,70 +176,61 @@ def _best_keys(
     keys = keys_ptr + tl.load(pool_ptr + x).to(tl.int64) * stride_p + first.to(tl.int64) * stride_n
     row = (x * splits + split).to(tl.int64) * queries + q
     scratch = scratch_ptr + row * 2 * WIDTH
-    r = tl.arange(0, WIDTH)
-    tl.store(score_ptr + row * R + r, float("-inf"), mask=r < R)
-    tl.store(index_ptr + row * R + r, tl.zeros((WIDTH,), tl.int64), mask=r < R)
+    w = tl.arange(0, WIDTH)
+    tl.store(score_ptr + row * R + w, float("-inf"), mask=w < R)
+    tl.store(index_ptr + row * R + w, tl.zeros((WIDTH,), tl.int64), mask=w < R)
 
-    # Which groups: the R best and, where it costs nothing, some more.
+    # Which groups: the R best and, where that is cheaper than telling them apart, up to half as many more.
     m = tl.arange(0, M)
     tiles = (there + TILE - 1) // TILE
     best = tl.load(best_ptr + row * (split_keys // GROUP) + m, mask=m < tiles * (TILE // GROUP), other=float("-inf"))
     real = best > float("-inf")
-    found = tl.sum(real.to(tl.int32), axis=0)
-    lowest = tl.min(tl.where(real, best, float("inf")), axis=0)
+    wanted = tl.minimum(R, tl.sum(real.to(tl.int32), axis=0))
     top = tl.max(best, axis=0)
-    highest = top + tl.abs(top) * 1e-6 + 1e-30
-    low, high = _bracket(best, lowest, highest, tl.minimum(R, found), WIDTH)
-    certain = best >= high
-    possible = real & (best >= low) & (best < high)
-    num_certain = tl.sum(certain.to(tl.int32), axis=0)
-    place = tl.where(certain, tl.cumsum(certain.to(tl.int32), axis=0) - 1, 0)
-    place = tl.where(possible, num_certain + tl.cumsum(possible.to(tl.int32), axis=0) - 1, place)
-    tl.store(scratch + place, m, mask=(certain | possible) & (place < WIDTH))
-    chosen = tl.minimum(WIDTH, num_certain + tl.sum(possible.to(tl.int32), axis=0))
+    lowest = tl.min(tl.where(real, best, float("inf")), axis=0)
+    low, high = _bracket(best, lowest, top + tl.abs(top) * 1e-6 + 1e-30, wanted, wanted + wanted // 2)
+    place, chosen = _place(best, real, low, high)
+    tl.store(scratch + place, m, mask=(place >= 0) & (place < WIDTH))
+    chosen = tl.minimum(WIDTH, chosen)
     tl.debug_barrier()
 
-    # Score their keys again.
+    # Score their keys again, a few columns at a time: all rows at once would not fit the registers.
     c = tl.arange(0, WIDTH * GROUP)
     group = tl.load(scratch + c // GROUP, mask=c // GROUP < chosen, other=0)
     per_tile: tl.constexpr = TILE // GROUP
     n = group // per_tile * TILE + (c % GROUP) * per_tile + group % per_tile
-    is_key = (c // GROUP < chosen) & (n < there)
-    e = tl.arange(0, E)
-    query = tl.load(query_ptr + (x * queries + q).to(tl.int64) * head_dim + e, mask=e < head_dim, other=0.0)
-    key = tl.load(
-        keys + n[:, None].to(tl.int64) * stride_n + e[None, :],
-        mask=is_key[:, None] & (e < head_dim)[None, :],
-        other=0.0,
-    )
-    score = tl.sum(key.to(tl.float32) * query.to(tl.float32)[None, :], axis=1)
-    score = tl.where(is_key, score, float("-inf"))
+    real = (c // GROUP < chosen) & (n < there)
+    at = keys + n.to(tl.int64) * stride_n
+    score = tl.zeros((WIDTH * GROUP,), tl.float32)
+    for start in tl.static_range(0, E, COLUMNS):
+        e = start + tl.arange(0, COLUMNS)
+        query = tl.load(query_ptr + (x * queries + q).to(tl.int64) * head_dim + e, mask=e < head_dim, other=0.0)
+        key = tl.load(at[:, None] + e[None, :], mask=real[:, None] & (e < head_dim)[None, :], other=0.0)
+        score += tl.sum(key.to(tl.float32) * query.to(tl.float32)[None, :], axis=1)
+    score = tl.where(real, score, float("-inf"))
     tl.debug_barrier()
 
-    # Keep 2 · WIDTH at most, then rank: a key's place is the number of better ones.
-    kept = tl.minimum(R, tl.sum(is_key.to(tl.int32), axis=0))
-    lowest = tl.min(tl.where(is_key, score, float("inf")), axis=0)
+    # Keep at most WIDTH of them.
+    wanted = tl.minimum(R, tl.sum(real.to(tl.int32), axis=0))
     top = tl.max(score, axis=0)
-    low, high = _bracket(score, lowest, top + tl.abs(top) * 1e-6 + 1e-30, kept, 2 * WIDTH)
-    certain = is_key & (score >= high)
-    possible = is_key & (score >= low) & (score < high)
-    num_certain = tl.sum(certain.to(tl.int32), axis=0)
-    place = tl.where(certain, tl.cumsum(certain.to(tl.int32), axis=0) - 1, 0)
-    place = tl.where(possible, num_certain + tl.cumsum(possible.to(tl.int32), axis=0) - 1, place)
-    held = (certain | possible) & (place < 2 * WIDTH)
-    tl.store(scratch + place, n, mask=held)
-    # Scores travel in the same scratch, as bits, once the places are known; so their indices are read first.
+    lowest = tl.min(tl.where(real, score, float("inf")), axis=0)
+    low, high = _bracket(score, lowest, top + tl.abs(top) * 1e-6 + 1e-30, wanted, WIDTH)
+    place, held = _place(score, real, low, high)
+    keep = (place >= 0) & (place < WIDTH)
+    tl.store(scratch + place, n, mask=keep)
+    tl.store(scratch + WIDTH + place, score.to(tl.int32, bitcast=True), mask=keep)
+    held = tl.minimum(WIDTH, held)
     tl.debug_barrier()
-    w = tl.arange(0, 2 * WIDTH)
-    held_count = tl.minimum(2 * WIDTH, num_certain + tl.sum(possible.to(tl.int32), axis=0))
-    index = tl.load(scratch + w, mask=w < held_count, other=0)
-    tl.debug_barrier()
-    tl.store(scratch + place, score.to(tl.int32, bitcast=True), mask=held)
-    tl.debug_barrier()
-    score = tl.load(scratch + w, mask=w < held_count, other=0).to(tl.float32, bitcast=True)
-    score = tl.where(w < held_count, score, float("-inf"))
-    better = (score[None, :] > score[:, None]) | ((score[None, :] == score[:, None]) & (w[None, :] < w[:, None]))
-    place = tl.sum(better.to(tl.int32), axis=1)
-    keep = (w < held_count) & (place < R)
+
+    # Rank them: a key's place is the number of better ones.
+    index = tl.load(scratch + w, mask=w < held, other=0)
+    score = tl.load(scratch + WIDTH + w, mask=w < held, other=0).to(tl.float32, bitcast=True)
+    place = tl.zeros((WIDTH,), tl.int32)
+    for start in range(0, held, 16):
+        j = start + tl.arange(0, 16)
+        other = tl.load(scratch + WIDTH + j, mask=j < held, other=0).to(tl.float32, bitcast=True)
+        better = (other[None, :] > score[:, None]) | ((other[None, :] == score[:, None]) & (j[None, :] < w[:, None]))
+        place += tl.sum((better & (j < held)[None, :]).to(tl.int32), axis=1)
+    keep = (w < held) & (place < R)
     tl.store(score_ptr + row * R + place, score, mask=keep)
     tl.store(index_ptr + row * R + place, (first + index).to(tl.int64), mask=keep)

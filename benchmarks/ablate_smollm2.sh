@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Screening runs: one question each, everything else as in the base, 640 steps of 32,768 tokens (21.0M).
+#
+#   benchmarks/ablate_smollm2.sh NAME TRAIN HELDOUT OUT [OPTION of `longmem train` …]
+set -euo pipefail
+name=$1 train=$2 heldout=$3 out=$4
+shift 4
+heads='17.1 18.2 20.2 23.0 23.1 23.2'
+options=()
+case $name in
+    base) ;;
+    short-segments) options=(--rows 32 --segment 1024 --max-segments 64 --bank-tokens 16384) ;;
+    three-heads) heads='17.1 18.2 20.2' ;;
+    head-28) heads="$heads 28.0" ;;
+    head-7) heads="7.2 $heads" ;;
+    difference) options=(--update difference) ;;
+    seldom-empty) options=(--empty-fraction 0.1) ;;
+    often-wrong) options=(--wrong-fraction 0.25) ;;
+    slow) options=(--learning-rate 0.001) ;;
+    *)
+        echo "unknown variant $name" >&2
+        exit 2
+        ;;
+esac
+mkdir -p "$out/evals"
+python3 -m longmem train "$train" --out "$out/$name" --heads "$heads" --backbone smollm2-135m --steps 640 --rows 16 \
+    --segment 2048 --bank-tokens 65536 --max-segments 32 --learning-rate 0.002 --warmup 60 --empty-fraction 0.25 \
+    --wrong-fraction 0.1 --compile --log-every 50 "${options[@]}" "$@"
+for protocol in blocks sliding; do
+    python3 -m longmem eval perplexity "$heldout" --model "$out/$name" --protocol "$protocol" --prefill 65536 \
+        --segments 16 --only bank_off,bank_on,bank_wrong --json "$out/evals/$name-$protocol-65536.json"
+done
