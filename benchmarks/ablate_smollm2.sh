@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Screening runs: one question each, everything else as in the base, 640 steps of 32,768 tokens (21.0M).
+# Screening runs: one question each, everything else as in the base, 500 steps of 32,768 tokens (16.4M).
 #
 #   benchmarks/ablate_smollm2.sh NAME TRAIN HELDOUT OUT [OPTION of `longmem train` …]
 set -euo pipefail
@@ -14,7 +14,8 @@ case $name in
     head-28) heads="$heads 28.0" ;;
     head-7) heads="7.2 $heads" ;;
     difference) options=(--update difference) ;;
-    seldom-empty) options=(--empty-fraction 0.1) ;;
+    hidden-banks) options=(--empty-weight 0 --empty-fraction 0.25) ;;
+    twin) options=(--no-memory) ;;
     often-wrong) options=(--wrong-fraction 0.25) ;;
     slow) options=(--learning-rate 0.001) ;;
     *)
@@ -23,8 +24,8 @@ case $name in
         ;;
 esac
 mkdir -p "$out/evals"
-python3 -m longmem train "$train" --out "$out/$name" --heads "$heads" --backbone smollm2-135m --steps 640 --rows 16 \
-    --segment 2048 --bank-tokens 65536 --max-segments 32 --learning-rate 0.002 --warmup 60 --empty-fraction 0.25 \
+python3 -m longmem train "$train" --out "$out/$name" --heads "$heads" --backbone smollm2-135m --steps 500 --rows 16 \
+    --segment 2048 --bank-tokens 32768 --max-segments 32 --learning-rate 0.002 --warmup 60 --empty-weight 0.5 \
     --wrong-fraction 0.1 --compile --log-every 50 "${options[@]}" "$@"
 for protocol in blocks sliding; do
     python3 -m longmem eval perplexity "$heldout" --model "$out/$name" --protocol "$protocol" --prefill 65536 \

@@ -71,8 +71,8 @@ class TrainConfig:
     beta2: float = 0.98
     clip: float = 1.0
     seed: int = 0
-    empty_weight: float = 0.0
-    empty_fraction: float = 0.1
+    empty_weight: float = 0.5
+    empty_fraction: float = 0.0
     wrong_fraction: float = 0.1
     lookup_weight: float = 0.0
     memory: bool = True
@@ -167,9 +167,11 @@ class Trainer:
             loss = self._language_loss(hidden_BTD[:, :-1], tokens_BS)
             lookup = self._lookup_loss(reads, reader, right_B, tokens_BS) if reader is not None else loss.new_zeros(())
         (loss + self.config.lookup_weight * lookup).backward()
-        if reader is not None and self.config.empty_weight:
+        # The difference form has nothing to learn from an empty bank: there it is the backbone.
+        if reader is not None and self.config.empty_weight and self.sidenet.config.update == "alpha":
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-                empty = self._language_loss(self.model.correct(seen, None)[0][:, :-1], tokens_BS)
+                hidden_BTD, _ = self.model.correct(seen, None)
+                empty = self._language_loss(hidden_BTD[:, :-1], tokens_BS)
             (self.config.empty_weight * empty).backward()
 
         norm = nn.utils.clip_grad_norm_(self.sidenet.parameters(), self.config.clip)

@@ -145,6 +145,27 @@ def test_without_memory_no_bank_is_touched() -> None:
     assert all(not layer.memory.bias_KG.any() for layer in model.sidenet.layers if layer.kv_heads)
 
 
+def test_with_nothing_remembered_yet_both_losses_are_one() -> None:
+    """In the first step every bank is empty, so the loss with an empty bank has the gradient of the other."""
+    norms = [
+        Trainer(fresh(), REPETITIVE, dataclasses.replace(SMALL, empty_weight=weight)).step()["gradient_norm"]
+        for weight in (0.0, 0.5, 2.0)
+    ]
+    assert norms[1:] == pytest.approx([1.5 * norms[0], 3.0 * norms[0]], rel=1e-4)
+
+
+def test_the_loss_with_an_empty_bank_reads_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read with the banks and what without them, step by step."""
+    model = fresh()
+    trainer = Trainer(model, REPETITIVE, dataclasses.replace(SMALL, empty_weight=0.5))
+    seen: list[bool] = []
+    correct = model.correct
+    monkeypatch.setattr(model, "correct", lambda out, retrieve: seen.append(retrieve is None) or correct(out, retrieve))
+    trainer.step()
+    trainer.step()
+    assert seen == [False, True] * 2
+
+
 def test_a_segment_reads_what_came_before_it_and_never_itself() -> None:
     model = fresh()
     # Each stream reads one document of seven segments, whose tokens are all different.
