@@ -89,10 +89,14 @@ def topk_scan(
 
 
 def _splits(device: torch.device, programs: int, num_keys: int) -> int:
+    """Parts of a pool, so that two programs run on each multiprocessor; one part if the queries alone fill them."""
     if device.type != "cuda":
         return 1
-    wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(-(-wanted // programs), num_keys // 2048)) if programs < wanted else 1
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    if programs >= processors:
+        return 1
+    # Each part gives R candidates for the last choice, so a part should hold many more keys than that.
+    return max(1, min(-(-2 * processors // programs), num_keys // 4096))
 
 
 @triton.jit
