@@ -1,0 +1,129 @@
+"""Exact search on a CPU: keys are ranked in bfloat16, the best are scored again in float32, a bound proves the rest.
+
+A search of one token is bound by how fast keys can be read, so they are read once and as they are stored.
+
+X searches, Q queries, N keys, E head size, G neighbours of a group, M members of the best groups, C candidates,
+R retrieved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longmem.ops import reference
+
+# Up to so many queries of a search (those of one token), reading the keys is what costs; beyond, the products are, and
+# there the reference is as fast.
+FEW = 16
+# Candidates for each retrieved key. With keys of real text three prove every query to be exact.
+SPARE = 4
+# bfloat16 has eight significant bits: rounding to it changes a number by at most this share.
+ROUNDING = 2.0**-8
+# Keys are first ranked by the best of this many: the C best keys lie in the C best groups.
+GROUP = 16
+
+
+def topk_scan(query_XQE: Tensor, keys_XNE: Tensor, top_k: int, length_X: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The `top_k` keys of largest dot product for each query: `reference.topk_scan`, faster for bfloat16 keys.
+
+    Exact: it finds what float32 scores of the keys and queries as given would find. Where that cannot be proved (many
+    equal keys, say) the query is searched again by the reference.
+
+    Args:
+        query_XQE: queries, on the CPU. More than `FEW` a search are left to the reference.
+        keys_XNE: keys, on the CPU, any strides. Keys in float32, and all keys on a processor that has no bfloat16
+            products, are left to the reference.
+        top_k: R; may exceed N.
+        length_X: only the first `length_X[x]` keys of each search count; all by default.
+
+    Returns:
+        index_XQR (int64, best first) and score_XQR (float32). Where fewer than R keys exist the
+        score is −inf and the index 0.
+    """
+    searches, queries, _ = query_XQE.shape
+    if keys_XNE.dtype != torch.bfloat16 or not 0 < queries <= FEW or not has_bfloat16_products():
+        return reference.topk_scan(query_XQE, keys_XNE, top_k, length_X)
+    lengths = [keys_XNE.shape[1]] * searches if length_X is None else length_X.tolist()
+    index_XQR = torch.empty(searches, queries, top_k, dtype=torch.int64)
+    score_XQR = torch.empty(searches, queries, top_k)
+    for x, length in enumerate(lengths):
+        index_XQR[x], score_XQR[x] = _scan(query_XQE[x].float(), keys_XNE[x, :length], top_k)
+    return index_XQR, score_XQR
+
+
+def has_bfloat16_products() -> bool:
+    """Whether this processor multiplies bfloat16 itself; where it does not, float32 is faster."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def _scan(query_QE: Tensor, keys_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    if len(keys_NE) <= SPARE * top_k:
+        return search_plainly(query_QE, keys_NE, top_k)
+    parts = [query_QE.bfloat16()]
+    left_QE = query_QE - parts[0].float()
+    while left_QE.any() and len(parts) < 3:
+        # Three bfloat16 numbers add up to a float32 one. Their products cost little beside reading the keys.
+        parts.append(left_QE.bfloat16())
+        left_QE = left_QE - parts[-1].float()
+    score_QN, *smaller_QN = (torch.cat(parts) @ keys_NE.T).split(len(query_QE))
+    candidate_QC, least_Q = best_of(score_QN, SPARE * top_k)
+    # No other key scores more: its first part is at most `least_Q` before rounding, its others at most their maxima.
+    most_Q = least_Q + ROUNDING * least_Q.abs()
+    for part_QN in smaller_QN:
+        part_Q = part_QN.amax(-1).float()
+        most_Q += part_Q + ROUNDING * part_Q.abs()
+    index_QR, score_QR = rescore(query_QE, keys_NE, candidate_QC, top_k)
+    return search_again(query_QE, keys_NE, index_QR, score_QR, score_QR[:, -1] < most_Q)
+
+
+def search_plainly(query_QE: Tensor, keys_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """`reference.topk_scan` of a single search."""
+    index_1QR, score_1QR = reference.topk_scan(query_QE[None], keys_NE[None], top_k)
+    return index_1QR[0], score_1QR[0]
+
+
+def search_again(
+    query_QE: Tensor, keys_NE: Tensor, index_QR: Tensor, score_QR: Tensor, unproved_Q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What was found, with the results of the reference where `unproved_Q` (written in place)."""
+    if unproved_Q.any():
+        index_QR[unproved_Q], score_QR[unproved_Q] = search_plainly(query_QE[unproved_Q], keys_NE, index_QR.shape[-1])
+    return index_QR, score_QR
+
+
+def rescore(
+    query_QE: Tensor, keys_NE: Tensor, candidate_QC: Tensor, top_k: int, valid_QC: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The best `top_k` (at most C) of each query's candidates by float32 scores: index_QR, best first, and score_QR.
+
+    Candidates that are not valid score −inf.
+    """
+    keys_QCE = keys_NE.index_select(0, candidate_QC.flatten()).unflatten(0, candidate_QC.shape).float()
+    score_QC = torch.bmm(query_QE[:, None], keys_QCE.transpose(1, 2)).squeeze(1)
+    if valid_QC is not None:
+        score_QC.masked_fill_(~valid_QC, -torch.inf)
+    score_QR, among_QR = score_QC.topk(top_k, dim=-1)
+    return candidate_QC.gather(-1, among_QR), score_QR
+
+
+def int8_products(query_QE: Tensor, keys_NE: Tensor) -> Tensor:
+    """Dot products (Q, N) of int8 vectors, int32."""
+    return torch._int_mm(query_QE, keys_NE.T)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def best_of(score_QN: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` best keys of each row, in any order, and (float32) the least of their scores."""
+    num_keys = score_QN.shape[-1]
+    if num_keys < 4 * GROUP * count:
+        best_QC, candidate_QC = score_QN.topk(count, dim=-1, sorted=False)
+        return candidate_QC, best_QC.amin(-1).float()
+    # Group g holds keys g, g + groups, g + 2 · groups, …: a maximum over the outer dimension reads memory in order.
+    groups = num_keys // GROUP
+    whole = groups * GROUP
+    group_QC = score_QN[:, :whole].unflatten(-1, (GROUP, groups)).amax(-2).topk(count, dim=-1, sorted=False).indices
+    member_QM = (group_QC[..., None] + groups * torch.arange(GROUP)).flatten(-2)
+    if whole < num_keys:
+        member_QM = torch.cat((member_QM, torch.arange(whole, num_keys).expand(len(member_QM), -1)), dim=-1)
+    best_QC, among_QC = score_QN.gather(-1, member_QM).topk(count, dim=-1, sorted=False)
+    return member_QM.gather(-1, among_QC), best_QC.amin(-1).float()
