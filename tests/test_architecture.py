@@ -14,7 +14,8 @@ PACKAGE = Path(longmem.__file__).parent
 LAYERS = (
     {"errors"},
     {"config", "ops", "families", "pretrained", "quantize", "data"},
-    {"backbone", "bank"},
+    {"backbone", "bank", "sketch"},
+    {"ivf"},
     {"index", "store", "probe"},
     {"attention"},
     {"sidenet"},
@@ -85,8 +86,8 @@ def test_imports_point_one_way() -> None:
 
 
 def test_memory_and_network_meet_in_the_model_alone() -> None:
-    for name in ("bank", "store", "index"):
-        assert siblings(name, lazily=True) <= {"bank", "config", "data", "errors", "ops"}, name
+    for name in ("bank", "store", "index", "sketch", "ivf"):
+        assert siblings(name, lazily=True) <= {"bank", "config", "data", "errors", "ivf", "ops", "sketch"}, name
     for name in ("families", "backbone", "attention", "sidenet"):
         assert not siblings(name, lazily=True) & {"bank", "store"}, name
     # What the network knows of the search is its types.
@@ -97,7 +98,7 @@ def test_memory_and_network_meet_in_the_model_alone() -> None:
 
 
 def test_the_disk_is_no_business_of_the_core() -> None:
-    for name in ("bank", "index", "attention", "sidenet", "families", "ops", "quantize"):
+    for name in ("bank", "index", "attention", "sidenet", "families", "ops", "quantize", "sketch"):
         used = {module for path in PARTS[name] for module in imported_modules(path, lazily=True)}
         assert not used & {"pathlib", "os", "io", "shutil", "sqlite3", "safetensors"}, name
 
