@@ -62,21 +62,22 @@ class InvertedFile:
         size: S, coordinates kept.
         lists: a faiss index for each search.
         probes: lists that a query of each search reads.
-        recall: share of the true nearest keys that each search finds so, measured with queries that chose nothing.
+        recall: share of the true nearest keys that each search finds so, measured with queries that chose nothing;
+            empty if it was not measured.
     """
 
     basis: Basis
     size: int
     lists: tuple[Any, ...]
     probes: tuple[int, ...]
-    recall: tuple[float, ...]
+    recall: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         """Keys of each search."""
         return self.lists[0].ntotal
 
     @classmethod
-    def build(
+    def choose(
         cls,
         keys_XNE: Tensor,
         query_XQE: Tensor,
@@ -102,9 +103,8 @@ class InvertedFile:
             MissingExtraError: faiss is not installed.
             ConfigError: there are too few keys or queries, or the target is out of reach with so few coordinates.
         """
-        faiss = import_faiss()
         searches, num_keys, head_dim = keys_XNE.shape
-        num_lists = num_lists or max(1, round(4 * num_keys**0.5))
+        num_lists = num_lists or default_lists(num_keys)
         if num_keys < max(num_lists, SPARE * top_k) or query_XQE.shape[1] < 2:
             raise ConfigError(
                 f"An inverted file of {num_lists} lists was asked for {num_keys} keys and {query_XQE.shape[1]} "
@@ -116,20 +116,40 @@ class InvertedFile:
         choosing_XQE, measuring_XQE = halves(query_XQE)
         basis = Basis.fit(keys_XNE, choosing_XQE)
         choosing_XQE, measuring_XQE = some(choosing_XQE), some(measuring_XQE)
-        lists = tuple(
-            _in_lists(faiss, keys_NE, centre_E, matrix_EE[:, :size], num_lists, seed)
-            for keys_NE, centre_E, matrix_EE in zip(keys_XNE, basis.centre_XE, basis.keys_XEE, strict=True)
-        )
+        whole = cls.build(keys_XNE, basis, size, (num_lists,) * searches, num_lists=num_lists, seed=seed)
         truth_XQR = cpu.topk_scan(choosing_XQE, keys_XNE, top_k)[0]
         probes = []
         for x in range(searches):
-            one = cls(Basis(*(part[x : x + 1] for part in basis)), size, lists[x : x + 1], (num_lists,), (0.0,))
-            given = (choosing_XQE[x : x + 1], keys_XNE[x : x + 1], truth_XQR[x : x + 1], target)
-            probes.append(one._fewest_probes(*given))
-        chosen = cls(basis, size, lists, tuple(probes), (0.0,) * searches)
+            one = slice(x, x + 1)
+            probes.append(whole[one]._fewest_probes(choosing_XQE[one], keys_XNE[one], truth_XQR[one], target))
+        chosen = replace(whole, probes=tuple(probes))
         truth_XQR = cpu.topk_scan(measuring_XQE, keys_XNE, top_k)[0]
         measured_X = recall(chosen.search(measuring_XQE, keys_XNE, top_k)[0], truth_XQR)
         return replace(chosen, recall=tuple(measured_X.tolist()))
+
+    @classmethod
+    def build(
+        cls,
+        keys_XNE: Tensor,
+        basis: Basis,
+        size: int,
+        probes: tuple[int, ...],
+        *,
+        num_lists: int | None = None,
+        seed: int = 0,
+    ) -> InvertedFile:
+        """Index all keys with settings that are known, such as those of an index that the bank has outgrown."""
+        faiss = import_faiss()
+        lists = tuple(
+            _in_lists(faiss, keys_NE, centre_E, matrix_EE[:, :size], num_lists or default_lists(len(keys_NE)), seed)
+            for keys_NE, centre_E, matrix_EE in zip(keys_XNE, basis.centre_XE, basis.keys_XEE, strict=True)
+        )
+        return cls(basis, size, lists, probes)
+
+    def __getitem__(self, searches: slice) -> InvertedFile:
+        """The index of some of the searches (such as a layer's heads), sharing memory."""
+        basis = Basis(*(part[searches] for part in self.basis))
+        return InvertedFile(basis, self.size, self.lists[searches], self.probes[searches], self.recall[searches])
 
     def _fewest_probes(self, query_1QE: Tensor, keys_1NE: Tensor, truth_1QR: Tensor, target: float) -> int:
         """Lists to read for the target recall, of an index of one search that reads them all."""
@@ -215,6 +235,11 @@ class InvertedFile:
                 "its bank."
             ) from error
         return cls(basis, settings["size"], tuple(lists), tuple(settings["probes"]), tuple(settings["recall"]))
+
+
+def default_lists(num_keys: int) -> int:
+    """A search reads centroids and a share of the keys; both cost about the same with so many lists."""
+    return max(1, round(4 * num_keys**0.5))
 
 
 def _in_lists(faiss: Any, keys_NE: Tensor, centre_E: Tensor, matrix_ES: Tensor, num_lists: int, seed: int) -> Any:

@@ -31,7 +31,7 @@ def bank() -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def index(bank: tuple[Tensor, Tensor]) -> InvertedFile:
     pytest.importorskip("faiss")
-    return InvertedFile.build(*bank, top_k=8, target=0.95, size=12, num_lists=40)
+    return InvertedFile.choose(*bank, top_k=8, target=0.95, size=12, num_lists=40)
 
 
 def shares(index_XQR: Tensor, truth_XQR: Tensor) -> list[float]:
@@ -90,6 +90,16 @@ def test_a_file_gives_back_the_same_index(bank: tuple[Tensor, Tensor], index: In
         assert torch.equal(mine, its)
 
 
+def test_known_settings_build_the_same_index(bank: tuple[Tensor, Tensor], index: InvertedFile) -> None:
+    keys_XNE, query_XQE = bank
+    again = InvertedFile.build(keys_XNE, index.basis, 12, index.probes, num_lists=40)
+    assert again.recall == ()
+    for x in range(2):
+        one = slice(x, x + 1)
+        mine = again[one].search(query_XQE[one], keys_XNE[one], 8)[0]
+        assert torch.equal(mine, index.search(query_XQE, keys_XNE, 8)[0][one])
+
+
 def test_a_damaged_file_is_named(index: InvertedFile, tmp_path: Path) -> None:
     path = tmp_path / "bank.ivf"
     with pytest.raises(StoreCorruptError, match=r"bank\.ivf"):
@@ -103,9 +113,9 @@ def test_what_cannot_be_built_says_why(bank: tuple[Tensor, Tensor]) -> None:
     pytest.importorskip("faiss")
     keys_XNE, query_XQE = bank
     with pytest.raises(ConfigError, match="exactly"):
-        InvertedFile.build(keys_XNE[:, :20], query_XQE)
+        InvertedFile.choose(keys_XNE[:, :20], query_XQE)
     with pytest.raises(ConfigError, match="larger size"):
-        InvertedFile.build(keys_XNE, query_XQE, top_k=8, target=0.99, size=1, num_lists=40)
+        InvertedFile.choose(keys_XNE, query_XQE, top_k=8, target=0.99, size=1, num_lists=40)
 
 
 def test_without_faiss_the_extra_is_named(bank: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
