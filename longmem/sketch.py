@@ -19,8 +19,9 @@ from torch import Tensor
 
 from longmem.ops import cpu
 
-# Candidates for each retrieved key, scored again in float32.
+# Candidates for each retrieved key, scored again in float32. What is to be proved exact needs some more.
 SPARE = 4
+SPARE_EXACT = 6
 # Coordinates whose queries vary less than this share of the largest variance count as if they varied that much:
 # a basis learnt from few queries must stay invertible.
 LEAST_VARIANCE = 1e-3
@@ -163,7 +164,7 @@ class Sketch:
             index_XQR and score_XQR as `ops.topk_scan` returns them; scores are those of the keys themselves.
         """
         searches, queries, _ = query_XQE.shape
-        if len(self) <= SPARE * top_k:
+        if len(self) <= SPARE_EXACT * top_k:
             return cpu.topk_scan(query_XQE, keys_XNE, top_k)
         index_XQR = torch.empty(searches, queries, top_k, dtype=torch.int64)
         score_XQR = torch.empty(searches, queries, top_k)
@@ -192,7 +193,7 @@ class Sketch:
             score_QN = low_QN.add(high_QN, alpha=128)
         else:
             score_QN = cpu.int8_products(whole_QS.to(torch.int8), codes_NS)
-        candidate_QC, least_Q = cpu.best_of(score_QN, SPARE * top_k)
+        candidate_QC, least_Q = cpu.best_of(score_QN, (SPARE_EXACT if exact else SPARE) * top_k)
         index_QR, score_QR = cpu.rescore(query_QE, keys_NE, candidate_QC, top_k)
         if not exact:
             return index_QR, score_QR
@@ -201,7 +202,11 @@ class Sketch:
         most_Q += coordinate_QE[:, size:].norm(dim=-1) * self.left_out_X[x]
         most_Q += scaled_QS.norm(dim=-1) * self.rounded_X[x]
         most_Q += unit_Q1[:, 0] / 2 * 127 * size
-        return cpu.search_again(query_QE, keys_NE, index_QR, score_QR, score_QR[:, -1] < most_Q)
+        unproved_Q = score_QR[:, -1] < most_Q
+        if unproved_Q.any():
+            found_1QR = cpu.topk_scan(query_QE[None, unproved_Q], keys_NE[None], top_k)
+            index_QR[unproved_Q], score_QR[unproved_Q] = (part_1QR[0] for part_1QR in found_1QR)
+        return index_QR, score_QR
 
 
 def with_tail(

@@ -59,7 +59,7 @@ def has_bfloat16_products() -> bool:
 
 def _scan(query_QE: Tensor, keys_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     if len(keys_NE) <= SPARE * top_k:
-        return search_plainly(query_QE, keys_NE, top_k)
+        return _search_plainly(query_QE, keys_NE, top_k)
     parts = [query_QE.bfloat16()]
     left_QE = query_QE - parts[0].float()
     while left_QE.any() and len(parts) < 3:
@@ -74,22 +74,16 @@ def _scan(query_QE: Tensor, keys_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor
         part_Q = part_QN.amax(-1).float()
         most_Q += part_Q + ROUNDING * part_Q.abs()
     index_QR, score_QR = rescore(query_QE, keys_NE, candidate_QC, top_k)
-    return search_again(query_QE, keys_NE, index_QR, score_QR, score_QR[:, -1] < most_Q)
+    unproved_Q = score_QR[:, -1] < most_Q
+    if unproved_Q.any():
+        index_QR[unproved_Q], score_QR[unproved_Q] = _search_plainly(query_QE[unproved_Q], keys_NE, top_k)
+    return index_QR, score_QR
 
 
-def search_plainly(query_QE: Tensor, keys_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _search_plainly(query_QE: Tensor, keys_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """`reference.topk_scan` of a single search."""
     index_1QR, score_1QR = reference.topk_scan(query_QE[None], keys_NE[None], top_k)
     return index_1QR[0], score_1QR[0]
-
-
-def search_again(
-    query_QE: Tensor, keys_NE: Tensor, index_QR: Tensor, score_QR: Tensor, unproved_Q: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What was found, with the results of the reference where `unproved_Q` (written in place)."""
-    if unproved_Q.any():
-        index_QR[unproved_Q], score_QR[unproved_Q] = search_plainly(query_QE[unproved_Q], keys_NE, index_QR.shape[-1])
-    return index_QR, score_QR
 
 
 def rescore(
