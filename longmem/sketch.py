@@ -186,14 +186,18 @@ class Sketch:
         unit_Q1 = scaled_QS.abs().amax(-1, keepdim=True).clamp(min=1e-30) / levels
         whole_QS = (scaled_QS / unit_Q1).round()
         codes_NS = self.codes_XNS[x]
-        if exact:
-            high_QS = (whole_QS / 128).round()
-            parts = torch.cat((high_QS, whole_QS - 128 * high_QS)).to(torch.int8)
-            high_QN, low_QN = cpu.int8_products(parts, codes_NS).split(len(query_QE))
-            score_QN = low_QN.add(high_QN, alpha=128)
-        else:
-            score_QN = cpu.int8_products(whole_QS.to(torch.int8), codes_NS)
-        candidate_QC, least_Q = cpu.best_of(score_QN, (SPARE_EXACT if exact else SPARE) * top_k)
+        high_QS = (whole_QS / 128).round()
+        parts = torch.cat((high_QS, whole_QS - 128 * high_QS)) if exact else whole_QS
+        part_codes = parts.to(torch.int8)
+
+        def score(keys: slice) -> Tensor:
+            score_Qn = cpu.int8_products(part_codes, codes_NS[keys])
+            if exact:
+                high_Qn, low_Qn = score_Qn.split(len(query_QE))
+                score_Qn = low_Qn.add(high_Qn, alpha=128)
+            return score_Qn
+
+        candidate_QC, least_Q = cpu.best_of(score, len(self), (SPARE_EXACT if exact else SPARE) * top_k)
         index_QR, score_QR = cpu.rescore(query_QE, keys_NE, candidate_QC, top_k)
         if not exact:
             return index_QR, score_QR

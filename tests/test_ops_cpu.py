@@ -123,12 +123,22 @@ def test_what_bfloat16_cannot_speed_up_is_left_to_the_reference(monkeypatch: pyt
 
 
 @settings(max_examples=30)
-@given(st.integers(1, 3), st.integers(1, 3000), st.integers(1, 12), st.integers(0, 9))
-def test_best_of_bounds_what_it_leaves_out(queries: int, keys: int, count: int, seed: int) -> None:
+@given(st.integers(1, 3), st.integers(1, 3000), st.integers(1, 12), st.integers(0, 9), st.sampled_from([700, 1 << 18]))
+def test_best_of_bounds_what_it_leaves_out(queries: int, keys: int, count: int, seed: int, block: int) -> None:
     count = min(count, keys)
     score_QN = normal(queries, keys, seed=seed).mul(1000).to(torch.int32)
-    candidate_QC, least_Q = cpu.best_of(score_QN, count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "BLOCK", block)
+        candidate_QC, least_Q = cpu.best_of(lambda part: score_QN[:, part], keys, count)
     left_QN = score_QN.float().scatter(-1, candidate_QC, -torch.inf)
     assert (left_QN.amax(-1) <= least_Q).all()
     assert torch.equal(score_QN.gather(-1, candidate_QC).amin(-1).float(), least_Q)
     assert all(len(row_C.unique()) == count for row_C in candidate_QC)
+
+
+def test_blocks_of_keys_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys_XNE, query_XQE = normal(2, 1500, 8).bfloat16(), normal(2, 3, 8, seed=1)
+    whole = cpu.topk_scan(query_XQE, keys_XNE, 6)
+    for block in (64, 1000):
+        monkeypatch.setattr(cpu, "BLOCK", block)
+        assert torch.equal(cpu.topk_scan(query_XQE, keys_XNE, 6)[0], whole[0])

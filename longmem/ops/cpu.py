@@ -2,11 +2,12 @@
 
 A search of one token is bound by how fast keys can be read, so they are read once and as they are stored.
 
-X searches, Q queries, N keys, E head size, G neighbours of a group, M members of the best groups, C candidates,
-R retrieved.
+X searches, Q queries, N keys, n of a block, E head size, M members of the best groups, C candidates, R retrieved.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ SPARE = 4
 ROUNDING = 2.0**-8
 # Keys are first ranked by the best of this many: the C best keys lie in the C best groups.
 GROUP = 16
+# Keys scored at a time: their scores are still in the cache when they are ranked, and memory stays bounded.
+BLOCK = 1 << 18
 
 
 def topk_scan(query_XQE: Tensor, keys_XNE: Tensor, top_k: int, length_X: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -66,13 +69,19 @@ def _scan(query_QE: Tensor, keys_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor
         # Three bfloat16 numbers add up to a float32 one. Their products cost little beside reading the keys.
         parts.append(left_QE.bfloat16())
         left_QE = left_QE - parts[-1].float()
-    score_QN, *smaller_QN = (torch.cat(parts) @ keys_NE.T).split(len(query_QE))
-    candidate_QC, least_Q = best_of(score_QN, SPARE * top_k)
+    stacked = torch.cat(parts)
+    most_of_smaller_Q = torch.full((len(parts) - 1, len(query_QE)), -torch.inf)
+
+    def score(keys: slice) -> Tensor:
+        score_Qn, *smaller_Qn = (stacked @ keys_NE[keys].T).split(len(query_QE))
+        for most_Q, part_Qn in zip(most_of_smaller_Q, smaller_Qn, strict=True):
+            torch.maximum(most_Q, part_Qn.amax(-1), out=most_Q)
+        return score_Qn
+
+    candidate_QC, least_Q = best_of(score, len(keys_NE), SPARE * top_k)
     # No other key scores more: its first part is at most `least_Q` before rounding, its others at most their maxima.
     most_Q = least_Q + ROUNDING * least_Q.abs()
-    for part_QN in smaller_QN:
-        part_Q = part_QN.amax(-1).float()
-        most_Q += part_Q + ROUNDING * part_Q.abs()
+    most_Q += (most_of_smaller_Q + ROUNDING * most_of_smaller_Q.abs()).sum(0)
     index_QR, score_QR = rescore(query_QE, keys_NE, candidate_QC, top_k)
     unproved_Q = score_QR[:, -1] < most_Q
     if unproved_Q.any():
@@ -106,12 +115,31 @@ def int8_products(query_QE: Tensor, keys_NE: Tensor) -> Tensor:
     return torch._int_mm(query_QE, keys_NE.T)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def best_of(score_QN: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best keys of each row, in any order, and (float32) the least of their scores."""
+def best_of(score: Callable[[slice], Tensor], num_keys: int, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` keys that score best, in any order, and (float32) the least of their scores: (Q, C) and (Q,).
+
+    Args:
+        score: scores (Q, n), of any dtype, of a slice of the keys.
+        count: C, at most `num_keys`.
+    """
+    candidates, scores = [], []
+    for first in range(0, num_keys, BLOCK):
+        score_Qn = score(slice(first, min(first + BLOCK, num_keys)))
+        candidate_QC, best_QC = _best_of_block(score_Qn, min(count, score_Qn.shape[-1]))
+        candidates.append(candidate_QC + first if first else candidate_QC)
+        scores.append(best_QC)
+    if len(scores) == 1:
+        return candidates[0], scores[0].amin(-1).float()
+    best_QC, among_QC = torch.cat(scores, dim=-1).topk(count, dim=-1, sorted=False)
+    return torch.cat(candidates, dim=-1).gather(-1, among_QC), best_QC.amin(-1).float()
+
+
+def _best_of_block(score_QN: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Which keys score best, and their scores."""
     num_keys = score_QN.shape[-1]
     if num_keys < 4 * GROUP * count:
         best_QC, candidate_QC = score_QN.topk(count, dim=-1, sorted=False)
-        return candidate_QC, best_QC.amin(-1).float()
+        return candidate_QC, best_QC
     # Group g holds keys g, g + groups, g + 2 · groups, …: a maximum over the outer dimension reads memory in order.
     groups = num_keys // GROUP
     whole = groups * GROUP
@@ -120,4 +148,4 @@ def best_of(score_QN: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if whole < num_keys:
         member_QM = torch.cat((member_QM, torch.arange(whole, num_keys).expand(len(member_QM), -1)), dim=-1)
     best_QC, among_QC = score_QN.gather(-1, member_QM).topk(count, dim=-1, sorted=False)
-    return member_QM.gather(-1, among_QC), best_QC.amin(-1).float()
+    return member_QM.gather(-1, among_QC), best_QC
