@@ -189,7 +189,7 @@ def ways(
         lists = InvertedFile.choose(keys_XNE, recorded_XQE, top_k=TOP_K)
         known["share"] = [probes / lists.lists[0].nlist for probes in lists.probes]
     else:
-        num_lists = 4096 if size < LARGE else 8192
+        num_lists = 4096
         probes = tuple(round(share * num_lists) for share in known["share"][-searches:])
         lists = InvertedFile.build(keys_XNE, basis, 32, probes, num_lists=num_lists)
     settings = f"{lists.lists[0].nlist} lists, reads {'/'.join(map(str, lists.probes))}"
