@@ -54,9 +54,11 @@ def make_vectors(texts: Path, model_name: str, tokens: int) -> dict[str, Tensor]
     heads = [model.config.heads_of(layer).start for layer in layers]
     keys, queries, total = [], [], 0
     for path in sorted(texts.glob("*.txt")):
+        if total >= tokens:
+            break
         ids_N = torch.tensor(model.tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
         length = min(PER_TEXT, len(ids_N) - READ_ON)
-        if length < CONTEXT or total >= tokens:
+        if length < CONTEXT:
             continue
         key_HNE, value_HNE = writer.encode(ids_N[:length])
         last = slice(-CONTEXT, None)

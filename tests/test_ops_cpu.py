@@ -86,15 +86,13 @@ def test_scores_that_bfloat16_cannot_tell_apart_are_still_ranked(offset: float) 
 
 
 def test_what_rounding_takes_from_a_query_counts() -> None:
-    """Keys in the one direction in which the query is rounded: in bfloat16 all of them score the same."""
-    keys_XNE = torch.zeros(1, 3000, 2)
-    keys_XNE[0, :, 0] = 1.0
-    keys_XNE[0, :, 1] = torch.randperm(3000, generator=torch.Generator().manual_seed(0)) / 3000
-    keys_XNE = keys_XNE.bfloat16()
-    query_XQE = torch.tensor([[[1.0, 2.0**-12]]])
+    """In bfloat16 this query is (1, 1), and every one of these keys scores zero."""
+    steps_N = torch.randperm(3000, generator=torch.Generator().manual_seed(0)) / 3000
+    keys_XNE = torch.stack((-steps_N, steps_N), dim=-1)[None].bfloat16()
+    query_XQE = torch.tensor([[[1.0, 1.0 + 2.0**-9]]])
     found = cpu.topk_scan(query_XQE, keys_XNE, 3)
     best = (query_XQE.double() @ keys_XNE.double().mT).topk(3, dim=-1).values
-    torch.testing.assert_close(found[1].double(), best, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[1].double(), best, atol=1e-7, rtol=0)
 
 
 @given(st.integers(1, 80), st.integers(1, 20))
