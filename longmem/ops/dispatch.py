@@ -1,4 +1,5 @@
-"""Which implementation runs: Triton kernels for tensors on a CUDA device, plain PyTorch elsewhere."""
+"""Which implementation runs: Triton kernels for tensors on a CUDA device, on a CPU a search for bfloat16 keys, plain
+PyTorch elsewhere."""
 
 from __future__ import annotations
 
@@ -23,6 +24,10 @@ def topk_scan(
 
         if top_k <= search.MOST:
             return search.topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X)
+    if query_XQE.device.type == "cpu":
+        from longmem.ops import cpu
+
+        return cpu.topk_scan(query_XQE, keys_PNE if pool_X is None else keys_PNE[pool_X], top_k, length_X)
     return reference.topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X)
 
 

@@ -44,7 +44,7 @@ def topk_scan(
     kept = min(top_k, num_keys)
     index_XQR = torch.zeros(searches, queries, top_k, dtype=torch.int64, device=query_XQE.device)
     score_XQR = torch.full((searches, queries, top_k), -torch.inf, device=query_XQE.device)
-    if kept == 0 or queries == 0:
+    if kept == 0 or queries == 0 or searches == 0:
         return index_XQR, score_XQR
 
     # bfloat16 products on the CPU would round scores to 8 bits; accelerators accumulate in float32 and round once.
