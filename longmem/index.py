@@ -113,6 +113,27 @@ class BankReader:
 
     @torch.no_grad()
     def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
+        bank = self.banks[0]
+        shared = all(other is bank for other in self.banks)
+        if bank is not None and shared and len(bank) and bank.device == query_BKGTE.device:
+            return self._read_one(bank, layer, query_BKGTE)
+        return self._read_each(layer, query_BKGTE)
+
+    def _read_one(self, bank: MemoryBank, layer: int, query_BKGTE: Tensor) -> Retrieved:
+        """All rows read one bank: its rows are read where they lie."""
+        heads = self.config.heads_of(layer)
+        batch, kv_heads, group, tokens, _ = query_BKGTE.shape
+        keys_KNE, values_KNE = bank.keys_HNE[heads], bank.values_HNE[heads]
+        pool_BK = torch.arange(kv_heads, device=bank.device).expand(batch, kv_heads)
+        index_XQR, valid_XQR = search_tokens(
+            _flat(query_BKGTE), keys_KNE, self.config.top_k, self.config.chunk_size, pool_X=pool_BK.flatten()
+        )
+        shape = (batch, kv_heads, group, tokens, self.config.top_k)
+        index, valid = index_XQR.view(shape), valid_XQR.view(shape)
+        size_B = torch.full((batch,), float(len(bank)), device=bank.device)
+        return Retrieved(keys_KNE, values_KNE, pool_BK, index, valid, index, size_B)
+
+    def _read_each(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
         heads = self.config.heads_of(layer)
         batch, kv_heads, group, tokens, head_dim = query_BKGTE.shape
         shape = (batch, kv_heads, group, tokens, self.config.top_k)
@@ -207,7 +228,7 @@ class StreamReader:
         head_K = torch.arange(kv_heads, device=self.source_B.device) + config.heads_of(layer).start
         pool_BK = head_K * batch + self.source_B[:, None]
         index_XQR, valid_XQR = search_tokens(
-            query_BKGTE.flatten(0, 1).flatten(1, 2),
+            _flat(query_BKGTE),
             keys_PNE,
             config.top_k,
             config.chunk_size,

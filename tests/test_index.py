@@ -165,5 +165,23 @@ def test_a_ring_holds_whole_chunks() -> None:
 
 
 def test_queries_in_another_precision_than_the_bank_are_answered_in_theirs() -> None:
-    found = BankReader([make_bank(9)], config())(1, normal(1, 2, 2, 3, 4).bfloat16())
-    assert found.rows(found.keys_PNE).dtype == found.rows(found.values_PNE).dtype == torch.bfloat16
+    query_BKGTE = normal(1, 2, 2, 3, 4).bfloat16()
+    output_BKGTE, _ = BankReader([make_bank(9)], config())(1, query_BKGTE).attend(query_BKGTE, 1.0)
+    assert output_BKGTE.dtype == torch.bfloat16
+    assert BankReader([make_bank(9), None], config())(1, query_BKGTE.expand(2, -1, -1, -1, -1)).keys_PNE.dtype == (
+        torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk_size", [1, 2])
+def test_a_bank_that_all_rows_share_is_read_as_each_row_would_read_it(dtype: torch.dtype, chunk_size: int) -> None:
+    bank, query_BKGTE = make_bank(50), normal(2, 2, 2, 3, 4).to(dtype)
+    shared = BankReader([bank, bank], config(4, chunk_size))(1, query_BKGTE)
+    apart = BankReader([bank, make_bank(50)], config(4, chunk_size))(1, query_BKGTE)
+    assert shared.keys_PNE.data_ptr() == bank.keys_HNE.data_ptr()
+    assert apart.keys_PNE.data_ptr() != bank.keys_HNE.data_ptr()
+    for name in ("index_BKGTR", "valid_BKGTR", "bank_size_B"):
+        assert torch.equal(getattr(shared, name), getattr(apart, name))
+    for mine, other in zip(shared.attend(query_BKGTE, 0.3), apart.attend(query_BKGTE, 0.3), strict=True):
+        assert torch.equal(mine, other)

@@ -2,7 +2,8 @@
 
 A search of one token is bound by how fast keys can be read, so they are read once and as they are stored.
 
-X searches, Q queries, N keys, n of a block, E head size, M members of the best groups, C candidates, R retrieved.
+X searches, Q queries, P pools of N keys, n of a block, E head size, M members of the best groups, C candidates,
+R retrieved.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ GROUP = 16
 BLOCK = 1 << 18
 
 
-def topk_scan(query_XQE: Tensor, keys_XNE: Tensor, top_k: int, length_X: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def topk_scan(
+    query_XQE: Tensor,
+    keys_PNE: Tensor,
+    top_k: int,
+    length_X: Tensor | None = None,
+    pool_X: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """The `top_k` keys of largest dot product for each query: `reference.topk_scan`, faster for bfloat16 keys.
 
     Exact: it finds what float32 scores of the keys and queries as given would find. Where that cannot be proved (many
@@ -35,23 +42,26 @@ def topk_scan(query_XQE: Tensor, keys_XNE: Tensor, top_k: int, length_X: Tensor 
 
     Args:
         query_XQE: queries, on the CPU. More than `FEW` a search are left to the reference.
-        keys_XNE: keys, on the CPU, any strides. Keys in float32, and all keys on a processor that has no bfloat16
-            products, are left to the reference.
+        keys_PNE: pools of keys, on the CPU, any strides; none is copied. Keys in float32, and all keys on a processor
+            that has no bfloat16 products, are left to the reference.
         top_k: R; may exceed N.
         length_X: only the first `length_X[x]` keys of each search count; all by default.
+        pool_X: which pool each search reads; its own by default (P = X).
 
     Returns:
         index_XQR (int64, best first) and score_XQR (float32). Where fewer than R keys exist the
         score is −inf and the index 0.
     """
     searches, queries, _ = query_XQE.shape
-    if keys_XNE.dtype != torch.bfloat16 or not 0 < queries <= FEW or not has_bfloat16_products():
-        return reference.topk_scan(query_XQE, keys_XNE, top_k, length_X)
-    lengths = [keys_XNE.shape[1]] * searches if length_X is None else length_X.tolist()
+    plainly = keys_PNE.dtype != torch.bfloat16 or not 0 < queries <= FEW or not has_bfloat16_products()
+    search = _search_plainly if plainly else _scan
+    lengths = [keys_PNE.shape[1]] * searches if length_X is None else length_X.tolist()
+    pools = range(searches) if pool_X is None else pool_X.tolist()
     index_XQR = torch.empty(searches, queries, top_k, dtype=torch.int64)
     score_XQR = torch.empty(searches, queries, top_k)
-    for x, length in enumerate(lengths):
-        index_XQR[x], score_XQR[x] = _scan(query_XQE[x].float(), keys_XNE[x, :length], top_k)
+    for x, (pool, length) in enumerate(zip(pools, lengths, strict=True)):
+        query_QE = query_XQE[x] if plainly else query_XQE[x].float()
+        index_XQR[x], score_XQR[x] = search(query_QE, keys_PNE[pool, :length], top_k)
     return index_XQR, score_XQR
 
 

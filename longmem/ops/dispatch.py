@@ -27,7 +27,7 @@ def topk_scan(
     if query_XQE.device.type == "cpu":
         from longmem.ops import cpu
 
-        return cpu.topk_scan(query_XQE, keys_PNE if pool_X is None else keys_PNE[pool_X], top_k, length_X)
+        return cpu.topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X)
     return reference.topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X)
 
 

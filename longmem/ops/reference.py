@@ -87,11 +87,9 @@ def _topk(score_XQN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 def gather_rows(rows_PNE: Tensor, index_XQR: Tensor, pool_X: Tensor | None = None) -> Tensor:
     """Rows of pools by index, (X, Q, R, E); x reads pool `pool_X[x]`, its own by default (P = X)."""
-    pools, num_rows, _ = rows_PNE.shape
-    pool_X = torch.arange(pools, device=rows_PNE.device) if pool_X is None else pool_X
-    return rows_PNE.flatten(0, 1)[(index_XQR + pool_X[:, None, None] * num_rows).flatten()].unflatten(
-        0, index_XQR.shape
-    )
+    pool_X = torch.arange(len(rows_PNE), device=rows_PNE.device) if pool_X is None else pool_X
+    # Not by flattening pools: those of a bank that has room to grow are a view, and would be copied whole.
+    return rows_PNE[pool_X[:, None, None], index_XQR]
 
 
 def attend_rows(
