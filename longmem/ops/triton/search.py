@@ -21,8 +21,11 @@ TILE = tl.constexpr(128)
 MOST_GROUPS = 4096
 # Groups of a query that are scored again, at most; and keys of those that are ranked.
 WIDTH = 128
-# Columns of a key that are read at a time: 16 bytes of bfloat16.
-COLUMNS = tl.constexpr(8)
+# Keys that are scored again at a time.
+ROWS = tl.constexpr(64)
+# Programs a multiprocessor gets that choose keys, one query after another: they wait for memory most of the time, so as
+# many as registers allow (four) should run, and some more to even out.
+RESIDENT = 16
 
 
 def topk_scan(
@@ -76,10 +79,12 @@ def topk_scan(
         query_XQE, keys_PNE, pool_X, length_X, best_XSQM, *shape, **blocking, BQ=block,
         PRECISION="ieee" if keys_PNE.dtype == torch.float32 else "tf32", num_warps=8 if block > 16 else 4, num_stages=3,
     )  # fmt: skip
-    scratch = torch.empty(searches * splits * queries, 2 * WIDTH, dtype=torch.int32, device=device)
-    _best_keys[(queries, searches, splits)](
-        query_XQE, keys_PNE, pool_X, length_X, best_XSQM, scratch, score_XSQR, index_XSQR, *shape, **blocking,
-        M=triton.next_power_of_2(groups), R=top_k, WIDTH=WIDTH, num_warps=4 if group == 8 else 8,
+    rows = searches * splits * queries
+    programs = min(rows, RESIDENT * _processors(device))
+    scratch = torch.empty(programs, WIDTH * (group + 3), dtype=torch.int32, device=device)
+    _best_keys[(programs,)](
+        query_XQE, keys_PNE, pool_X, length_X, best_XSQM, scratch, score_XSQR, index_XSQR, *shape, rows, **blocking,
+        M=triton.next_power_of_2(groups), R=top_k, WIDTH=WIDTH, num_warps=4, maxnreg=128 if groups <= 2048 else None,
     )  # fmt: skip
     if splits == 1:
         return index_XSQR[:, 0], score_XSQR[:, 0]
@@ -88,11 +93,13 @@ def topk_scan(
     return index_XSQR.transpose(1, 2).flatten(2).gather(-1, among_XQR), score_XQR
 
 
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def _splits(device: torch.device, programs: int, num_keys: int) -> int:
     """Parts of a pool, so that two programs run on each multiprocessor; one part if the queries alone fill them."""
-    if device.type != "cuda":
-        return 1
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = _processors(device)
     if programs >= processors:
         return 1
     # Each part gives R candidates for the last choice, so a part should hold many more keys than that.
@@ -170,71 +177,84 @@ def _place(value, real, low, high):
 @triton.jit
 def _best_keys(
     query_ptr, keys_ptr, pool_ptr, length_ptr, best_ptr, scratch_ptr, score_ptr, index_ptr,
-    queries, splits, split_keys, stride_p, stride_n, head_dim,
+    queries, splits, split_keys, stride_p, stride_n, head_dim, rows,
     E: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The R best keys of one query in one split, best first."""
-    q, x, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    first = split * split_keys
-    there = tl.maximum(0, tl.minimum(split_keys, tl.load(length_ptr + x).to(tl.int32) - first))
-    keys = keys_ptr + tl.load(pool_ptr + x).to(tl.int64) * stride_p + first.to(tl.int64) * stride_n
-    row = (x * splits + split).to(tl.int64) * queries + q
-    scratch = scratch_ptr + row * 2 * WIDTH
-    w = tl.arange(0, WIDTH)
-    tl.store(score_ptr + row * R + w, float("-inf"), mask=w < R)
-    tl.store(index_ptr + row * R + w, tl.zeros((WIDTH,), tl.int64), mask=w < R)
-
-    # Which groups: the R best and, where that is cheaper than telling them apart, up to half as many more.
-    m = tl.arange(0, M)
-    tiles = (there + TILE - 1) // TILE
-    best = tl.load(best_ptr + row * (split_keys // GROUP) + m, mask=m < tiles * (TILE // GROUP), other=float("-inf"))
-    real = best > float("-inf")
-    wanted = tl.minimum(R, tl.sum(real.to(tl.int32), axis=0))
-    top = tl.max(best, axis=0)
-    lowest = tl.min(tl.where(real, best, float("inf")), axis=0)
-    low, high = _bracket(best, lowest, top + tl.abs(top) * 1e-6 + 1e-30, wanted, wanted + wanted // 2)
-    place, chosen = _place(best, real, low, high)
-    tl.store(scratch + place, m, mask=(place >= 0) & (place < WIDTH))
-    chosen = tl.minimum(WIDTH, chosen)
-    tl.debug_barrier()
-
-    # Score their keys again, a few columns at a time: all rows at once would not fit the registers.
-    c = tl.arange(0, WIDTH * GROUP)
-    group = tl.load(scratch + c // GROUP, mask=c // GROUP < chosen, other=0)
+    """The R best keys of one query in one split after another, best first."""
+    program = tl.program_id(0)
+    # A program's own workspace: chosen groups, scores of their keys, and the keys that are ranked.
+    groups_at = scratch_ptr + program.to(tl.int64) * WIDTH * (GROUP + 3)
+    scores_at, index_at, kept_at = groups_at + WIDTH, groups_at + WIDTH * (GROUP + 1), groups_at + WIDTH * (GROUP + 2)
+    w, m, c = tl.arange(0, WIDTH), tl.arange(0, M), tl.arange(0, WIDTH * GROUP)
+    r, e = tl.arange(0, ROWS), tl.arange(0, E)
     per_tile: tl.constexpr = TILE // GROUP
-    n = group // per_tile * TILE + (c % GROUP) * per_tile + group % per_tile
-    real = (c // GROUP < chosen) & (n < there)
-    at = keys + n.to(tl.int64) * stride_n
-    score = tl.zeros((WIDTH * GROUP,), tl.float32)
-    for start in tl.static_range(0, E, COLUMNS):
-        e = start + tl.arange(0, COLUMNS)
-        query = tl.load(query_ptr + (x * queries + q).to(tl.int64) * head_dim + e, mask=e < head_dim, other=0.0)
-        key = tl.load(at[:, None] + e[None, :], mask=real[:, None] & (e < head_dim)[None, :], other=0.0)
-        score += tl.sum(key.to(tl.float32) * query.to(tl.float32)[None, :], axis=1)
-    score = tl.where(real, score, float("-inf"))
-    tl.debug_barrier()
+    for number in range(program, rows, tl.num_programs(0)):
+        row = tl.full((), 0, tl.int64) + number
+        x, split = number // queries // splits, number // queries % splits
+        first = split * split_keys
+        there = tl.maximum(0, tl.minimum(split_keys, tl.load(length_ptr + x).to(tl.int32) - first))
+        keys = keys_ptr + tl.load(pool_ptr + x).to(tl.int64) * stride_p + first.to(tl.int64) * stride_n
+        query_at = query_ptr + (x.to(tl.int64) * queries + number % queries) * head_dim
+        query = tl.load(query_at + e, mask=e < head_dim, other=0.0).to(tl.float32)
+        tl.store(score_ptr + row * R + w, float("-inf"), mask=w < R)
+        tl.store(index_ptr + row * R + w, tl.zeros((WIDTH,), tl.int64), mask=w < R)
 
-    # Keep at most WIDTH of them.
-    wanted = tl.minimum(R, tl.sum(real.to(tl.int32), axis=0))
-    top = tl.max(score, axis=0)
-    lowest = tl.min(tl.where(real, score, float("inf")), axis=0)
-    low, high = _bracket(score, lowest, top + tl.abs(top) * 1e-6 + 1e-30, wanted, WIDTH)
-    place, held = _place(score, real, low, high)
-    keep = (place >= 0) & (place < WIDTH)
-    tl.store(scratch + place, n, mask=keep)
-    tl.store(scratch + WIDTH + place, score.to(tl.int32, bitcast=True), mask=keep)
-    held = tl.minimum(WIDTH, held)
-    tl.debug_barrier()
+        # Which groups: the R best and, where that is cheaper than telling them apart, up to half as many more.
+        tiles = (there + TILE - 1) // TILE
+        best = tl.load(best_ptr + row * (split_keys // GROUP) + m, mask=m < tiles * per_tile, other=float("-inf"))
+        real = best > float("-inf")
+        wanted = tl.minimum(R, tl.sum(real.to(tl.int32), axis=0))
+        top = tl.max(best, axis=0)
+        lowest = tl.min(tl.where(real, best, float("inf")), axis=0)
+        low, high = _bracket(best, lowest, top + tl.abs(top) * 1e-6 + 1e-30, wanted, wanted + wanted // 2)
+        place, chosen = _place(best, real, low, high)
+        tl.store(groups_at + place, m, mask=(place >= 0) & (place < WIDTH))
+        chosen = tl.minimum(WIDTH, chosen)
+        tl.debug_barrier()
 
-    # Rank them: a key's place is the number of better ones.
-    index = tl.load(scratch + w, mask=w < held, other=0)
-    score = tl.load(scratch + WIDTH + w, mask=w < held, other=0).to(tl.float32, bitcast=True)
-    place = tl.zeros((WIDTH,), tl.int32)
-    for start in range(0, held, 16):
-        j = start + tl.arange(0, 16)
-        other = tl.load(scratch + WIDTH + j, mask=j < held, other=0).to(tl.float32, bitcast=True)
-        better = (other[None, :] > score[:, None]) | ((other[None, :] == score[:, None]) & (j[None, :] < w[:, None]))
-        place += tl.sum((better & (j < held)[None, :]).to(tl.int32), axis=1)
-    keep = (w < held) & (place < R)
-    tl.store(score_ptr + row * R + place, score, mask=keep)
-    tl.store(index_ptr + row * R + place, (first + index).to(tl.int64), mask=keep)
+        # Score their keys again, a few rows at a time: all at once would not fit the registers.
+        for start in range(0, chosen * GROUP, ROWS):
+            group = tl.load(groups_at + (start + r) // GROUP, mask=(start + r) // GROUP < chosen, other=0)
+            n = group // per_tile * TILE + (start + r) % GROUP * per_tile + group % per_tile
+            is_key = ((start + r) // GROUP < chosen) & (n < there)
+            key = tl.load(
+                keys + n.to(tl.int64)[:, None] * stride_n + e[None, :],
+                mask=is_key[:, None] & (e < head_dim)[None, :],
+                other=0.0,
+            )
+            score = tl.sum(key.to(tl.float32) * query[None, :], axis=1)
+            tl.store(scores_at + start + r, tl.where(is_key, score, float("-inf")).to(tl.int32, bitcast=True))
+        tl.debug_barrier()
+
+        # Keep at most WIDTH of them.
+        score = tl.load(scores_at + c, mask=c < chosen * GROUP, other=0).to(tl.float32, bitcast=True)
+        real = (c < chosen * GROUP) & (score > float("-inf"))
+        score = tl.where(real, score, float("-inf"))
+        wanted = tl.minimum(R, tl.sum(real.to(tl.int32), axis=0))
+        top = tl.max(score, axis=0)
+        lowest = tl.min(tl.where(real, score, float("inf")), axis=0)
+        low, high = _bracket(score, lowest, top + tl.abs(top) * 1e-6 + 1e-30, wanted, WIDTH)
+        place, held = _place(score, real, low, high)
+        keep = (place >= 0) & (place < WIDTH)
+        group = tl.load(groups_at + c // GROUP, mask=keep, other=0)
+        tl.store(index_at + place, group // per_tile * TILE + c % GROUP * per_tile + group % per_tile, mask=keep)
+        tl.store(kept_at + place, score.to(tl.int32, bitcast=True), mask=keep)
+        held = tl.minimum(WIDTH, held)
+        tl.debug_barrier()
+
+        # Rank them: a key's place is the number of better ones.
+        index = tl.load(index_at + w, mask=w < held, other=0)
+        score = tl.load(kept_at + w, mask=w < held, other=0).to(tl.float32, bitcast=True)
+        place = tl.zeros((WIDTH,), tl.int32)
+        for start in range(0, held, 16):
+            j = start + tl.arange(0, 16)
+            other = tl.load(kept_at + j, mask=j < held, other=0).to(tl.float32, bitcast=True)
+            better = (other[None, :] > score[:, None]) | (
+                (other[None, :] == score[:, None]) & (j[None, :] < w[:, None])
+            )
+            place += tl.sum((better & (j < held)[None, :]).to(tl.int32), axis=1)
+        keep = (w < held) & (place < R)
+        tl.store(score_ptr + row * R + place, score, mask=keep)
+        tl.store(index_ptr + row * R + place, (first + index).to(tl.int64), mask=keep)
+        # The workspace is written again for the next query.
+        tl.debug_barrier()
