@@ -16,7 +16,20 @@ from longmem.cli import common
 from longmem.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from longmem.data import TokenizedDocuments
+    from longmem.evals.answers import Group
     from longmem.evals.perplexity import PerplexityResult
+    from longmem.model import LongMem
+
+Filler = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--filler",
+        help="Documents that the bank is filled with; several times for more. Python's documentation by default.",
+        show_default=False,
+    ),
+]
+Figures = Annotated[Path | None, typer.Option("--json", help="Write all figures to this file; - is standard output.")]
 
 evaluations = typer.Typer(help="Measure what memory is worth.", no_args_is_help=True)
 
@@ -101,9 +114,7 @@ def perplexity(
     ] = None,
     rows: Annotated[int, typer.Option(help="Documents side by side; 0 chooses.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the intervals' bootstrap.")] = 0,
-    as_json: Annotated[
-        Path | None, typer.Option("--json", help="Write all figures to this file; - is standard output.")
-    ] = None,
+    as_json: Figures = None,
     device: common.Device = "auto",
     dtype: common.Precision = "auto",
 ) -> None:
@@ -116,8 +127,7 @@ def perplexity(
     settings["context"] = context_tokens
     conditions = CONDITIONS if only is None else tuple(filter(None, (name.strip() for name in only.split(","))))
     config = PerplexityConfig(**settings, conditions=conditions)
-    if as_json is not None and as_json.is_dir():
-        raise typer.BadParameter(f"{as_json} is a folder, expected a file.", param_hint="--json")
+    _check_file(as_json)
     loaded = common.load_model(model, device, dtype)
     read = common.load_documents(documents, loaded.backbone)
     usable = common.check_long_enough(read, config)
@@ -150,6 +160,148 @@ def perplexity_table(result: PerplexityResult) -> Table:
     if result.gain_percent is not None:
         table.add_row("gain from memory", f"{result.gain_percent:.2f} %", _interval(result.gain_interval, ".2f"))
     return table
+
+
+# As above, for `RecallConfig`.
+@evaluations.command()
+def recall(
+    context: typer.Context,
+    model: common.Model = common.DEFAULT_MODEL,
+    remembered: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of the bank; several times for several sizes. 65536 by default.", show_default=False),
+    ] = None,
+    filler: Filler = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--task", help="passkey or pairs; both by default.", show_default=False)
+    ] = None,
+    cases: Annotated[int, typer.Option(help="Questions a task and size.")] = 100,
+    pairs: Annotated[int, typer.Option(help="Keys with values side by side, one of which is asked for.")] = 4,
+    passage: Annotated[int, typer.Option(help="Tokens of a piece of filler, each a source of its own.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    as_json: Figures = None,
+    device: common.Device = "auto",
+    dtype: common.Precision = "auto",
+) -> None:
+    """Recall of pass keys and of values hidden in remembered text."""
+    from longmem.evals import recall as evaluation
+
+    names = {field.name for field in dataclasses.fields(evaluation.RecallConfig)} & set(context.params)
+    settings = {name: context.params[name] for name in names}
+    for name in ("remembered", "tasks"):
+        given = settings.pop(name)
+        if given:
+            settings[name] = tuple(given)
+    config = evaluation.RecallConfig(**settings)
+    _check_file(as_json)
+    loaded = common.load_model(model, device, dtype)
+    read = _filler(filler, loaded)
+    with common.counting("asking", evaluation.steps(config), "passages and cases") as advance:
+        result = evaluation.recall(loaded, read, config, on_case=advance)
+    _say_repeats(result.filler_repeats)
+    if as_json is not None and str(as_json) == "-":
+        common.print_json(result.to_dict())
+        return
+    if as_json is not None:
+        result.save(as_json)
+    for task, sizes in result.groups.items():
+        for size, group in sizes.items():
+            common.out.print(answers_table(f"{task}, {size:,} remembered", group, evaluation.LABELS))
+
+
+# As above, for `FactsConfig`.
+@evaluations.command()
+def facts(
+    context: typer.Context,
+    model: common.Model = common.DEFAULT_MODEL,
+    cases: Annotated[int, typer.Option(help="Conversations; a third each told once, corrected, never told.")] = 500,
+    wording: Annotated[
+        Literal["seen", "unseen"], typer.Option(help="unseen is kept from training; seen is what it may draw on.")
+    ] = "unseen",
+    remembered: Annotated[int, typer.Option(help="Tokens of other text in the bank.")] = 16384,
+    filler: Filler = None,
+    passage: Annotated[int, typer.Option(help="Tokens of a piece of other text, each a source of its own.")] = 512,
+    sessions: Annotated[int, typer.Option(help="Sessions before the one that asks.")] = 4,
+    facts: Annotated[int, typer.Option(help="Facts told besides the one that is asked for.")] = 4,
+    small_talk: Annotated[int, typer.Option(help="Exchanges of each session that tell nothing.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure nothing; write conversations in the seen wording to this JSONL file.", dir_okay=False
+        ),
+    ] = None,
+    as_json: Figures = None,
+    device: common.Device = "auto",
+    dtype: common.Precision = "auto",
+) -> None:
+    """Facts told in earlier conversations, some corrected later, asked in a new one."""
+    from longmem.evals import facts as evaluation
+
+    names = {field.name for field in dataclasses.fields(evaluation.FactsConfig)} & set(context.params)
+    config = evaluation.FactsConfig(**{name: context.params[name] for name in names})
+    if write is not None:
+        from longmem.evals.chats import generate_chats
+
+        write.parent.mkdir(parents=True, exist_ok=True)
+        with write.open("w", encoding="utf-8") as file:
+            for chat in generate_chats(cases, "seen", config.chats):
+                file.write(json.dumps(chat.to_dict(), ensure_ascii=False) + "\n")
+        typer.echo(f"{cases:,} conversations in the seen wording are in {write}.")
+        return
+    _check_file(as_json)
+    loaded = common.load_model(model, device, dtype)
+    read = _filler(filler, loaded) if remembered else None
+    with common.counting("asking", evaluation.steps(config), "passages and cases") as advance:
+        result = evaluation.facts(loaded, read, config, on_case=advance)
+    _say_repeats(result.filler_repeats)
+    if as_json is not None and str(as_json) == "-":
+        common.print_json(result.to_dict())
+        return
+    if as_json is not None:
+        result.save(as_json)
+    titles = {"once": "told once", "corrected": "corrected later", "silent": "never told"}
+    for kind, group in result.groups.items():
+        common.out.print(answers_table(titles[kind], group, evaluation.LABELS))
+
+
+def answers_table(title: str, group: Group, labels: tuple[str, ...]) -> Table:
+    """Rates of each answer under each condition, and 95 % intervals of the right one."""
+    conditions = {
+        "bank_on": "bank on",
+        "bank_off": "bank empty",
+        "bank_wrong": "bank wrong",
+        "window": "in the window",
+        "backbone_window": "in the backbone's window",
+    }
+    table = Table(title, *labels, "95 % interval", "log-probability", box=None, header_style="dim")
+    for name, score in group.scores.items():
+        rates = [f"{100 * score.rates[label]:.1f} %" for label in labels]
+        low, high = score.intervals["answer"]
+        table.add_row(conditions[name], *rates, f"{100 * low:.1f} – {100 * high:.1f}", f"{score.log_probability:.2f}")
+    if group.relative is not None:
+        blank = [""] * (len(labels) - 1)
+        table.add_row("on / in the window", f"{group.relative:.2f}", *blank, _interval(group.relative_interval, ".2f"))
+    return table
+
+
+def _check_file(as_json: Path | None) -> None:
+    if as_json is not None and as_json.is_dir():
+        raise typer.BadParameter(f"{as_json} is a folder, expected a file.", param_hint="--json")
+
+
+def _filler(paths: list[Path] | None, model: LongMem) -> TokenizedDocuments:
+    if paths:
+        return common.load_documents(paths, model.backbone)
+    from longmem.probe import default_documents
+
+    return default_documents(model.tokenizer)
+
+
+def _say_repeats(repeats: float) -> None:
+    if repeats > 1:
+        message = f"the filler is too short: each of its passages stands in the bank {repeats:.1f} times on average."
+        typer.echo(f"warning: {message} Give more with --filler.", err=True)
 
 
 def _interval(bounds: Any, form: str) -> str:

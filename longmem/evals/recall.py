@@ -1,0 +1,217 @@
+"""Recall of things hidden in remembered text: a pass key, or the value of a key among others.
+
+A bank of N remembered tokens holds passages of other text, each a source of its own. One of them, at a random depth,
+has the evidence at a random place of its text; it alone is encoded anew for a case, all others once. A bank knows no
+positions, so depth matters only where keys are averaged in chunks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longmem.data import TokenizedDocuments
+from longmem.errors import ConfigError
+from longmem.evals.answers import (
+    RIGHT,
+    Group,
+    Outcome,
+    Question,
+    ask_everywhere,
+    encode_filler,
+    entry,
+    passages,
+    save_json,
+    score_group,
+)
+from longmem.model import LongMem
+
+TASKS = ("passkey", "pairs")
+LABELS = (RIGHT, "wrong", "other")
+_WORDS = (
+    "acorn amber anchor apple arrow autumn badge basket beacon birch bottle bridge bronze button candle canyon carpet "
+    "castle cedar chalk cherry circle clover cobalt coffee copper coral cotton cradle crystal desert dragon eagle "
+    "ember engine falcon feather fern forest garden ginger glacier hammer harbor hazel helmet honey island ivory "
+    "jacket jasper kettle ladder lantern lemon lily magnet maple marble meadow mirror mountain needle oak olive "
+    "orchid oyster paper pebble pepper pillow planet pocket prairie puzzle rabbit ribbon river rocket saddle sailor "
+    "shadow silver spider stone summer table thunder ticket timber tunnel valley velvet violet walnut whistle willow "
+    "window winter yarrow"
+)
+
+
+@dataclass(frozen=True)
+class RecallConfig:
+    """What is hidden, and in how much.
+
+    Attributes:
+        tasks: any of `passkey` (five digits) and `pairs` (two words, asked by a key of eight hexadecimal digits).
+        remembered: tokens of the bank, each size measured with the same cases.
+        cases: questions a task and size.
+        pairs: keys with values that stand side by side, one of which is asked for.
+        passage: tokens of a piece of filler, and of the source that holds the evidence, without the evidence.
+        seed: of everything drawn.
+    """
+
+    tasks: tuple[str, ...] = TASKS
+    remembered: tuple[int, ...] = (65536,)
+    cases: int = 100
+    pairs: int = 4
+    passage: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = set(self.tasks) - set(TASKS)
+        if unknown or not self.tasks:
+            raise ConfigError(f"tasks must be some of {', '.join(TASKS)}; got {', '.join(self.tasks) or 'none'}.")
+        for name in ("cases", "pairs", "passage"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if 4 * self.pairs > len(_WORDS.split()):
+            raise ConfigError(f"pairs must be at most {len(_WORDS.split()) // 4}, or words run out; got {self.pairs}.")
+        if not self.remembered or min(self.remembered) < self.passage:
+            raise ConfigError(
+                f"A bank holds at least one passage of {self.passage} tokens; got remembered="
+                f"{', '.join(map(str, self.remembered)) or 'nothing'}. Remember more, or make passages shorter."
+            )
+
+
+@dataclass(frozen=True)
+class Needle:
+    """One case.
+
+    Attributes:
+        task: of `TASKS`.
+        evidence: the sentences that are hidden.
+        wrong: the same with other values.
+        prompt: the question and its begun answer.
+        answer: what follows.
+        labels: answer → `answer`, `wrong` (what the wrong bank says) or `other` (of another key).
+        depth: 0 … 1, where in the bank the passage lies.
+        place: 0 … 1, where in the passage the evidence stands.
+    """
+
+    task: str
+    evidence: str
+    wrong: str
+    prompt: str
+    answer: str
+    labels: dict[str, str]
+    depth: float
+    place: float
+
+    def hidden_in(self, passage: str, evidence: str) -> str:
+        """A passage with the evidence as a paragraph of its own, between two words at `place`."""
+        gaps = [0, *(i for i, letter in enumerate(passage) if letter.isspace()), len(passage)]
+        gap = gaps[int(self.place * len(gaps))]
+        return f"{passage[:gap]}\n\n{evidence}\n\n{passage[gap:].lstrip()}"
+
+
+@dataclass(frozen=True)
+class RecallResult:
+    """Rates of every task at every size.
+
+    Attributes:
+        groups: task → tokens of the bank → scores.
+        bank_tokens: asked for → tokens that the filler has.
+        filler_repeats: how often a passage of filler stands in the largest bank on average.
+        cases: one row a question, size and task: what was asked and came out under each condition.
+    """
+
+    groups: dict[str, dict[int, Group]]
+    bank_tokens: dict[int, int]
+    filler_repeats: float
+    cases: list[dict[str, Any]]
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        save_json(path, self.to_dict())
+
+
+def needles(task: str, config: RecallConfig) -> list[Needle]:
+    """The cases of a task: the same ones for a seed, however many are asked for."""
+    return [
+        _needle(task, config.pairs, np.random.default_rng((config.seed, TASKS.index(task), case)))
+        for case in range(config.cases)
+    ]
+
+
+def _needle(task: str, pairs: int, rng: np.random.Generator) -> Needle:
+    depth, place = rng.random(2)
+    if task == "passkey":
+        answer, wrong = map(str, 10000 + rng.choice(90000, size=2, replace=False))
+        told, prompt = "The pass key is {}. Remember it.", "What is the pass key? The pass key is"
+        labels = {answer: RIGHT, wrong: "wrong"}
+        return Needle(task, told.format(answer), told.format(wrong), prompt, answer, labels, depth, place)
+    keys = [f"{number:08x}" for number in rng.choice(1 << 32, size=pairs, replace=False)]
+    # Each value shares no word with another.
+    vocabulary = _WORDS.split()
+    words = rng.choice(len(vocabulary), size=(2 * pairs, 2), replace=False)
+    values = [f"{vocabulary[first]} {vocabulary[second]}" for first, second in words]
+    told, wrong = (
+        " ".join(f"The value of {key} is {value}." for key, value in zip(keys, some, strict=True))
+        for some in (values[:pairs], values[pairs:])
+    )
+    asked = int(rng.integers(pairs))
+    labels = dict.fromkeys(values, "other") | {values[asked]: RIGHT, values[pairs + asked]: "wrong"}
+    prompt = f"What is the value of {keys[asked]}? The value of {keys[asked]} is"
+    return Needle(task, told, wrong, prompt, values[asked], labels, depth, place)
+
+
+def recall(
+    model: LongMem,
+    filler: TokenizedDocuments,
+    config: RecallConfig = RecallConfig(),
+    *,
+    on_case: Callable[[int], None] | None = None,
+) -> RecallResult:
+    """Measure how often hidden things are recalled with the bank on, empty and wrong, and from the window.
+
+    Args:
+        filler: documents whose passages fill the bank, each at least one passage long; shorter ones are left out.
+        on_case: progress, called with 1 for every passage encoded and every case asked (`steps` says how many).
+
+    Raises:
+        SourceError: no document has a passage.
+        ConfigError: a passage with its question does not fit the backbone's window.
+    """
+    advance = on_case or (lambda steps: None)
+    rng = np.random.default_rng(config.seed)
+    texts, repeats = passages(filler, model.tokenizer, tokens=max(config.remembered), size=config.passage, rng=rng)
+    entries = encode_filler(model, texts, advance)
+    groups: dict[str, dict[int, Group]] = {task: {} for task in config.tasks}
+    rows: list[dict[str, Any]] = []
+    for remembered in config.remembered:
+        count = remembered // config.passage
+        for task in config.tasks:
+            outcomes = []
+            for needle in needles(task, config):
+                index = int(needle.depth * count)
+                outcomes.append(_outcomes(model, needle, entries[:count], index))
+                advance(1)
+                given = {name: dataclasses.asdict(outcome) for name, outcome in outcomes[-1].items()}
+                rows.append({"remembered": remembered, **dataclasses.asdict(needle), "outcomes": given})
+            groups[task][remembered] = score_group(outcomes, LABELS, config.seed)
+    bank_tokens = {n: sum(len(each) for each in entries[: n // config.passage]) for n in config.remembered}
+    return RecallResult(groups, bank_tokens, repeats, rows, dataclasses.asdict(config))
+
+
+def steps(config: RecallConfig) -> int:
+    """How often `recall` reports progress."""
+    return max(config.remembered) // config.passage + len(config.remembered) * len(config.tasks) * config.cases
+
+
+def _outcomes(model: LongMem, needle: Needle, filler: list[Any], index: int) -> dict[str, Outcome]:
+    hidden = needle.hidden_in(filler[index].text, needle.evidence)
+    question = Question(needle.prompt, needle.answer, needle.labels, evidence=hidden + "\n\n")
+    source = filler[index].source
+    wrong = needle.hidden_in(filler[index].text, needle.wrong)
+    on_and_wrong = [[*filler[:index], entry(model, text, source), *filler[index + 1 :]] for text in (hidden, wrong)]
+    return ask_everywhere(model, question, *on_and_wrong)
