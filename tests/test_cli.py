@@ -101,7 +101,8 @@ def disk() -> tuple:
 def test_help_and_version_import_nothing_heavy():
     code = (
         "import sys; from longmem.cli import app\n"
-        "for words in (['--help'], ['train', '--help'], ['eval', 'perplexity', '--help'], ['--version']):\n"
+        "evaluations = [['eval', name, '--help'] for name in ('perplexity', 'recall', 'facts')]\n"
+        "for words in (['--help'], ['train', '--help'], *evaluations, ['--version']):\n"
         "    app(words, standalone_mode=False)\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
@@ -126,6 +127,8 @@ def test_banks_loads_no_model(notes):
     [
         (learn.train, "longmem.train.TrainConfig", set()),
         (measure.perplexity, "longmem.evals.perplexity.PerplexityConfig", {"conditions", "context"}),
+        (measure.recall, "longmem.evals.recall.RecallConfig", {"remembered", "tasks"}),
+        (measure.facts, "longmem.evals.facts.FactsConfig", set()),
         (measure.probe, "longmem.probe.ProbeConfig", {"top_k", "max_pair", "max_current"}),
     ],
 )
@@ -451,6 +454,39 @@ def test_tokenize_train_evaluate(texts):
     assert json.loads(Path("figures.json").read_text())["gain_percent"] is not None
     assert "Unknown conditions" in fails(*words, "--only", "bank_of")
     assert "needs (remembered and scored)" in fails(*words, "--prefill", 100_000)
+
+
+def test_recall_of_hidden_things(notes, tiny_model_dir):
+    words = ("eval", "recall", "--model", tiny_model_dir, "--filler", "notes.txt", "--passage", 32, *CPU)
+    sizes = ("--remembered", 64, "--remembered", 512, "--cases", 1)
+    result = cli(*words, *sizes, "--json", "new/figures.json")
+    assert result.exit_code == 0, result.output
+    assert "passkey, 512 remembered" in result.stdout and "in the backbone's window" in result.stdout
+    assert "warning: the filler is too short" in result.stderr
+    saved = Path("new/figures.json").read_text()
+    assert set(json.loads(saved)["groups"]) == {"passkey", "pairs"}
+    printed = ok(*words, *sizes, "--task", "passkey", "--json", "-")
+    assert json.loads(printed)["groups"]["passkey"] == json.loads(saved)["groups"]["passkey"]
+    assert "some of passkey, pairs; got passkeys" in fails(*words, "--task", "passkeys")
+    assert "at least one passage" in fails(*words, "--remembered", 8)
+    assert "expected a file" in fails(*words, "--json", ".", code=2)
+
+
+def test_recall_of_facts(notes, tiny_model_dir):
+    small = ("--sessions", 2, "--facts", 1, "--small-talk", 1, "--cases", 3)
+    words = ("eval", "facts", "--model", tiny_model_dir, *small, *CPU)
+    shown = ok(*words, "--filler", "notes.txt", "--passage", 32, "--remembered", 64, "--json", "figures.json")
+    assert all(title in shown for title in ("told once", "corrected later", "never told", "stale"))
+    saved = json.loads(Path("figures.json").read_text())
+    assert set(saved["groups"]) == {"once", "corrected", "silent"} and len(saved["cases"]) == 3
+    assert json.loads(ok(*words, "--remembered", 0, "--json", "-"))["bank_tokens"] == 0
+    assert "4 conversations" in ok("eval", "facts", "--cases", 4, "--write", "new/chats.jsonl")
+    rows = [json.loads(line) for line in Path("new/chats.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows] == ["once", "corrected", "silent", "once"]
+    telling = next(t for t in rows[0]["tellings"] if t["attribute"] == rows[0]["attribute"])
+    content = rows[0]["sessions"][telling["session"]][telling["turn"]]["content"]
+    assert content[slice(*telling["span"])] == rows[0]["answer"]
+    assert "sessions must be at least 2" in fails(*words, "--sessions", 1)
 
 
 def test_the_recipe_of_the_paper(texts):

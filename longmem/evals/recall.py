@@ -144,7 +144,7 @@ def needles(task: str, config: RecallConfig) -> list[Needle]:
 
 
 def _needle(task: str, pairs: int, rng: np.random.Generator) -> Needle:
-    depth, place = rng.random(2)
+    depth, place = rng.random(2).tolist()
     if task == "passkey":
         answer, wrong = map(str, 10000 + rng.choice(90000, size=2, replace=False))
         told, prompt = "The pass key is {}. Remember it.", "What is the pass key? The pass key is"
