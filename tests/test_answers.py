@@ -213,4 +213,6 @@ def test_outcomes_are_counted() -> None:
     assert group.relative == pytest.approx(1 / 3)
     assert group.relative_interval is not None
     assert group.relative_interval[0] < 1 / 3 < group.relative_interval[1]
+    never = score_group([outcome(None, "answer")], ("answer",))
+    assert (never.relative, never.relative_interval) == (0, None)
     assert score_group([outcome("answer", None)], ("answer",)).relative is None

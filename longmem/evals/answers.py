@@ -252,8 +252,8 @@ class Group:
         scores: condition → its score.
         relative: right answers with the bank on, as a share of those with the evidence in the window; None where there
             are none of those.
-        relative_interval: its 95 % bootstrap interval over questions; None also where a draw has no right answer in
-            the window.
+        relative_interval: its 95 % bootstrap interval over questions; None where nothing was right with the bank on
+            (every draw would say 0) or a draw has no right answer in the window.
     """
 
     scores: dict[str, Score]
@@ -284,7 +284,7 @@ def score_group(outcomes: Sequence[Mapping[str, Outcome]], labels: Sequence[str]
         relative = float(on.sum() / window.sum())
         draws = np.random.default_rng(seed).integers(len(on), size=(2000, len(on)))
         found = window[draws].sum(1)
-        if found.all():
+        if on.any() and found.all():
             low, high = np.percentile(on[draws].sum(1) / found, [2.5, 97.5])
             interval = float(low), float(high)
     return Group(scores, relative, interval)
