@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache
 
+from longmem.decoding import KeyValueBuffer, RowDecoder, RowLayer
 from longmem.families import Rotary, family_of
 from longmem.pretrained import load_pretrained
 
@@ -54,6 +55,7 @@ class Backbone(nn.Module):
         self.model = model.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.name = name
+        self._rows: _Rows | None = None
 
     @classmethod
     def from_pretrained(cls, name: str, *, dtype: torch.dtype = torch.float32, device: str = "auto") -> Backbone:
@@ -144,13 +146,13 @@ class Backbone(nn.Module):
             digest.update(stored.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def new_cache(self) -> DynamicCache:
+    def new_cache(self) -> Cache:
         """An empty key-value cache for `forward`."""
-        return DynamicCache(config=self.config)
+        return Cache(layers=[KeyValueBuffer() for _ in self.layers])
 
     @torch.no_grad()
     def forward(
-        self, input_ids_BT: Tensor, *, boundaries: Collection[int], cache: DynamicCache | None = None
+        self, input_ids_BT: Tensor, *, boundaries: Collection[int], cache: Cache | None = None
     ) -> BackboneOutput:
         """Run the layers below the highest boundary asked for, and no others.
 
@@ -164,6 +166,8 @@ class Backbone(nn.Module):
         positions_BT = torch.arange(past, past + input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(
             input_ids_BT
         )
+        if self._rows is not None and cache is not None and self._rows.takes(input_ids_BT, cache):
+            return self._decode(self._rows, input_ids_BT, positions_BT, boundaries, cache)
         trunk = self._trunk(highest)
         with _captured(getattr(trunk, self.family.layers_name), boundaries) as hidden_states:
             output = trunk(
@@ -186,12 +190,41 @@ class Backbone(nn.Module):
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """Final norm and head: hidden states at the last boundary → (B, T, vocabulary)."""
+        if self._rows is not None and hidden_BTD.shape[:2] == (1, 1):
+            return self._rows.logits(hidden_BTD)
         return self.model.get_output_embeddings()(self.final_norm(hidden_BTD))
 
     @property
     def output_weight_VD(self) -> Tensor:
         """The output embeddings, for losses that never hold all logits at once."""
         return self.model.get_output_embeddings().weight
+
+    def decode_by(self, decoder: RowDecoder | None) -> None:
+        """Give single tokens behind a cache to a decoder from now on; None to none. It copies weights as they are."""
+        if decoder is None:
+            self._rows = None
+            return
+        layers = [decoder.layer(layer) for layer in self.layers]
+        norm = getattr(self.base, self.family.norm_name)
+        self._rows = _Rows(layers, decoder.logits(norm, self.model.get_output_embeddings()))
+
+    def _decode(
+        self, rows: _Rows, input_ids_BT: Tensor, positions_BT: Tensor, boundaries: Collection[int], cache: Cache
+    ) -> BackboneOutput:
+        """`forward` of a single token."""
+        x_BTD = self._trunk(0)(input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+        # Layers of one type share a rotary embedding.
+        types = getattr(self.config, "layer_types", None) or [""] * self.num_layers
+        rotary_of: dict[str, Rotary] = {}
+        hidden_states = {0: x_BTD}
+        for layer in range(max(boundaries)):
+            if types[layer] not in rotary_of:
+                rotary_of[types[layer]] = self.position_embeddings(layer, x_BTD, positions_BT)
+            buffer = cache.layers[layer]
+            assert isinstance(buffer, KeyValueBuffer)
+            x_BTD = rows.layers[layer](x_BTD, rotary_of[types[layer]], buffer).output_BTD
+            hidden_states[layer + 1] = x_BTD
+        return BackboneOutput({boundary: hidden_states[boundary] for boundary in boundaries}, positions_BT)
 
     def compile_layers(self) -> None:
         """Run compiled layers from now on (`torch.compile`): faster on a GPU, where many calls have the same shape."""
@@ -215,6 +248,17 @@ class Backbone(nn.Module):
             setattr(trunk, self.family.norm_name, nn.Identity())
             self._trunks[depth] = trunk
         return self._trunks[depth]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What single tokens run through. (No module: it has no parameters of its own to save or hash.)"""
+
+    layers: list[RowLayer]
+    logits: Callable[[Tensor], Tensor]
+
+    def takes(self, input_ids_BT: Tensor, cache: Any) -> bool:
+        return self.layers[0].takes(input_ids_BT, cache.layers[0])
 
 
 @contextmanager

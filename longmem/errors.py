@@ -16,6 +16,7 @@
     ├── SourceError               a text handed in: missing, empty, binary, malformed
     ├── ConfigError               settings that do not go together
     ├── DeviceError               a device that this machine does not have
+    ├── CompilerError             a step that a C++ compiler should compile, and cannot
     └── MissingExtraError         an optional package that is not installed
 
 Each message says what was given, what was expected and what to do next.
@@ -86,6 +87,10 @@ class ConfigError(LongMemError):
 
 class DeviceError(LongMemError):
     """A device was asked for that this machine does not have."""
+
+
+class CompilerError(LongMemError):
+    """Decoding was to be compiled, and there is no working C++ compiler."""
 
 
 class MissingExtraError(LongMemError):

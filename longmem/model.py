@@ -24,7 +24,8 @@ from longmem.bank import DTYPES, BankEntry, MemoryBank
 from longmem.checkpoint import Precision, load_sidenet, new_sidenet, read_config, save_sidenet
 from longmem.config import BankSpec, SideNetConfig
 from longmem.data import read_text
-from longmem.errors import BankMismatchError, ConfigError, SideNetNotFoundError, SourceError
+from longmem.decoding import RowDecoder, compiling
+from longmem.errors import BankMismatchError, CompilerError, ConfigError, SideNetNotFoundError, SourceError
 from longmem.index import BankReader, Retrieve
 from longmem.sidenet import SideNet, SideNetCache
 
@@ -81,6 +82,7 @@ class LongMem(nn.Module):
         backbone: str | Backbone | None = None,
         device: str = "auto",
         dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        compile: bool = False,
     ) -> LongMem:
         """A SideNet that ships with the package (`smollm2-135m`), or a checkpoint folder, with its frozen backbone.
 
@@ -89,10 +91,12 @@ class LongMem(nn.Module):
             backbone: another backbone of the same architecture; by default the one the SideNet was trained for.
             device: "auto" takes a GPU if there is one.
             dtype: "auto" is bfloat16 on a GPU and float32 elsewhere.
+            compile: generate about three times as fast on a CPU (see `compile_decoding`).
 
         Raises:
             SideNetNotFoundError: nothing of that name.
             CheckpointError: damaged, or made for another architecture.
+            ConfigError, CompilerError: decoding cannot be compiled here.
         """
         folder = cls._find(name)
         config = read_config(folder)
@@ -105,7 +109,10 @@ class LongMem(nn.Module):
                 backbone or config["backbone"], dtype=auto if dtype == "auto" else DTYPES[dtype], device=str(where)
             )
         sidenet = load_sidenet(folder, backbone).to(backbone.dtype)
-        return cls(backbone, sidenet).eval().requires_grad_(False)
+        model = cls(backbone, sidenet).eval().requires_grad_(False)
+        if compile:
+            model.compile_decoding()
+        return model
 
     @staticmethod
     def _find(name: str | Path) -> Path:
@@ -155,6 +162,38 @@ class LongMem(nn.Module):
     def new_cache(self) -> ModelCache:
         """An empty cache for `forward`."""
         return ModelCache(self.backbone)
+
+    @torch.no_grad()
+    def compile_decoding(self) -> None:
+        """Generate faster on a CPU from now on: single tokens of a batch of one run through compiled steps.
+
+        The arithmetic stays float32; logits differ in the order of sums. It takes some seconds, fewer where the
+        compiler's cache on disk has the steps already, and memory for a copy of those weights that bfloat16 holds
+        exactly (see `longmem.decoding`). The steps keep the weights as they are now, so compile after training.
+
+        Raises:
+            ConfigError: the model is not in float32 on a CPU.
+            CompilerError: no working C++ compiler.
+        """
+        if self.device.type != "cpu" or self.backbone.dtype != torch.float32:
+            raise ConfigError(
+                f"Compiled decoding is for float32 on a CPU; this model is {str(self.backbone.dtype)[6:]} on "
+                f"{self.device.type}. Load it with device='cpu' and dtype='float32', or do not compile."
+            )
+        self._decode_by(RowDecoder(self.backbone.family))
+        try:
+            # The first token is what compiles; better here, where it is asked for, than amid a text.
+            with compiling():
+                cache = self.new_cache()
+                for tokens in (2, 1):
+                    self(torch.zeros(1, tokens, dtype=torch.int64), cache=cache, last_only=True)
+        except CompilerError:
+            self._decode_by(None)
+            raise
+
+    def _decode_by(self, decoder: RowDecoder | None) -> None:
+        self.backbone.decode_by(decoder)
+        self.sidenet.decode_by(decoder)
 
     # ---- read ----------------------------------------------------------------------------------------------
 

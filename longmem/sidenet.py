@@ -19,6 +19,7 @@ size.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from longmem.attention import MemoryAttention, MemoryRead, local_attention
 from longmem.config import SideNetConfig
+from longmem.decoding import KeyValueBuffer, RowDecoder, RowLayer
 from longmem.families import Family, Rotary
 from longmem.index import Retrieve
 from longmem.ops import causal_logsumexp
@@ -39,16 +41,23 @@ class SideNetCache:
     """Rotated keys and values of every SideNet layer, for token-by-token generation."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._kept: defaultdict[tuple[int, str], KeyValueBuffer] = defaultdict(KeyValueBuffer)
 
-    def extend(self, layer: int, stream: str, key_BKTE: Tensor, value_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Append to what `layer` holds of a stream ("x", or "plain" for the uncorrected one); returns all of it."""
-        if (layer, stream) in self._kept:
-            past_key, past_value = self._kept[layer, stream]
-            key_BKTE = torch.cat((past_key, key_BKTE), dim=2)
-            value_BKTE = torch.cat((past_value, value_BKTE), dim=2)
-        self._kept[layer, stream] = (key_BKTE, value_BKTE)
-        return key_BKTE, value_BKTE
+    def of(self, layer: int, stream: str) -> KeyValueBuffer:
+        """What `layer` holds of a stream ("x", or "plain" for the uncorrected one)."""
+        return self._kept[layer, stream]
+
+
+@dataclass(frozen=True)
+class _Local:
+    """A layer without memory: tensors as in `LayerStep`, and what is computed only when called for."""
+
+    query_BHTE: Tensor
+    heads_BHTE: Tensor
+    projected_BTD: Tensor
+    branch_BTD: Tensor
+    logsumexp: Callable[[], Tensor]  # (B, K, G, T)
+    output: Callable[[], Tensor]  # (B, T, D)
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ class SideNetLayer(nn.Module):
         self.head_dim = head_dim
         self.update = config.update
         self.decoder = copy.deepcopy(source).requires_grad_(True)
+        self._rows: RowLayer | None = None
         weight_DF = family.output_weight(source).detach()
         if config.update == "alpha":
             self.alpha_D = nn.Parameter(torch.zeros(weight_DF.shape[0], device=weight_DF.device))
@@ -117,51 +127,70 @@ class SideNetLayer(nn.Module):
             memory: scales what memory adds.
         """
         x_BTD = hidden_BTD if difference_BTD is None else hidden_BTD + difference_BTD
-        branch_BTD, delta_BTD, read = self._attend(x_BTD, rotary, retrieve, cache, "x")
+        local = self._local(x_BTD, rotary, cache, "x")
+        delta_BTD, read = (None, None) if retrieve is None or not self.kv_heads else self._remember(local, retrieve)
         change_BTD = None if delta_BTD is None else memory * delta_BTD
         if self.update == "alpha":
-            step_BTD = self.alpha_D * (self.family.finish(self.decoder, x_BTD, branch_BTD) - x_BTD)
+            step_BTD = self.alpha_D * (local.output() - x_BTD)
             change_BTD = step_BTD if change_BTD is None else step_BTD + change_BTD
         elif difference_BTD is not None:
-            plain_branch_BTD, _, _ = self._attend(hidden_BTD, rotary, None, cache, "plain")
-            step_BTD = self.family.finish(self.decoder, x_BTD, branch_BTD) - self.family.finish(
-                self.decoder, hidden_BTD, plain_branch_BTD
-            )
+            step_BTD = local.output() - self._local(hidden_BTD, rotary, cache, "plain").output()
             change_BTD = step_BTD if change_BTD is None else step_BTD + change_BTD
         elif cache is not None:
             # d may cease to be 0 at a later token, which will attend to this one.
-            self._attend(hidden_BTD, rotary, None, cache, "plain")
+            self._local(hidden_BTD, rotary, cache, "plain")
         if difference_BTD is None or change_BTD is None:
             return change_BTD if difference_BTD is None else difference_BTD, read
         return difference_BTD + change_BTD, read
 
-    def _attend(
-        self, x_BTD: Tensor, rotary: Rotary, retrieve: Retrieve | None, cache: SideNetCache | None, stream: str
-    ) -> tuple[Tensor, Tensor | None, MemoryRead | None]:
-        """The layer's finished attention branch, Δ_mem (None without memory), and what was read."""
+    def _local(self, x_BTD: Tensor, rotary: Rotary, cache: SideNetCache | None, stream: str) -> _Local:
+        """The layer as the backbone would run it; its keys and values are added to the cache."""
         family, decoder = self.family, self.decoder
         scaling, window = family.scaling(decoder), family.window(decoder)
-        query_BHTE, key_BKTE, value_BKTE = family.qkv(decoder, x_BTD)
+        buffer = None if cache is None else cache.of(self.lo, stream)
+        if self._rows is not None and buffer is not None and self._rows.takes(x_BTD, buffer):
+            step = self._rows(x_BTD, rotary, buffer)
+            return _Local(
+                step.query_BHTE,
+                step.heads_BHTE,
+                step.projected_BTD,
+                step.branch_BTD,
+                logsumexp=lambda: self._memory_heads(step.logsumexp_BHT),
+                output=lambda: step.output_BTD,
+            )
+        query_BHTE, key_BKTE, value_BKSE = family.qkv(decoder, x_BTD)
         rotated_BHTE, key_BKSE = family.rotate(query_BHTE, rotary), family.rotate(key_BKTE, rotary)
-        value_BKSE = value_BKTE
-        if cache is not None:
-            key_BKSE, value_BKSE = cache.extend(self.lo, stream, key_BKSE, value_BKTE)
+        if buffer is not None:
+            key_BKSE, value_BKSE = buffer.update(key_BKSE, value_BKSE)
         heads_BHTE = local_attention(rotated_BHTE, key_BKSE, value_BKSE, scaling, window)
         projected_BTD = family.project(decoder, heads_BHTE.transpose(1, 2).flatten(2))
         branch_BTD = family.after_projection(decoder, projected_BTD)
-        if not self.kv_heads or retrieve is None:
-            return branch_BTD, None, None
+        return _Local(
+            query_BHTE,
+            heads_BHTE,
+            projected_BTD,
+            branch_BTD,
+            logsumexp=lambda: causal_logsumexp(
+                self._memory_heads(rotated_BHTE), key_BKSE[:, self.kv_heads], scaling, window
+            ),
+            output=lambda: family.finish(decoder, x_BTD, branch_BTD),
+        )
 
-        query_BKGTE = self._memory_heads(query_BHTE)
-        local_BKGT = causal_logsumexp(self._memory_heads(rotated_BHTE), key_BKSE[:, self.kv_heads], scaling, window)
+    def _remember(self, local: _Local, retrieve: Retrieve) -> tuple[Tensor, MemoryRead]:
+        """Δ_mem, and what was read."""
+        query_BKGTE = self._memory_heads(local.query_BHTE)
         found = retrieve(self.lo, query_BKGTE.detach())
-        joint_BKGTE, read = self.memory(query_BKGTE, self._memory_heads(heads_BHTE), local_BKGT, found)
+        joint_BKGTE, read = self.memory(query_BKGTE, self._memory_heads(local.heads_BHTE), local.logsumexp(), found)
         correction_BTF = joint_BKGTE.flatten(1, 2).transpose(1, 2).flatten(2)
         correction_BTD = torch.nn.functional.linear(correction_BTF, self.memory_output_DF)
-        if not family.norms_branch:
-            return branch_BTD, correction_BTD, read
-        delta_BTD = family.after_projection(decoder, projected_BTD + correction_BTD) - branch_BTD
-        return branch_BTD, delta_BTD, read
+        if not self.family.norms_branch:
+            return correction_BTD, read
+        joint_branch_BTD = self.family.after_projection(self.decoder, local.projected_BTD + correction_BTD)
+        return joint_branch_BTD - local.branch_BTD, read
+
+    def decode_by(self, decoder: RowDecoder | None) -> None:
+        """Give single tokens behind a cache to a decoder from now on; None to none. It copies weights as they are."""
+        self._rows = None if decoder is None else decoder.layer(self.decoder)
 
     def _memory_heads(self, heads_BHTE: Tensor) -> Tensor:
         return heads_BHTE.unflatten(1, (-1, self.group))[:, self.kv_heads]
@@ -214,6 +243,12 @@ class SideNet(nn.Module):
         compiled = CompiledFamily(layers[0].family)
         for layer in layers:
             layer.family = compiled
+
+    def decode_by(self, decoder: RowDecoder | None) -> None:
+        """Give single tokens behind a cache to a decoder from now on; None to none. It copies weights as they are."""
+        for layer in self.layers:
+            assert isinstance(layer, SideNetLayer)
+            layer.decode_by(decoder)
 
     @property
     def boundaries(self) -> tuple[int, ...]:

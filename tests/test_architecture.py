@@ -14,6 +14,7 @@ PACKAGE = Path(longmem.__file__).parent
 LAYERS = (
     {"errors"},
     {"config", "ops", "families", "pretrained", "quantize", "data"},
+    {"decoding"},
     {"backbone", "bank", "sketch"},
     {"ivf"},
     {"index", "store", "probe"},
