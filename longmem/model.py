@@ -91,7 +91,7 @@ class LongMem(nn.Module):
             backbone: another backbone of the same architecture; by default the one the SideNet was trained for.
             device: "auto" takes a GPU if there is one.
             dtype: "auto" is bfloat16 on a GPU and float32 elsewhere.
-            compile: generate about three times as fast on a CPU (see `compile_decoding`).
+            compile: generate faster on a CPU (see `compile_decoding`).
 
         Raises:
             SideNetNotFoundError: nothing of that name.
@@ -180,7 +180,7 @@ class LongMem(nn.Module):
                 f"Compiled decoding is for float32 on a CPU; this model is {str(self.backbone.dtype)[6:]} on "
                 f"{self.device.type}. Load it with device='cpu' and dtype='float32', or do not compile."
             )
-        self._decode_by(RowDecoder(self.backbone.family))
+        self.decode_by(RowDecoder(self.backbone.family))
         try:
             # The first token is what compiles; better here, where it is asked for, than amid a text.
             with compiling():
@@ -188,10 +188,11 @@ class LongMem(nn.Module):
                 for tokens in (2, 1):
                     self(torch.zeros(1, tokens, dtype=torch.int64), cache=cache, last_only=True)
         except CompilerError:
-            self._decode_by(None)
+            self.decode_by(None)
             raise
 
-    def _decode_by(self, decoder: RowDecoder | None) -> None:
+    def decode_by(self, decoder: RowDecoder | None) -> None:
+        """Give single tokens behind a cache to a decoder from now on; None goes back to eager decoding."""
         self.backbone.decode_by(decoder)
         self.sidenet.decode_by(decoder)
 

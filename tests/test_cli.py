@@ -226,6 +226,18 @@ def test_generate_streams_and_prints_footnotes(notes, tiny_model_dir):
     assert alone["text"] + "\n" == plain  # a dial at 0 is the model without its bank
 
 
+def test_decoding_is_compiled_on_request(work, tiny_model_dir, monkeypatch):
+    asked = []
+    monkeypatch.setattr("longmem.model.LongMem.compile_decoding", lambda model: asked.append(model))
+    words = ("--max-new-tokens", 3, "--model", tiny_model_dir, *CPU)
+    for flags, times in (((), 0), (("--compile",), 1)):
+        asked.clear()
+        ok("generate", "Ada keeps", *words, *flags)
+        assert len(asked) == times
+        ok("chat", *words, *flags, input="/quit\n")
+        assert len(asked) == 2 * times
+
+
 def test_a_stretch_ends_where_its_source_changes():
     def piece(text, *spans):
         return Piece(text, 0, tuple(Attribution(s, a, b, "", w) for s, a, b, w in spans))

@@ -10,9 +10,9 @@ from longmem.errors import CompilerError, ConfigError
 from longmem.model import LongMem
 
 
-def rows(model: LongMem, *, compile: bool = False) -> LongMem:
+def rows(model: LongMem) -> LongMem:
     """The model with single tokens decoded by steps that are not compiled, which shows whether they are right."""
-    model._decode_by(RowDecoder(model.backbone.family, compile=compile))
+    model.decode_by(RowDecoder(model.backbone.family, compile=False))
     return model
 
 

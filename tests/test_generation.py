@@ -22,6 +22,7 @@ from transformers import (
 
 from longmem.backbone import Backbone
 from longmem.config import EncodeConfig, SideNetConfig
+from longmem.decoding import RowDecoder
 from longmem.errors import BankMismatchError, ConfigError
 from longmem.generation import (
     GenerationConfig,
@@ -115,23 +116,32 @@ token_ids = st.lists(st.integers(0, VOCABULARY - 1), max_size=40)
 # ---- window and cache ----
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cached_generation_equals_the_uncached_loop(family):
-    model = tiny(family)
+def endless(model: LongMem, *, cached: bool) -> tuple[torch.Tensor, list[int], int]:
+    """Logits of a greedy text through a window that moves many times, what the bank then holds of it, tokens moved."""
     prompt = torch.randint(2, VOCABULARY, (50,), generator=torch.Generator().manual_seed(1))
-    runs = []
-    for cached in (True, False):
-        config = dataclasses.replace(ENDLESS, cache=cached)
-        bank = full_bank(model)
-        window = LocalWindow(model, bank, config)
-        moved = window.extend(prompt.tolist())
-        steps = []
-        for _ in range(config.max_new_tokens):
-            logits_V, _ = window.logits()
-            steps.append(logits_V)
-            moved += window.extend([int(logits_V.argmax())])
-        runs.append((torch.stack(steps), bank.tokens_of("generated/1").tolist(), moved))
-    (cached, cached_bank, moved), (plain, plain_bank, _) = runs
+    config = dataclasses.replace(ENDLESS, cache=cached)
+    bank = full_bank(model)
+    window = LocalWindow(model, bank, config)
+    moved = window.extend(prompt.tolist())
+    steps = []
+    for _ in range(config.max_new_tokens):
+        logits_V, _ = window.logits()
+        steps.append(logits_V)
+        moved += window.extend([int(logits_V.argmax())])
+    return torch.stack(steps), bank.tokens_of("generated/1").tolist(), moved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_cached_generation_equals_the_uncached_loop(family, by_rows):
+    model = tiny(family)
+    plain, plain_bank, _ = endless(model, cached=False)
+    try:
+        # Steps of single tokens as compiled decoding takes them, without compiling them.
+        model.decode_by(RowDecoder(model.backbone.family, compile=False) if by_rows else None)
+        cached, cached_bank, moved = endless(model, cached=True)
+    finally:
+        model.decode_by(None)
     assert moved > 80
     assert torch.equal(cached.argmax(-1), plain.argmax(-1))
     assert (cached - plain).abs().max() < 1e-3

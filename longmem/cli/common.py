@@ -38,6 +38,13 @@ Model = Annotated[str, typer.Option(help="A SideNet that ships with longmem, or 
 BackboneName = Annotated[str, typer.Option("--backbone", help="An embedded model, a folder, or a Hugging Face hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[DType, typer.Option("--dtype", help="auto is bfloat16 on a GPU, float32 elsewhere.")]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Faster on a CPU, after some seconds of compiling; needs a C++ compiler.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 Documents = Annotated[
     list[Path],
@@ -64,11 +71,11 @@ def contents(bank: MemoryBank) -> str:
     return f"{len(bank):,} tokens of {sources} source{'' if sources == 1 else 's'}"
 
 
-def load_model(name: str, device: str, dtype: DType = "auto") -> LongMem:
+def load_model(name: str, device: str, dtype: DType = "auto", *, compile: bool = False) -> LongMem:
     _quiet_transformers()
     from longmem.model import LongMem
 
-    return LongMem.from_pretrained(name, device=device, dtype=dtype)
+    return LongMem.from_pretrained(name, device=device, dtype=dtype, compile=compile)
 
 
 def load_backbone(name: str, device: str, dtype: DType) -> Backbone:

@@ -52,6 +52,7 @@ def generate(
     attribute: Annotated[bool, typer.Option("--attribute", help="Say which remembered text it drew on.")] = False,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
+    compile: common.Compile = False,
     as_json: common.Json = False,
 ) -> None:
     """Continue a text, with what a bank remembers."""
@@ -74,7 +75,7 @@ def generate(
     if prompt == "-":
         prompt = sys.stdin.read()
     with _open_bank(store, bank, device) as remembered:
-        loaded = common.load_model(model, device)
+        loaded = common.load_model(model, device, compile=compile)
         pieces: list[Piece] = []
         for piece in generation.generate(loaded, prompt, bank=remembered, config=config):
             pieces.append(piece)
@@ -112,6 +113,7 @@ def chat(
     memory: Memory = 1.0,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
+    compile: common.Compile = False,
 ) -> None:
     """Talk to a model that remembers, in this conversation and the next. Ctrl-C stops a reply, Ctrl-D leaves."""
     _check_bank(store, bank)
@@ -130,7 +132,7 @@ def chat(
         attribute=bank is not None,
     )
     name = datetime.now().strftime("%Y-%m-%d %H:%M:%S") if session is None else session
-    loaded = common.load_model(model, device)
+    loaded = common.load_model(model, device, compile=compile)
     # Tried without a bank first: settings that cannot work should not leave a new bank behind.
     ChatSession(loaded, None, name, config, system=system).close()
     if store is None or bank is None:

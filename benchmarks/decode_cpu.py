@@ -1,0 +1,177 @@
+"""Tokens a second on a CPU, one at a time: transformers' `generate`, longmem, and longmem with compiled decoding.
+
+    OMP_NUM_THREADS=1 python benchmarks/decode_cpu.py
+
+Every way continues the same random prompt greedily. Before anything is timed, the logits of compiled decoding are
+compared with eager ones, and the tokens chosen. Ways take turns, so that what else the machine does meets all alike;
+the processor's own time is given too, which leaves out waiting for a busy core. Banks hold random keys and values: they
+are for time, not for meaning.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from longmem.bank import BankEntry, MemoryBank
+from longmem.model import LongMem
+
+RESULTS = Path(__file__).parent / "results" / "decode_cpu.csv"
+TOLERANCE = 1e-3
+
+
+class Clock(BaseStreamer):
+    """Seconds between tokens, by the wall and by the processor, without the first, which reads the prompt."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[float, float]] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append((time.perf_counter(), time.process_time()))
+
+    def end(self) -> None:
+        """Called by `generate`."""
+
+    @property
+    def steps_S2(self) -> Tensor:
+        return torch.tensor(self.times, dtype=torch.float64).diff(dim=0)[1:]
+
+
+def random_bank(model: LongMem, size: int) -> MemoryBank:
+    """A bank of `size` random tokens."""
+    bank, generator = model.new_bank(), torch.Generator().manual_seed(0)
+    keys_HNE, values_HNE = (
+        torch.empty(len(model.config.memory_heads), size, model.backbone.head_dim, dtype=torch.bfloat16)
+        for _ in range(2)
+    )
+    for rows_HNE in (keys_HNE, values_HNE):
+        for rows_NE in rows_HNE:
+            rows_NE.copy_(torch.randn(rows_NE.shape, generator=generator))
+    ids_N = torch.randint(model.backbone.config.vocab_size, (size,), generator=generator)
+    offsets_N2 = torch.stack([torch.arange(size), torch.arange(1, size + 1)], dim=1)
+    if size:
+        bank.append(BankEntry("random", "x" * size, 0, ids_N, offsets_N2, keys_HNE, values_HNE))
+    return bank
+
+
+def greedy(
+    model: LongMem, ids_T: Tensor, bank: MemoryBank | None, memory: float, tokens: int
+) -> tuple[list[int], Tensor, Tensor]:
+    """Token ids chosen, their logits (tokens, V), and the steps' seconds (tokens − 1, 2)."""
+    cache, clock = model.new_cache(), Clock()
+    chosen: list[int] = []
+    logits, read_T = [], ids_T
+    clock.put(ids_T)
+    for _ in range(tokens):
+        logits_V = model(read_T[None], bank, cache=cache, memory=memory, last_only=True).logits_BTV[0, 0]
+        read_T = logits_V.argmax().view(1)
+        chosen.append(int(read_T))
+        logits.append(logits_V)
+        clock.put(read_T)
+    return chosen, torch.stack(logits), clock.steps_S2
+
+
+def transformers_greedy(model: LongMem, ids_T: Tensor, tokens: int) -> tuple[list[int], Tensor]:
+    """Token ids that `generate` chose, and the steps' seconds (tokens − 1, 2)."""
+    clock, ids_1T = Clock(), ids_T[None]
+    output = model.backbone.model.generate(
+        ids_1T,
+        attention_mask=torch.ones_like(ids_1T),
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        streamer=clock,
+    )
+    return output[0, len(ids_T) :].tolist(), clock.steps_S2
+
+
+def row(way: str, bank: str, steps_S2: Tensor) -> dict[str, Any]:
+    wall_S, processor_S = (1000 * steps_S2).unbind(1)
+    p20, p50, p80 = wall_S.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
+    made: dict[str, Any] = {"way": way, "bank": bank, "steps": len(steps_S2)}
+    made |= {"ms_p20": round(p20, 2), "ms_p50": round(p50, 2), "ms_p80": round(p80, 2)}
+    made |= {f"tokens_per_s_p{100 - p}": round(1000 / ms, 2) for p, ms in ((20, p20), (50, p50), (80, p80))}
+    return made | {"processor_ms_p50": round(float(processor_S.median()), 2)}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--prompt", type=int, default=400, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=25, help="generated a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--banks", type=int, nargs="*", default=[0, 1 << 16, 1 << 20], help="tokens in each bank")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+    eager = LongMem.from_pretrained(arguments.model, device="cpu", dtype="float32")
+    compiled = LongMem.from_pretrained(arguments.model, device="cpu", dtype="float32")
+    started = time.perf_counter()
+    compiled.compile_decoding()
+    compiling = time.perf_counter() - started
+    print(f"compiled in {compiling:.1f} s", flush=True)
+
+    ids_T = torch.randint(
+        eager.backbone.config.vocab_size, (arguments.prompt,), generator=torch.Generator().manual_seed(0)
+    )
+    rows: list[dict[str, Any]] = []
+    for size in [None, *arguments.banks]:
+        bank, name, memory = None, "none: backbone alone (memory=0)", 0.0
+        if size is not None:
+            bank, name, memory = random_bank(eager, size), f"{size} tokens", 1.0
+        tokens = arguments.tokens if (size or 0) < 1 << 19 else 10
+        steps: dict[str, list[Tensor]] = {}
+        worst = 0.0
+        for turn in range(arguments.rounds):
+            load = os.getloadavg()[0]
+            expected, logits_SV, eager_S2 = greedy(eager, ids_T, bank, memory, tokens)
+            chosen, compiled_logits_SV, compiled_S2 = greedy(compiled, ids_T, bank, memory, tokens)
+            worst = max(worst, float((compiled_logits_SV - logits_SV).abs().max()))
+            if chosen != expected or worst > TOLERANCE:
+                raise SystemExit(f"{name}: compiled decoding differs from eager decoding, by {worst:.1e}")
+            if turn:  # the first round is for checking, and warms everything up
+                steps.setdefault("longmem eager", []).append(eager_S2)
+                steps.setdefault("longmem compiled", []).append(compiled_S2)
+            if size is None:
+                chosen, seconds_S2 = transformers_greedy(eager, ids_T, tokens)
+                if chosen != expected:
+                    raise SystemExit("transformers' generate chose other tokens")
+                if turn:
+                    steps.setdefault("transformers generate", []).append(seconds_S2)
+        for way, parts in steps.items():
+            rows.append(row(way, name, torch.cat(parts)) | {"largest_logit_difference": f"{worst:.1e}", "load": load})
+            print(rows[-1], flush=True)
+        del bank
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+    common = {"prompt": arguments.prompt, "compile_s": round(compiling, 1), "threads": torch.get_num_threads()}
+    common |= {"commit": commit, "device": processor(), "versions": versions}
+    with arguments.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], *common], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(made | common for made in rows)
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    main()
