@@ -73,8 +73,10 @@ def greedy(
     chosen: list[int] = []
     logits, read_T = [], ids_T
     clock.put(ids_T)
-    for _ in range(tokens):
-        logits_V = model(read_T[None], bank, cache=cache, memory=memory, last_only=True).logits_BTV[0, 0]
+    for step in range(tokens):
+        # The prompt is read without the bank: it is not timed, and takes minutes with a large one.
+        read_bank = bank if step else None
+        logits_V = model(read_T[None], read_bank, cache=cache, memory=memory, last_only=True).logits_BTV[0, 0]
         read_T = logits_V.argmax().view(1)
         chosen.append(int(read_T))
         logits.append(logits_V)
@@ -114,7 +116,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=25, help="generated a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--banks", type=int, nargs="*", default=[0, 1 << 16, 1 << 20], help="tokens in each bank")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a CSV that rows are added to")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -125,10 +127,14 @@ def main() -> None:
     compiling = time.perf_counter() - started
     print(f"compiled in {compiling:.1f} s", flush=True)
 
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+    common = {"prompt": arguments.prompt, "compile_s": round(compiling, 1), "threads": torch.get_num_threads()}
+    common |= {"commit": commit, "device": processor(), "versions": versions}
+
     ids_T = torch.randint(
         eager.backbone.config.vocab_size, (arguments.prompt,), generator=torch.Generator().manual_seed(0)
     )
-    rows: list[dict[str, Any]] = []
     for size in [None, *arguments.banks]:
         bank, name, memory = None, "none: backbone alone (memory=0)", 0.0
         if size is not None:
@@ -153,18 +159,19 @@ def main() -> None:
                 if turn:
                     steps.setdefault("transformers generate", []).append(seconds_S2)
         for way, parts in steps.items():
-            rows.append(row(way, name, torch.cat(parts)) | {"largest_logit_difference": f"{worst:.1e}", "load": load})
-            print(rows[-1], flush=True)
-        del bank
+            made = row(way, name, torch.cat(parts))
+            made |= {"largest_logit_difference": f"{worst:.1e}", "load": round(load, 1)}
+            print(made, flush=True)
+            write(arguments.out, made | common)
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
-    common = {"prompt": arguments.prompt, "compile_s": round(compiling, 1), "threads": torch.get_num_threads()}
-    common |= {"commit": commit, "device": processor(), "versions": versions}
-    with arguments.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*rows[0], *common], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(made | common for made in rows)
+
+def write(path: Path, made: dict[str, Any]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(made), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(made)
 
 
 def processor() -> str:

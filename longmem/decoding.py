@@ -40,19 +40,21 @@ class KeyValueBuffer(DynamicLayer):
         """Append (B, K, T, E) each; returns all that is held."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._buffers = (key_states[:, :, :0], value_states[:, :, :0])
-            self.keys, self.values = self._buffers
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+            self._capacity = 0
         assert self.keys is not None and self.values is not None
         before = self.keys.shape[2]
         end = before + key_states.shape[2]
         # Never quite full: a full buffer would be contiguous, which a compiler takes for another kind of input.
-        if end >= self._buffers[0].shape[2]:
-            capacity = max(2 * end, _SMALLEST_BUFFER)
-            self._buffers = (_grown(self.keys, capacity), _grown(self.values, capacity))
+        # And what transformers has cropped or reordered since is no view of the buffers any more.
+        if end >= self._capacity or self.keys is not self._view:
+            self._capacity = max(2 * end, _SMALLEST_BUFFER)
+            self._buffers = (_grown(self.keys, self._capacity), _grown(self.values, self._capacity))
         key_BKCE, value_BKCE = self._buffers
         key_BKCE[:, :, before:end] = key_states
         value_BKCE[:, :, before:end] = value_states
         self.keys, self.values = key_BKCE[:, :, :end], value_BKCE[:, :, :end]
+        self._view = self.keys
         return self.keys, self.values
 
 

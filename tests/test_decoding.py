@@ -125,6 +125,17 @@ def test_a_buffer_holds_what_was_put_in():
         assert buffer.get_seq_length() == keys.shape[2]
 
 
+def test_a_buffer_goes_on_from_what_transformers_made_of_it():
+    buffer, (first, second) = KeyValueBuffer(), torch.randn(2, 2, 1, 5, 4)
+    buffer.update(first, first)
+    buffer.reorder_cache(torch.tensor([1, 0]))
+    buffer.crop(-2)
+    keys, values = buffer.update(second, second)
+    assert torch.equal(keys, torch.cat([first.flip(0)[:, :, :3], second], dim=2)) and torch.equal(keys, values)
+    buffer.reset()
+    assert torch.equal(buffer.update(second, second)[0], second)
+
+
 def test_a_buffer_seldom_moves():
     buffer, places = KeyValueBuffer(), set()
     for _ in range(1000):
