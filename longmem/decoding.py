@@ -224,5 +224,10 @@ def compiling() -> Iterator[None]:
         raise CompilerError(
             "Compiled decoding needs a working C++ compiler and Python's headers. Install them (Debian: apt-get "
             "install g++ python3-dev; macOS: xcode-select --install), name another compiler in the environment "
-            f"variable CXX, or decode without compiling. The compiler said: {str(error).strip()[:500]}"
+            f"variable CXX, or decode without compiling. The compiler said: {_first_paragraph(str(error))}"
         ) from error
+
+
+def _first_paragraph(text: str) -> str:
+    """Without the advice on debugging PyTorch that follows."""
+    return text.strip().split("\n\n")[0][:500]

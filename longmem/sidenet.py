@@ -128,7 +128,7 @@ class SideNetLayer(nn.Module):
         """
         x_BTD = hidden_BTD if difference_BTD is None else hidden_BTD + difference_BTD
         local = self._local(x_BTD, rotary, cache, "x")
-        delta_BTD, read = (None, None) if retrieve is None or not self.kv_heads else self._remember(local, retrieve)
+        delta_BTD, read = (None, None) if retrieve is None or not self.kv_heads else self._read_memory(local, retrieve)
         change_BTD = None if delta_BTD is None else memory * delta_BTD
         if self.update == "alpha":
             step_BTD = self.alpha_D * (local.output() - x_BTD)
@@ -176,7 +176,7 @@ class SideNetLayer(nn.Module):
             output=lambda: family.finish(decoder, x_BTD, branch_BTD),
         )
 
-    def _remember(self, local: _Local, retrieve: Retrieve) -> tuple[Tensor, MemoryRead]:
+    def _read_memory(self, local: _Local, retrieve: Retrieve) -> tuple[Tensor, MemoryRead]:
         """Δ_mem, and what was read."""
         query_BKGTE = self._memory_heads(local.query_BHTE)
         found = retrieve(self.lo, query_BKGTE.detach())
