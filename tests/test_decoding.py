@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import shutil
+import sysconfig
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -147,6 +151,10 @@ def test_a_buffer_seldom_moves():
 # ---- compiled ----
 
 
+CAN_COMPILE = any(map(shutil.which, ("g++", "clang++"))) and Path(sysconfig.get_paths()["include"], "Python.h").exists()
+
+
+@pytest.mark.skipif(not CAN_COMPILE, reason="needs a C++ compiler and Python's headers")
 @torch.no_grad()
 def test_compiled_steps_equal_eager_ones_and_compile_once():
     from torch._dynamo.utils import counters
