@@ -57,6 +57,11 @@ class KeyValueBuffer(DynamicLayer):
         self._view = self.keys
         return self.keys, self.values
 
+    def reset(self) -> None:
+        """Forget everything. (What transformers does differs between its versions.)"""
+        self.keys = self.values = None
+        self.is_initialized = False
+
 
 def _grown(rows_BKSE: Tensor, capacity: int) -> Tensor:
     batch, kv_heads, length, head_dim = rows_BKSE.shape
