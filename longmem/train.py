@@ -281,11 +281,12 @@ class Trainer:
                 f"The run saved in {folder} trains a SideNet of another shape: {numbers['sidenet']}; now "
                 f"{self.sidenet.config.to_dict()}. Resume with the same shape, or begin a new run."
             )
+        # A setting that the saved run did not know is one it was not trained with.
+        old, new = numbers["config"], dataclasses.asdict(self.config)
         changed = {
-            name: (old, getattr(self.config, name, None))
-            for name, old in numbers["config"].items()
-            if getattr(self.config, name, None) != old
-            and name not in ("compile", "log_every", "eval_every", "save_every")
+            name: (old.get(name), new.get(name))
+            for name in old | new
+            if old.get(name) != new.get(name) and name not in ("compile", "log_every", "eval_every", "save_every")
         }
         if changed:
             raise CheckpointError(
