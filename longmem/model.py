@@ -395,15 +395,33 @@ class LongMem(nn.Module):
                 f"Source {source!r} is remembered already ({past} characters). Forget it first, continue it with "
                 "append, or choose another name."
             )
+        before_N = bank.tokens_of(source) if past else None
+        entry = self.encode_text(text, source=source, before_N=before_N, char_start=past, on_tokens=on_tokens)
+        if len(entry):
+            bank.append(entry)
+        return len(entry)
+
+    def encode_text(
+        self,
+        text: str,
+        *,
+        source: str,
+        before_N: Tensor | None = None,
+        char_start: int = 0,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> BankEntry:
+        """A text as `write_text` writes it, for a bank to `append`.
+
+        Args:
+            before_N: token ids of the source so far, if the text continues it.
+            char_start: characters of the source so far.
+        """
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         new_N = torch.tensor(encoded["input_ids"], dtype=torch.int64)
-        if not len(new_N):
-            return 0
-        before_N = bank.tokens_of(source) if past else torch.empty(0, dtype=torch.int64)
+        before_N = new_N[:0] if before_N is None else before_N
         keys_HNE, values_HNE = self.encode(torch.cat((before_N, new_N)), len(before_N), on_tokens=on_tokens)
-        offsets_N2 = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2) + past
-        bank.append(BankEntry(source, text, past, new_N, offsets_N2, keys_HNE, values_HNE))
-        return len(new_N)
+        offsets_N2 = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2) + char_start
+        return BankEntry(source, text, char_start, new_N, offsets_N2, keys_HNE, values_HNE)
 
     # ---- use -----------------------------------------------------------------------------------------------
 

@@ -112,7 +112,7 @@ def test_nothing_is_said_beyond_what_decides() -> None:
 def test_probability_and_greedy_text_are_what_a_loop_by_hand_gives(
     model: LongMem, memory: float, remembers: bool
 ) -> None:
-    bank = answers.bank_of(model, [answers.entry(model, TINY_TEXT, "a")]) if remembers else None
+    bank = answers.bank_of(model, [model.encode_text(TINY_TEXT, source="a")]) if remembers else None
     prompt, answer = "Ada keeps bees. What does she keep?", "bees and boats"
     ids = [0, *model.tokenizer(f"{prompt} {answer}")["input_ids"]]
     begin = 1 + len(model.tokenizer(prompt)["input_ids"])
@@ -131,7 +131,7 @@ def test_probability_and_greedy_text_are_what_a_loop_by_hand_gives(
 
 def test_the_bank_and_the_dial_matter(model: LongMem) -> None:
     question = Question("Ada keeps", "bees", {"bees": "answer"}, evidence=TINY_TEXT)
-    on, wrong = ([answers.entry(model, text, "a")] for text in (TINY_TEXT, "Boats are green and quiet."))
+    on, wrong = ([model.encode_text(text, source="a")] for text in (TINY_TEXT, "Boats are green and quiet."))
     found = answers.ask_everywhere(model, question, on, wrong)
     assert tuple(found) == CONDITIONS
     assert len({round(outcome.log_probability, 4) for outcome in found.values()}) == len(CONDITIONS)
@@ -162,7 +162,7 @@ def test_an_entry_is_what_write_text_writes(model: LongMem) -> None:
     written = model.new_bank()
     for source in ("a", "b"):
         model.write_text(written, TINY_TEXT + source, source=source)
-    copied = answers.bank_of(model, [answers.entry(model, TINY_TEXT + source, source) for source in ("a", "b")])
+    copied = answers.bank_of(model, [model.encode_text(TINY_TEXT + source, source=source) for source in ("a", "b")])
     assert copied.sources == written.sources and copied.text_of("b") == written.text_of("b")
     for name in ("keys_HNE", "values_HNE", "token_ids_N", "source_index_N", "offsets_N2"):
         assert torch.equal(getattr(copied, name), getattr(written, name)), name
@@ -187,7 +187,7 @@ def test_passages_are_repeated_only_if_they_must(model: LongMem) -> None:
 def test_repeated_filler_is_encoded_once(model: LongMem, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded: list[int] = []
     original = LongMem.encode
-    monkeypatch.setattr(LongMem, "encode", lambda self, ids_N: (encoded.append(1), original(self, ids_N))[1])
+    monkeypatch.setattr(LongMem, "encode", lambda *args, **more: (encoded.append(1), original(*args, **more))[1])
     entries = answers.encode_filler(model, ["Ada", "bees", "Ada"])
     assert len(encoded) == 2 and [each.text for each in entries] == ["Ada", "bees", "Ada"]
     assert len(answers.bank_of(model, entries).sources) == 3

@@ -18,7 +18,9 @@ from longmem.errors import MissingExtraError
 if TYPE_CHECKING:
     from longmem.data import TokenizedDocuments
     from longmem.evals.answers import Group
+    from longmem.evals.facts import FactsResult
     from longmem.evals.perplexity import PerplexityResult
+    from longmem.evals.recall import RecallResult
     from longmem.model import LongMem
 
 Filler = Annotated[
@@ -133,11 +135,8 @@ def perplexity(
     usable = common.check_long_enough(read, config)
     with common.counting("scoring", usable * config.needed, "tokens") as advance:
         result = run(loaded, read, config, on_tokens=advance)
-    if as_json is not None and str(as_json) == "-":
-        common.print_json(result.to_dict())
+    if _is_told(result, as_json):
         return
-    if as_json is not None:
-        result.save(as_json)
     common.out.print(perplexity_table(result))
     scored = f"{result.tokens:,} tokens of {len(result.documents)} documents scored"
     left_out = len(read) - len(result.documents)
@@ -199,11 +198,8 @@ def recall(
     with common.counting("asking", evaluation.steps(config), "passages and cases") as advance:
         result = evaluation.recall(loaded, read, config, on_case=advance)
     _say_repeats(result.filler_repeats)
-    if as_json is not None and str(as_json) == "-":
-        common.print_json(result.to_dict())
+    if _is_told(result, as_json):
         return
-    if as_json is not None:
-        result.save(as_json)
     for task, sizes in result.groups.items():
         for size, group in sizes.items():
             common.out.print(answers_table(f"{task}, {size:,} remembered", group, evaluation.LABELS))
@@ -255,11 +251,8 @@ def facts(
     with common.counting("asking", evaluation.steps(config), "passages and cases") as advance:
         result = evaluation.facts(loaded, read, config, on_case=advance)
     _say_repeats(result.filler_repeats)
-    if as_json is not None and str(as_json) == "-":
-        common.print_json(result.to_dict())
+    if _is_told(result, as_json):
         return
-    if as_json is not None:
-        result.save(as_json)
     titles = {"once": "told once", "corrected": "corrected later", "silent": "never told"}
     for kind, group in result.groups.items():
         common.out.print(answers_table(titles[kind], group, evaluation.LABELS))
@@ -288,6 +281,17 @@ def answers_table(title: str, group: Group, labels: tuple[str, ...]) -> Table:
 def _check_file(as_json: Path | None) -> None:
     if as_json is not None and as_json.is_dir():
         raise typer.BadParameter(f"{as_json} is a folder, expected a file.", param_hint="--json")
+
+
+def _is_told(result: PerplexityResult | RecallResult | FactsResult, as_json: Path | None) -> bool:
+    """Write figures to where --json says; True if that was standard output, which takes nothing else."""
+    if as_json is None:
+        return False
+    if str(as_json) == "-":
+        common.print_json(result.to_dict())
+        return True
+    result.save(as_json)
+    return False
 
 
 def _filler(paths: list[Path] | None, model: LongMem) -> TokenizedDocuments:

@@ -164,14 +164,6 @@ def undecided(said: str, candidates: Sequence[str]) -> bool:
 # ---- banks ---------------------------------------------------------------------------------------------------
 
 
-def entry(model: LongMem, text: str, source: str) -> BankEntry:
-    """A text encoded as a source of its own, exactly as `LongMem.write_text` would write it."""
-    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    token_ids_N = torch.tensor(encoded["input_ids"], dtype=torch.int64)
-    offsets_N2 = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
-    return BankEntry(source, text, 0, token_ids_N, offsets_N2, *model.encode(token_ids_N))
-
-
 def bank_of(model: LongMem, entries: Sequence[BankEntry]) -> MemoryBank:
     """A bank of these sources. What is encoded already is only copied."""
     bank = model.new_bank()
@@ -217,7 +209,7 @@ def encode_filler(model: LongMem, texts: Sequence[str], on_passage: Any = None) 
     for number, text in enumerate(texts):
         source = f"filler/{number}"
         if text not in encoded:
-            encoded[text] = entry(model, text, source)
+            encoded[text] = model.encode_text(text, source=source)
         entries.append(dataclasses.replace(encoded[text], source=source))
         if on_passage is not None:
             on_passage(1)

@@ -25,7 +25,6 @@ from longmem.evals.answers import (
     Question,
     ask_everywhere,
     encode_filler,
-    entry,
     passages,
     save_json,
     score_group,
@@ -165,7 +164,10 @@ def labels_of(chat: Chat) -> dict[str, str]:
 
 def _outcomes(model: LongMem, chat: Chat, filler: Sequence[BankEntry]) -> dict[str, Outcome]:
     on, wrong = (
-        between(filler, [entry(model, session_text(model.tokenizer, s), f"chat/{i}") for i, s in enumerate(sessions)])
+        between(
+            filler,
+            [model.encode_text(session_text(model.tokenizer, s), source=f"chat/{i}") for i, s in enumerate(sessions)],
+        )
         for sessions in (chat.sessions, chat.wrong_sessions)
     )
     return ask_everywhere(model, question_of(chat, model.tokenizer), on, wrong)

@@ -24,7 +24,6 @@ from longmem.evals.answers import (
     Question,
     ask_everywhere,
     encode_filler,
-    entry,
     passages,
     save_json,
     score_group,
@@ -213,5 +212,7 @@ def _outcomes(model: LongMem, needle: Needle, filler: list[Any], index: int) -> 
     question = Question(needle.prompt, needle.answer, needle.labels, evidence=hidden + "\n\n")
     source = filler[index].source
     wrong = needle.hidden_in(filler[index].text, needle.wrong)
-    on_and_wrong = [[*filler[:index], entry(model, text, source), *filler[index + 1 :]] for text in (hidden, wrong)]
+    on_and_wrong = [
+        [*filler[:index], model.encode_text(text, source=source), *filler[index + 1 :]] for text in (hidden, wrong)
+    ]
     return ask_everywhere(model, question, *on_and_wrong)
