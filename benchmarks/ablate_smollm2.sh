@@ -14,7 +14,7 @@ case $name in
     head-28) heads="$heads 28.0" ;;
     head-7) heads="7.2 $heads" ;;
     difference) options=(--update difference) ;;
-    hidden-banks) options=(--empty-weight 0 --empty-fraction 0.25) ;;
+    one-loss) options=(--empty-weight 0) ;;
     twin) options=(--no-memory) ;;
     often-wrong) options=(--wrong-fraction 0.25) ;;
     slow) options=(--learning-rate 0.001) ;;

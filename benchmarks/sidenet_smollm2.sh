@@ -6,8 +6,8 @@
 #
 # STEP: main, twin, paper (train into OUT/STEP), pack (OUT/main → OUT/int8, OUT/int4) or evaluate-NAME (OUT/NAME → OUT/evals).
 # TRAIN and HELDOUT: folders of texts, or of `longmem tokenize`. 3,100 steps are 101.6M tokens, on one H100 about 9 minutes
-# (main), 4 (twin), 5 (paper) and 5 for the evaluations of each. The SideNet that ships came of an earlier form of `main`:
-# 1,800 steps, --empty-weight 0 --empty-fraction 0.25.
+# (main), 4 (twin), 4 (paper) and 3 for the evaluations of each. The SideNet that ships was trained with `--steps 2400`, and
+# so were its twin and the paper's recipe.
 set -euo pipefail
 step=$1 train=$2 heldout=$3 out=$4
 shift 4
@@ -29,7 +29,7 @@ evaluate() { # NAME CONDITIONS
 case $step in
     main) "${longmem[@]}" train "$train" --out "$out/main" "${memory[@]}" "${common[@]}" "$@" ;;
     twin) "${longmem[@]}" train "$train" --out "$out/twin" --no-memory "${memory[@]}" "${common[@]}" "$@" ;;
-    paper) "${longmem[@]}" train "$train" --out "$out/paper" --recipe paper --below 3 "${common[@]}" "$@" ;;
+    paper) "${longmem[@]}" train "$train" --out "$out/paper" --recipe paper --below 3 --empty-weight 0 "${common[@]}" "$@" ;;
     pack)
         for precision in int8 int4; do
             "${longmem[@]}" pack "$out/main" --out "$out/$precision" --precision "$precision"

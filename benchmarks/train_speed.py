@@ -79,6 +79,7 @@ def measure(device: str, heads: tuple, config: TrainConfig, steps: int, profile:
         "rows": config.rows,
         "segment": config.segment,
         "bank_tokens": config.bank_tokens,
+        "empty_weight": config.empty_weight,
         "compile": config.compile,
         "warm_up_seconds": round(warm, 2),
         "step_ms_p50": round(1000 * float(np.median(times)), 2),
@@ -104,16 +105,18 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = TrainConfig(rows=16, segment=1024, bank_tokens=16384, compile=device == "cuda")
+    base = TrainConfig(rows=16, segment=1024, bank_tokens=16384, empty_weight=0.0, compile=device == "cuda")
     if device == "cpu":
         base = dataclasses.replace(base, rows=2, segment=64, bank_tokens=256)
-    long = dataclasses.replace(base, rows=16, segment=2 * base.segment, bank_tokens=4 * base.bank_tokens)
+    long = dataclasses.replace(base, segment=2 * base.segment)
+    full = dataclasses.replace(long, bank_tokens=2 * base.bank_tokens)
     plan = [
+        (LOOK_UP, long),
+        (LOOK_UP, dataclasses.replace(long, memory=False)),
+        (ALL, full),
+        (ALL, dataclasses.replace(full, empty_weight=0.5)),
         (LOOK_UP, base),
         (LOOK_UP, dataclasses.replace(base, memory=False)),
-        (ALL, base),
-        (ALL, long),
-        (ALL, dataclasses.replace(long, memory=False)),
         (LOOK_UP, dataclasses.replace(base, compile=False)),
         (LOOK_UP, dataclasses.replace(base, compile=False, memory=False)),
     ]

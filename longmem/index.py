@@ -205,20 +205,19 @@ class StreamBanks:
         """Empty the banks of the rows where `rows_B` (bool) is True."""
         self.written_B.masked_fill_(rows_B, 0)
 
-    def reader(self, source_B: Tensor | None = None, empty_B: Tensor | None = None) -> StreamReader:
-        """A retrieve callable in which row b reads the bank of row `source_B[b]`, or nothing where `empty_B`."""
-        return StreamReader(self, source_B, empty_B)
+    def reader(self, source_B: Tensor | None = None) -> StreamReader:
+        """A retrieve callable in which row b reads the bank of row `source_B[b]`; its own if None."""
+        return StreamReader(self, source_B)
 
 
 class StreamReader:
-    """Reads `StreamBanks`, possibly with banks swapped between rows or emptied (for the regulariser)."""
+    """Reads `StreamBanks`, possibly with banks swapped between rows (for the regulariser)."""
 
-    def __init__(self, streams: StreamBanks, source_B: Tensor | None, empty_B: Tensor | None) -> None:
+    def __init__(self, streams: StreamBanks, source_B: Tensor | None) -> None:
         self.streams = streams
         rows = streams.written_B.shape[0]
         self.source_B = torch.arange(rows, device=streams.written_B.device) if source_B is None else source_B
-        length_B = streams.length_B[self.source_B]
-        self.length_B = length_B if empty_B is None else length_B.masked_fill(empty_B, 0)
+        self.length_B = streams.length_B[self.source_B]
 
     @torch.no_grad()
     def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:

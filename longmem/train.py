@@ -48,7 +48,6 @@ class TrainConfig:
         weight_decay: of matrices only.
         empty_weight: of a second loss, that of the same segments with an empty bank, so that one costs nothing. The
             backbone runs once for both.
-        empty_fraction: share of streams whose bank is hidden in a step: a cheaper way to the same end.
         wrong_fraction: share of streams that read another stream's bank in a step, so that a wrong one costs little.
         lookup_weight: of the memory regulariser: attention among retrieved tokens should fall on those that are the
             next token.
@@ -72,7 +71,6 @@ class TrainConfig:
     clip: float = 1.0
     seed: int = 0
     empty_weight: float = 0.5
-    empty_fraction: float = 0.0
     wrong_fraction: float = 0.1
     lookup_weight: float = 0.0
     memory: bool = True
@@ -87,11 +85,10 @@ class TrainConfig:
         for name in ("steps", "rows", "segment", "bank_tokens", "max_segments", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if not 0 <= self.empty_fraction + self.wrong_fraction <= 1:
-            raise ConfigError(
-                f"empty_fraction and wrong_fraction are shares of the batch; got {self.empty_fraction} and "
-                f"{self.wrong_fraction}."
-            )
+        if not 0 <= self.wrong_fraction <= 1:
+            raise ConfigError(f"wrong_fraction is a share of the batch, from 0 to 1; got {self.wrong_fraction}.")
+        if self.empty_weight < 0:
+            raise ConfigError(f"empty_weight must not be negative; got {self.empty_weight}.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
 
@@ -190,15 +187,12 @@ class Trainer:
         config, rows = self.config, self.config.rows
         draw_B = self.rng.random(rows)
         source_B, shift = np.arange(rows), int(self.rng.integers(1, max(2, rows)))
-        empty_B = draw_B < config.empty_fraction
-        wrong_B = ~empty_B & (draw_B < config.empty_fraction + config.wrong_fraction)
+        wrong_B = draw_B < config.wrong_fraction
         source_B = np.where(wrong_B, (source_B + shift) % rows, source_B)
-        right_B = torch.from_numpy(~empty_B & ~wrong_B).to(self.device)
+        right_B = torch.from_numpy(~wrong_B).to(self.device)
         if not config.memory:
             return None, right_B
-        return self.banks.reader(
-            torch.from_numpy(source_B).to(self.device), torch.from_numpy(empty_B).to(self.device)
-        ), right_B
+        return self.banks.reader(torch.from_numpy(source_B).to(self.device)), right_B
 
     def _language_loss(self, hidden_BSD: Tensor, tokens_BS: Tensor) -> Tensor:
         normed_XD = self.model.backbone.final_norm(hidden_BSD).flatten(0, 1)

@@ -42,7 +42,7 @@ def test_a_few_steps_learn_and_leave_the_backbone_alone(form: dict[str, Any], tm
     model = fresh(**form)
     before = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
     hashed = tiny.backbone("llama").weights_hash
-    config = dataclasses.replace(SMALL, steps=40, rows=3, learning_rate=3e-3, empty_fraction=0.0, wrong_fraction=0.0)
+    config = dataclasses.replace(SMALL, steps=40, rows=3, learning_rate=3e-3, wrong_fraction=0.0)
     train(model, REPETITIVE, config, tmp_path)
     losses = [row["loss"] for row in log_of(tmp_path)]
     assert np.mean(losses[-8:]) < np.mean(losses[1:9]) - 0.1
@@ -170,7 +170,7 @@ def test_a_segment_reads_what_came_before_it_and_never_itself() -> None:
     model = fresh()
     # Each stream reads one document of seven segments, whose tokens are all different.
     config = dataclasses.replace(
-        SMALL, steps=20, rows=2, segment=12, bank_tokens=60, empty_fraction=0, wrong_fraction=0
+        SMALL, steps=20, rows=2, segment=12, bank_tokens=60, wrong_fraction=0
     )
     documents = tiny.documents(84, 84, 84)
     trainer = Trainer(model, documents, config)
@@ -208,24 +208,20 @@ def test_what_is_written_is_what_the_model_encodes() -> None:
         torch.testing.assert_close(trainer.banks.values_HBNE[:, row, :16], values_HSE, atol=2e-2, rtol=2e-2)
 
 
-def test_hidden_and_wrong_banks_are_as_many_as_asked() -> None:
-    for fractions, rows in (((1.0, 0.0), "empty"), ((0.0, 1.0), "wrong")):
-        config = dataclasses.replace(SMALL, empty_fraction=fractions[0], wrong_fraction=fractions[1], rows=3)
-        trainer = Trainer(fresh(), REPETITIVE, config)
+def test_wrong_banks_are_as_many_as_asked() -> None:
+    for fraction in (0.0, 1.0):
+        trainer = Trainer(fresh(), REPETITIVE, dataclasses.replace(SMALL, wrong_fraction=fraction, rows=3))
         trainer.step()
         reader, right_B = trainer._reader()
-        assert reader is not None and not right_B.any()
-        if rows == "empty":
-            assert not reader.length_B.any()
-        else:
-            assert (reader.length_B == 16).all()
-            assert sorted(reader.source_B.tolist()) == [0, 1, 2]
-            assert (reader.source_B != torch.arange(3)).all()
+        assert reader is not None and right_B.tolist() == [not fraction] * 3
+        assert (reader.length_B == 16).all()
+        assert sorted(reader.source_B.tolist()) == [0, 1, 2]
+        assert ((reader.source_B != torch.arange(3)) == bool(fraction)).all()
 
 
 def test_the_lookup_loss_counts_attention_on_the_next_token_alone() -> None:
     trainer = Trainer(
-        fresh(), REPETITIVE, dataclasses.replace(SMALL, lookup_weight=1.0, empty_fraction=0, wrong_fraction=0)
+        fresh(), REPETITIVE, dataclasses.replace(SMALL, lookup_weight=1.0, wrong_fraction=0)
     )
     figures = [trainer.step() for _ in range(5)]
     assert figures[0]["lookup"] == 0  # nothing was retrieved
@@ -273,7 +269,8 @@ def test_documents_too_short_leave_no_folder(tmp_path: Path) -> None:
         {"segment": 0},
         {"bank_tokens": 0},
         {"log_every": 0},
-        {"empty_fraction": 0.7, "wrong_fraction": 0.7},
+        {"wrong_fraction": 1.2},
+        {"empty_weight": -0.1},
         {"dtype": "float16"},
     ],
 )

@@ -103,7 +103,6 @@ def train(
     clip: Annotated[float, _setting("Largest norm of the gradient.")] = 1.0,
     seed: Annotated[int, _setting("Of everything drawn.")] = 0,
     empty_weight: Annotated[float, _setting("Of the loss of the same text with an empty bank.")] = 0.5,
-    empty_fraction: Annotated[float, _setting("Share of streams whose bank is hidden in a step.")] = 0.0,
     wrong_fraction: Annotated[float, _setting("Share of streams that read another's bank in a step.")] = 0.1,
     lookup_weight: Annotated[float, _setting("Of the memory regulariser.")] = 0.0,
     memory: Annotated[bool, _setting("--no-memory trains the memory-free twin.")] = True,
