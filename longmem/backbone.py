@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from longmem.decoding import KeyValueBuffer, RowDecoder, RowLayer
+from longmem.decoding import KeyValueBuffer, LayerStep, RowDecoder, RowLayer
 from longmem.families import Rotary, family_of
 from longmem.pretrained import load_pretrained
+from longmem.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -152,22 +153,28 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, input_ids_BT: Tensor, *, boundaries: Collection[int], cache: Cache | None = None
+        self, input_ids_BT: Tensor, *, boundaries: Collection[int], cache: Cache | Windows | None = None
     ) -> BackboneOutput:
         """Run the layers below the highest boundary asked for, and no others.
 
         Args:
             input_ids_BT: int64; continues what `cache` holds.
             boundaries: which hidden states to return, 0 … num_layers.
-            cache: extended in place.
+            cache: extended in place. `Windows` take one token a row.
         """
+        if isinstance(cache, Windows):
+
+            def run(layer: int, x_BTD: Tensor, rotary: Rotary) -> LayerStep:
+                return cache.of(layer).step(self.family, self.layers[layer], x_BTD, rotary)
+
+            return self._step(run, input_ids_BT, cache.length_B[:, None], boundaries)
         highest = max(boundaries)
         past = cache.get_seq_length() if cache is not None else 0
         positions_BT = torch.arange(past, past + input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(
             input_ids_BT
         )
         if self._rows is not None and cache is not None and self._rows.takes(input_ids_BT, cache):
-            return self._decode(self._rows, input_ids_BT, positions_BT, boundaries, cache)
+            return self._step(self._rows.behind(cache), input_ids_BT, positions_BT, boundaries)
         trunk = self._trunk(highest)
         with _captured(getattr(trunk, self.family.layers_name), boundaries) as hidden_states:
             output = trunk(
@@ -208,11 +215,15 @@ class Backbone(nn.Module):
         norm = getattr(self.base, self.family.norm_name)
         self._rows = _Rows(layers, decoder.logits(norm, self.model.get_output_embeddings()))
 
-    def _decode(
-        self, rows: _Rows, input_ids_BT: Tensor, positions_BT: Tensor, boundaries: Collection[int], cache: Cache
+    def _step(
+        self,
+        run: Callable[[int, Tensor, Rotary], LayerStep],
+        input_ids_BT: Tensor,
+        positions_BT: Tensor,
+        boundaries: Collection[int],
     ) -> BackboneOutput:
-        """`forward` of a single token."""
-        x_BTD = self._trunk(0)(input_ids=input_ids_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+        """`forward` of a single token a row; `run` takes it through a layer."""
+        x_BTD = self.family.embed(self.base, input_ids_BT, positions_BT)
         # Layers of one type share a rotary embedding.
         types = getattr(self.config, "layer_types", None) or [""] * self.num_layers
         rotary_of: dict[str, Rotary] = {}
@@ -220,9 +231,7 @@ class Backbone(nn.Module):
         for layer in range(max(boundaries)):
             if types[layer] not in rotary_of:
                 rotary_of[types[layer]] = self.position_embeddings(layer, x_BTD, positions_BT)
-            buffer = cache.layers[layer]
-            assert isinstance(buffer, KeyValueBuffer)
-            x_BTD = rows.layers[layer](x_BTD, rotary_of[types[layer]], buffer).output_BTD
+            x_BTD = run(layer, x_BTD, rotary_of[types[layer]]).output_BTD
             hidden_states[layer + 1] = x_BTD
         return BackboneOutput({boundary: hidden_states[boundary] for boundary in boundaries}, positions_BT)
 
@@ -259,6 +268,10 @@ class _Rows:
 
     def takes(self, input_ids_BT: Tensor, cache: Any) -> bool:
         return self.layers[0].takes(input_ids_BT, cache.layers[0])
+
+    def behind(self, cache: Any) -> Callable[[int, Tensor, Rotary], LayerStep]:
+        """A token through a layer, behind what `cache` holds."""
+        return lambda layer, x_BTD, rotary: self.layers[layer](x_BTD, rotary, cache.layers[layer])
 
 
 @contextmanager

@@ -87,6 +87,16 @@ class MemoryBank:
         return self._values_HCE[:, : self._length]
 
     @property
+    def capacity(self) -> int:
+        """C: tokens that fit before memory has to grow."""
+        return self._keys_HCE.shape[1]
+
+    @property
+    def buffers_HCE(self) -> tuple[Tensor, Tensor]:
+        """The memory behind `keys_HNE` and `values_HNE`; what lies beyond N tokens means nothing."""
+        return self._keys_HCE, self._values_HCE
+
+    @property
     def token_ids_N(self) -> Tensor:
         return self._token_ids_C[: self._length]
 

@@ -132,21 +132,33 @@ class LayerStep(NamedTuple):
 
 
 def layer_step(
-    family: Family, layer: Any, x_BTD: Tensor, rotary: Rotary, past_key_BKSE: Tensor, past_value_BKSE: Tensor
+    family: Family,
+    layer: Any,
+    x_BTD: Tensor,
+    rotary: Rotary,
+    past_key_BKSE: Tensor,
+    past_value_BKSE: Tensor,
+    seen_BS: Tensor | None = None,
 ) -> LayerStep:
-    """One token (T = 1) through one layer, given the keys and values of the tokens before it that the layer sees."""
+    """One token (T = 1) through one layer, given the keys and values of tokens before it.
+
+    Args:
+        seen_BS: which of those the layer sees; None is all.
+    """
     query_BHTE, key_BKTE, value_BKTE = family.qkv(layer, x_BTD)
     rotated_BHTE, key_BKTE = family.rotate(query_BHTE, rotary), family.rotate(key_BKTE, rotary)
     # T is 1: its place in the query holds the G heads that share a key.
-    query_BKGE = rotated_BHTE.view(*key_BKTE.shape[:2], -1, key_BKTE.shape[3]) * family.scaling(layer)
+    query_BKGE = rotated_BHTE.view(*key_BKTE.shape[:2], -1, key_BKTE.shape[3]).float() * family.scaling(layer)
     # Products and sums rather than matrix products: they compile to one loop, without the cost of a call each.
     past_BKGS = (query_BKGE[:, :, :, None] * past_key_BKSE[:, :, None]).sum(-1)
+    if seen_BS is not None:
+        past_BKGS = past_BKGS.masked_fill(~seen_BS[:, None, None], -torch.inf)
     own_BKG1 = (query_BKGE * key_BKTE).sum(-1, keepdim=True)
     largest_BKG1 = torch.maximum(past_BKGS.amax(-1, keepdim=True), own_BKG1)
     past_BKGS, own_BKG1 = (past_BKGS - largest_BKG1).exp(), (own_BKG1 - largest_BKG1).exp()
     total_BKG1 = past_BKGS.sum(-1, keepdim=True) + own_BKG1
     heads_BKGE = (past_BKGS[..., None] * past_value_BKSE[:, :, None]).sum(-2) + own_BKG1 * value_BKTE
-    heads_BHTE = (heads_BKGE / total_BKG1).view(query_BHTE.shape)
+    heads_BHTE = (heads_BKGE / total_BKG1).view(query_BHTE.shape).to(x_BTD.dtype)
     logsumexp_BHT = (total_BKG1.log() + largest_BKG1).view(query_BHTE.shape[:3])
     projected_BTD = family.project(layer, heads_BHTE.transpose(1, 2).flatten(2))
     branch_BTD = family.after_projection(layer, projected_BTD)

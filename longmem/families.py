@@ -42,6 +42,10 @@ class Family(Protocol):
         """Whether a norm stands between the output projection and the residual add."""
         ...
 
+    def embed(self, base: Any, input_ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Hidden states at boundary 0."""
+        ...
+
     def position_embeddings(self, base: Any, layer: int, hidden_BTD: Tensor, positions_BT: Tensor) -> Rotary:
         """(cos, sin) for a layer, each (B, T, rotated size), or None where positions are learned embeddings."""
         ...
@@ -95,6 +99,9 @@ class LlamaFamily:
     layers_name = "layers"
     norm_name = "norm"
     norms_branch = False
+
+    def embed(self, base: Any, input_ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        return base.embed_tokens(input_ids_BT)
 
     def position_embeddings(self, base: Any, layer: int, hidden_BTD: Tensor, positions_BT: Tensor) -> Rotary:
         return base.rotary_emb(hidden_BTD, position_ids=positions_BT)
@@ -169,6 +176,9 @@ class GPTNeoXFamily:
     norm_name = "final_layer_norm"
     norms_branch = False
 
+    def embed(self, base: Any, input_ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        return base.embed_in(input_ids_BT)
+
     def position_embeddings(self, base: Any, layer: int, hidden_BTD: Tensor, positions_BT: Tensor) -> Rotary:
         return base.rotary_emb(hidden_BTD, position_ids=positions_BT)
 
@@ -214,6 +224,9 @@ class GPT2Family:
     layers_name = "h"
     norm_name = "ln_f"
     norms_branch = False
+
+    def embed(self, base: Any, input_ids_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        return base.wte(input_ids_BT) + base.wpe(positions_BT)
 
     def position_embeddings(self, base: Any, layer: int, hidden_BTD: Tensor, positions_BT: Tensor) -> Rotary:
         return None

@@ -432,7 +432,8 @@ class _Beginning(MemoryBank):
 
     def __init__(self, bank: MemoryBank, length: int) -> None:
         super().__init__(bank.spec, bank.device)
-        self._keys_HCE, self._values_HCE, self._length = bank.keys_HNE, bank.values_HNE, length
+        self._keys_HCE, self._values_HCE = bank.buffers_HCE
+        self._length = length
 
 
 def remember_tokens(

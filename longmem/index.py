@@ -119,19 +119,27 @@ class BankReader:
             return self._read_one(bank, layer, query_BKGTE)
         return self._read_each(layer, query_BKGTE)
 
+    def _rows_of(self, row: int, bank: MemoryBank, heads: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values (K, N, E) of a row's bank, and how many of them count (1,), all if None."""
+        return bank.keys_HNE[heads], bank.values_HNE[heads], None
+
+    def _sizes(self, device: torch.device) -> Tensor:
+        """Remembered tokens of each row's bank, (B,)."""
+        return torch.tensor([0.0 if bank is None else float(len(bank)) for bank in self.banks], device=device)
+
     def _read_one(self, bank: MemoryBank, layer: int, query_BKGTE: Tensor) -> Retrieved:
         """All rows read one bank: its rows are read where they lie."""
-        heads = self.config.heads_of(layer)
+        config = self.config
         batch, kv_heads, group, tokens, _ = query_BKGTE.shape
-        keys_KNE, values_KNE = bank.keys_HNE[heads], bank.values_HNE[heads]
+        keys_KNE, values_KNE, length_1 = self._rows_of(0, bank, config.heads_of(layer))
         pool_BK = torch.arange(kv_heads, device=bank.device).expand(batch, kv_heads)
+        length_X = None if length_1 is None else length_1.expand(batch * kv_heads)
         index_XQR, valid_XQR = search_tokens(
-            _flat(query_BKGTE), keys_KNE, self.config.top_k, self.config.chunk_size, pool_X=pool_BK.flatten()
+            _flat(query_BKGTE), keys_KNE, config.top_k, config.chunk_size, length_X, pool_BK.flatten()
         )
-        shape = (batch, kv_heads, group, tokens, self.config.top_k)
+        shape = (batch, kv_heads, group, tokens, config.top_k)
         index, valid = index_XQR.view(shape), valid_XQR.view(shape)
-        size_B = torch.full((batch,), float(len(bank)), device=bank.device)
-        return Retrieved(keys_KNE, values_KNE, pool_BK, index, valid, index, size_B)
+        return Retrieved(keys_KNE, values_KNE, pool_BK, index, valid, index, self._sizes(bank.device))
 
     def _read_each(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
         heads = self.config.heads_of(layer)
@@ -146,17 +154,56 @@ class BankReader:
         for row, bank in enumerate(self.banks):
             if bank is None or len(bank) == 0:
                 continue
-            keys_KNE, values_KNE = bank.keys_HNE[heads], bank.values_HNE[heads]
+            keys_KNE, values_KNE, length_1 = self._rows_of(row, bank, heads)
             query_KQE = query_BKGTE[row].flatten(1, 2).to(bank.device)
-            index_KQR, valid_KQR = search_tokens(query_KQE, keys_KNE, self.config.top_k, self.config.chunk_size)
+            length_K = None if length_1 is None else length_1.expand(kv_heads)
+            index_KQR, valid_KQR = search_tokens(
+                query_KQE, keys_KNE, self.config.top_k, self.config.chunk_size, length_K
+            )
             keys_BKFE[row] = gather_rows(keys_KNE, index_KQR).flatten(1, 2).to(keys_BKFE)
             values_BKFE[row] = gather_rows(values_KNE, index_KQR).flatten(1, 2).to(values_BKFE)
             valid[row] = valid_KQR.unflatten(1, (group, tokens)).to(device)
             index[row] = index_KQR.unflatten(1, (group, tokens)).to(device)
-        sizes_B = torch.tensor([0.0 if bank is None else float(len(bank)) for bank in self.banks], device=device)
         pool_BK = torch.arange(batch * kv_heads, device=device).view(batch, kv_heads)
         slot_BKGTR = torch.arange(found, device=device).view(shape[2:]).expand(shape)
-        return Retrieved(keys_BKFE.flatten(0, 1), values_BKFE.flatten(0, 1), pool_BK, slot_BKGTR, valid, index, sizes_B)
+        return Retrieved(
+            keys_BKFE.flatten(0, 1), values_BKFE.flatten(0, 1), pool_BK, slot_BKGTR, valid, index, self._sizes(device)
+        )
+
+
+class PlacedReader(BankReader):
+    """As `BankReader`, for a recorded step: how many tokens a bank holds lies on the device and may change from step to
+    step, as long as its memory stays where it was when the step was recorded (`places`).
+
+    Args:
+        banks: on `device`, or None.
+    """
+
+    def __init__(self, banks: Sequence[MemoryBank | None], config: SideNetConfig, device: torch.device) -> None:
+        super().__init__(banks, config)
+        self._length_B = torch.zeros(len(banks), dtype=torch.int64, device=device)
+        self.read(banks)
+
+    @staticmethod
+    def places(banks: Sequence[MemoryBank | None]) -> tuple[tuple[int, int, int] | None, ...]:
+        """Where the banks lie: a step recorded over banks of the same places may be replayed."""
+        return tuple(
+            None if not bank else (bank.buffers_HCE[0].data_ptr(), bank.buffers_HCE[1].data_ptr(), bank.capacity)
+            for bank in banks
+        )
+
+    def read(self, banks: Sequence[MemoryBank | None]) -> None:
+        """From now on read these banks, which lie where the first ones did."""
+        self.banks = banks
+        lengths = [0 if bank is None else len(bank) for bank in banks]
+        self._length_B.copy_(torch.tensor(lengths), non_blocking=True)
+
+    def _rows_of(self, row: int, bank: MemoryBank, heads: slice) -> tuple[Tensor, Tensor, Tensor | None]:
+        keys_HCE, values_HCE = bank.buffers_HCE
+        return keys_HCE[heads], values_HCE[heads], self._length_B[row : row + 1]
+
+    def _sizes(self, device: torch.device) -> Tensor:
+        return self._length_B.float()
 
 
 class StreamBanks:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,16 @@ class ModelCache:
     @property
     def length(self) -> int:
         return self.backbone.get_seq_length()
+
+
+class Cache(Protocol):
+    """Local windows that `LongMem.read` extends: `ModelCache`, or those of a batch (`longmem.batch.BatchCache`)."""
+
+    @property
+    def backbone(self) -> Any: ...
+
+    @property
+    def sidenet(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -229,7 +239,7 @@ class LongMem(nn.Module):
         return LongMemOutput(self.backbone.logits(hidden_BTD[:, -1:] if last_only else hidden_BTD), reads)
 
     def read(
-        self, input_ids_BT: Tensor, retrieve: Retrieve | None, *, memory: float = 1.0, cache: ModelCache | None = None
+        self, input_ids_BT: Tensor, retrieve: Retrieve | None, *, memory: float = 1.0, cache: Cache | None = None
     ) -> tuple[Tensor, list[MemoryRead]]:
         """Hidden states (B, T, D) before the final norm, corrected by the SideNet; and what was read."""
         top = self.backbone.num_layers
@@ -240,7 +250,7 @@ class LongMem(nn.Module):
         return self.correct(seen, retrieve, memory=memory, cache=cache)
 
     def correct(
-        self, seen: BackboneOutput, retrieve: Retrieve | None, *, memory: float = 1.0, cache: ModelCache | None = None
+        self, seen: BackboneOutput, retrieve: Retrieve | None, *, memory: float = 1.0, cache: Cache | None = None
     ) -> tuple[Tensor, list[MemoryRead]]:
         """Add the SideNet's difference to the backbone's last hidden states."""
         found = self.sidenet(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, ItemsView
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from longmem.attention import MemoryAttention, MemoryRead, local_attention
 from longmem.config import SideNetConfig
-from longmem.decoding import KeyValueBuffer, RowDecoder, RowLayer
+from longmem.decoding import KeyValueBuffer, LayerStep, RowDecoder, RowLayer
 from longmem.families import Family, Rotary
 from longmem.index import Retrieve
 from longmem.ops import causal_logsumexp
+from longmem.windows import WindowBuffer, Windows
 
 PositionEmbeddings = Callable[[int, Tensor, Tensor], Rotary]
 
@@ -46,6 +47,10 @@ class SideNetCache:
     def of(self, layer: int, stream: str) -> KeyValueBuffer:
         """What `layer` holds of a stream ("x", or "plain" for the uncorrected one)."""
         return self._kept[layer, stream]
+
+    def items(self) -> ItemsView[tuple[int, str], KeyValueBuffer]:
+        """All that is held, by layer and stream."""
+        return self._kept.items()
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ class SideNetLayer(nn.Module):
         hidden_BTD: Tensor,
         rotary: Rotary,
         retrieve: Retrieve | None,
-        cache: SideNetCache | None,
+        cache: SideNetCache | Windows | None,
         memory: float,
     ) -> tuple[Tensor | None, MemoryRead | None]:
         """The next difference d (None stands for exactly 0), and what was read.
@@ -143,21 +148,15 @@ class SideNetLayer(nn.Module):
             return change_BTD if difference_BTD is None else difference_BTD, read
         return difference_BTD + change_BTD, read
 
-    def _local(self, x_BTD: Tensor, rotary: Rotary, cache: SideNetCache | None, stream: str) -> _Local:
+    def _local(self, x_BTD: Tensor, rotary: Rotary, cache: SideNetCache | Windows | None, stream: str) -> _Local:
         """The layer as the backbone would run it; its keys and values are added to the cache."""
         family, decoder = self.family, self.decoder
         scaling, window = family.scaling(decoder), family.window(decoder)
         buffer = None if cache is None else cache.of(self.lo, stream)
+        if isinstance(buffer, WindowBuffer):
+            return self._of_step(buffer.step(family, decoder, x_BTD, rotary))
         if self._rows is not None and buffer is not None and self._rows.takes(x_BTD, buffer):
-            step = self._rows(x_BTD, rotary, buffer)
-            return _Local(
-                step.query_BHTE,
-                step.heads_BHTE,
-                step.projected_BTD,
-                step.branch_BTD,
-                logsumexp=lambda: self._memory_heads(step.logsumexp_BHT),
-                output=lambda: step.output_BTD,
-            )
+            return self._of_step(self._rows(x_BTD, rotary, buffer))
         query_BHTE, key_BKTE, value_BKSE = family.qkv(decoder, x_BTD)
         rotated_BHTE, key_BKSE = family.rotate(query_BHTE, rotary), family.rotate(key_BKTE, rotary)
         if buffer is not None:
@@ -174,6 +173,16 @@ class SideNetLayer(nn.Module):
                 self._memory_heads(rotated_BHTE), key_BKSE[:, self.kv_heads], scaling, window
             ),
             output=lambda: family.finish(decoder, x_BTD, branch_BTD),
+        )
+
+    def _of_step(self, step: LayerStep) -> _Local:
+        return _Local(
+            step.query_BHTE,
+            step.heads_BHTE,
+            step.projected_BTD,
+            step.branch_BTD,
+            logsumexp=lambda: self._memory_heads(step.logsumexp_BHT),
+            output=lambda: step.output_BTD,
         )
 
     def _read_memory(self, local: _Local, retrieve: Retrieve) -> tuple[Tensor, MemoryRead]:
@@ -262,7 +271,7 @@ class SideNet(nn.Module):
         position_embeddings: PositionEmbeddings,
         retrieve: Retrieve | None,
         *,
-        cache: SideNetCache | None = None,
+        cache: SideNetCache | Windows | None = None,
         memory: float = 1.0,
     ) -> SideNetOutput:
         """The correction to the backbone's last hidden state.

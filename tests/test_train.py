@@ -169,9 +169,7 @@ def test_the_loss_with_an_empty_bank_reads_none(monkeypatch: pytest.MonkeyPatch)
 def test_a_segment_reads_what_came_before_it_and_never_itself() -> None:
     model = fresh()
     # Each stream reads one document of seven segments, whose tokens are all different.
-    config = dataclasses.replace(
-        SMALL, steps=20, rows=2, segment=12, bank_tokens=60, wrong_fraction=0
-    )
+    config = dataclasses.replace(SMALL, steps=20, rows=2, segment=12, bank_tokens=60, wrong_fraction=0)
     documents = tiny.documents(84, 84, 84)
     trainer = Trainer(model, documents, config)
     sizes: list[torch.Tensor] = []
@@ -220,9 +218,7 @@ def test_wrong_banks_are_as_many_as_asked() -> None:
 
 
 def test_the_lookup_loss_counts_attention_on_the_next_token_alone() -> None:
-    trainer = Trainer(
-        fresh(), REPETITIVE, dataclasses.replace(SMALL, lookup_weight=1.0, wrong_fraction=0)
-    )
+    trainer = Trainer(fresh(), REPETITIVE, dataclasses.replace(SMALL, lookup_weight=1.0, wrong_fraction=0))
     figures = [trainer.step() for _ in range(5)]
     assert figures[0]["lookup"] == 0  # nothing was retrieved
     # A phrase of 20 tokens repeats: now and then the next token is among the 8 retrieved, with about an eighth of them.

@@ -1,0 +1,90 @@
+"""Local windows of several texts side by side, in memory that never moves.
+
+A step takes one token of every text through a layer. Its shapes and places are always the same, however long each
+text is, so that a GPU can record a step once and replay it.
+
+B texts, S = C tokens that a window can hold, T = 1 new token, D hidden size, K key-value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longmem.decoding import LayerStep, layer_step
+from longmem.families import Family, Rotary
+
+
+class WindowBuffer:
+    """Keys and values of one layer, (B, K, C, E) each: memory is taken when the first text comes."""
+
+    def __init__(self, windows: Windows) -> None:
+        self._windows = windows
+        self.keys_BKCE: Tensor | None = None
+        self.values_BKCE: Tensor | None = None
+
+    def fill(self, row: int, keys_KNE: Tensor, values_KNE: Tensor) -> None:
+        """Begin a row anew with N tokens."""
+        if self.keys_BKCE is None or self.values_BKCE is None:
+            kv_heads, _, head_dim = keys_KNE.shape
+            shape = (self._windows.rows, kv_heads, self._windows.capacity, head_dim)
+            # Zeros: what is masked is multiplied by 0, which does not make a number of anything.
+            self.keys_BKCE, self.values_BKCE = keys_KNE.new_zeros(shape), values_KNE.new_zeros(shape)
+        self.keys_BKCE[row, :, : keys_KNE.shape[1]] = keys_KNE
+        self.values_BKCE[row, :, : values_KNE.shape[1]] = values_KNE
+
+    def step(self, family: Family, layer: Any, x_BTD: Tensor, rotary: Rotary) -> LayerStep:
+        """One token of every text through a layer; its keys and values are kept behind those of the text."""
+        assert self.keys_BKCE is not None and self.values_BKCE is not None
+        return self._windows.run(
+            family, layer, x_BTD, rotary, self.keys_BKCE, self.values_BKCE, self._windows.length_B, family.window(layer)
+        )
+
+
+class Windows:
+    """All layers of the backbone, or of a SideNet, over the same texts.
+
+    Args:
+        length_B: int64, tokens of each text; shared, and advanced by whoever owns it.
+        capacity: C.
+        run: `window_step`, or a compiled one.
+    """
+
+    def __init__(self, length_B: Tensor, capacity: int, run: Callable[..., LayerStep]) -> None:
+        self.length_B, self.capacity, self.run = length_B, capacity, run
+        self.rows = length_B.shape[0]
+        self._kept: defaultdict[tuple[int, str], WindowBuffer] = defaultdict(lambda: WindowBuffer(self))
+
+    def of(self, layer: int, stream: str = "x") -> WindowBuffer:
+        """What `layer` holds of a stream (see `SideNetCache`)."""
+        return self._kept[layer, stream]
+
+
+def window_step(
+    family: Family,
+    layer: Any,
+    x_BTD: Tensor,
+    rotary: Rotary,
+    keys_BKCE: Tensor,
+    values_BKCE: Tensor,
+    length_B: Tensor,
+    window: int | None,
+) -> LayerStep:
+    """`layer_step` behind the first `length_B` tokens of each row; keys and values are written there, in place.
+
+    A row that is full is overwritten at its end, which is for rows whose text is done.
+    """
+    rows, capacity = keys_BKCE.shape[0], keys_BKCE.shape[2]
+    place_S = torch.arange(capacity, device=x_BTD.device)
+    seen_BS = place_S < length_B[:, None]
+    if window is not None:
+        seen_BS = seen_BS & (place_S > length_B[:, None] - window)
+    step = layer_step(family, layer, x_BTD, rotary, keys_BKCE, values_BKCE, seen_BS)
+    row_B, at_B = torch.arange(rows, device=x_BTD.device), length_B.clamp(max=capacity - 1)
+    keys_BKCE[row_B, :, at_B] = step.key_BKTE[:, :, 0]
+    values_BKCE[row_B, :, at_B] = step.value_BKTE[:, :, 0]
+    return step
