@@ -134,25 +134,50 @@ def generate(
 
 def continue_text(window: LocalWindow, token_ids: Sequence[int], generator: torch.Generator) -> Iterator[Piece]:
     """Read `token_ids`, then generate until the config says stop. Every token stays in the window, stop tokens too."""
-    config = window.config
-    ends = stop_token_ids(window.model, config)
-    stops = StopStrings(config.stop)
-    moved = window.extend(token_ids)
-    window.decoder.take()
-    for step in range(config.max_new_tokens):
+    text = Continuation(window, token_ids)
+    while not text.done:
         logits_V, reads = window.logits()
-        token_id = sample(logits_V, config, generator)
-        sources = attribute(reads, window.bank) if config.attribute and window.bank is not None else ()
-        now_moved = window.extend([token_id], silent=token_id in ends)
-        done = token_id in ends or step + 1 == config.max_new_tokens
-        if done:
+        yield text.add(sample(logits_V, window.config, generator), reads)
+
+
+class Continuation:
+    """A text that is being continued: takes sampled tokens, gives what can be shown of them.
+
+    Attributes:
+        window: the text's local window.
+        token_id: the last token that was added, None before the first.
+        moved: tokens that left the window since that token was sampled (before the first: while the text was read).
+        done: the config says stop.
+    """
+
+    def __init__(self, window: LocalWindow, token_ids: Sequence[int]) -> None:
+        self.window = window
+        self.token_id: int | None = None
+        self.done = False
+        self.moved = window.extend(token_ids)
+        window.decoder.take()
+        self._ends = stop_token_ids(window.model, window.config)
+        self._stops = StopStrings(window.config.stop)
+        self._left = window.config.max_new_tokens
+
+    def add(self, token_id: int, reads: Sequence[MemoryRead], row: int = 0) -> Piece:
+        """Add a token.
+
+        Args:
+            reads: what was read for it, in batch row `row`.
+        """
+        window, stops = self.window, self._stops
+        wanted = window.config.attribute
+        sources = attribute(reads, window.bank, row=row) if wanted and window.bank is not None else ()
+        moved, self.moved = self.moved, window.extend([token_id], silent=token_id in self._ends)
+        self.token_id = token_id
+        self._left -= 1
+        self.done = token_id in self._ends or not self._left
+        if self.done:
             window.decoder.flush()
         text = stops.push(window.decoder.take())
-        done = done or stops.found
-        yield Piece(text + stops.flush() if done else text, token_id, sources, moved)
-        moved = now_moved
-        if done:
-            return
+        self.done = self.done or stops.found
+        return Piece(text + stops.flush() if self.done else text, token_id, sources, moved)
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------
@@ -362,8 +387,8 @@ class LocalWindow:
     @torch.no_grad()
     def logits(self) -> tuple[Tensor, list[MemoryRead]]:
         """Next-token logits (V,), and what the last token read."""
-        tokens_N = self.model.with_prefix(torch.tensor(self.token_ids, dtype=torch.int64)).to(self.model.device)
-        banks = [self._visible()]
+        tokens_N = self.tokens_N.to(self.model.device)
+        banks = [self.visible]
         if not self.config.cache:
             output = self.model.forward(tokens_N[None], banks, memory=self.config.memory, last_only=True)
             return output.logits_BTV[0, -1], output.reads
@@ -415,7 +440,13 @@ class LocalWindow:
         self._in_bank += end - begin
         return end - begin
 
-    def _visible(self) -> MemoryBank | None:
+    @property
+    def tokens_N(self) -> Tensor:
+        """Token ids in the window, behind the prefix."""
+        return self.model.with_prefix(torch.tensor(self.token_ids, dtype=torch.int64))
+
+    @property
+    def visible(self) -> MemoryBank | None:
         """The bank without what is in the window."""
         if self.bank is None or not self._in_bank:
             return self.bank
@@ -465,13 +496,15 @@ _GAP = 8
 _PAD = 4  # half the gap, so that spans never overlap
 
 
-def attribute(reads: Sequence[MemoryRead], bank: MemoryBank, spans: int = 3) -> tuple[Attribution, ...]:
-    """The stretches of remembered text that the last token of a read (batch row 0) drew on most, heaviest first."""
+def attribute(
+    reads: Sequence[MemoryRead], bank: MemoryBank, spans: int = 3, *, row: int = 0
+) -> tuple[Attribution, ...]:
+    """The stretches of remembered text that the last token of a batch row drew on most, heaviest first."""
     if not reads:
         return ()
-    index_X = torch.cat([read.index_BKGTR[0, :, :, -1].flatten() for read in reads]).cpu()
-    weight_X = torch.cat([read.weight_BKGTR[0, :, :, -1].flatten() for read in reads]).float().cpu()
-    heads = sum(read.mass_BKGT[0, :, :, -1].numel() for read in reads)
+    index_X = torch.cat([read.index_BKGTR[row, :, :, -1].flatten() for read in reads]).cpu()
+    weight_X = torch.cat([read.weight_BKGTR[row, :, :, -1].flatten() for read in reads]).float().cpu()
+    heads = sum(read.mass_BKGT[row, :, :, -1].numel() for read in reads)
     position_P, inverse_X = index_X.unique(return_inverse=True)
     weight_P = torch.zeros(len(position_P)).index_add(0, inverse_X, weight_X) / heads
     top_weight, top = weight_P.topk(min(_HEAVIEST, len(position_P)))

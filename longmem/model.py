@@ -447,6 +447,23 @@ class LongMem(nn.Module):
 
         return generate(self, prompt, bank=bank, source=source, config=GenerationConfig(**settings))
 
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Tensor],
+        *,
+        banks: Sequence[MemoryBank | None] | MemoryBank | None = None,
+        sources: Sequence[str | None] | None = None,
+        rows: int = 32,
+        compile: bool = False,
+        **settings: Any,
+    ) -> Iterator[tuple[int, Piece]]:
+        """Continue many texts side by side, each with its own bank (see `longmem.batch.generate_batch`)."""
+        from longmem.batch import generate_batch
+        from longmem.generation import GenerationConfig
+
+        config = GenerationConfig(**settings)
+        return generate_batch(self, prompts, banks=banks, sources=sources, config=config, rows=rows, compile=compile)
+
     def recall(self, query: str, *, bank: MemoryBank, top_k: int = 8, words: float | None = None) -> list[Hit]:
         """The remembered passages that a query is about, best first (see `longmem.recall.recall`)."""
         from longmem.recall import recall

@@ -23,8 +23,8 @@ LAYERS = (
     {"sidenet"},
     {"checkpoint"},
     {"model"},
-    {"batch"},
     {"generation", "recall", "evals"},
+    {"batch"},
     {"chat", "train"},
     {"cli"},
 )

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from test_generation import FACTS, full_bank
+from test_generation import tiny as talking
 
 from longmem.batch import BatchDecoder
 from longmem.errors import BankMismatchError, ConfigError
@@ -87,7 +90,7 @@ def test_a_bank_may_grow_between_steps():
     assert any(bool((read.index_BKGTR >= 12).any()) for read in reads)
 
 
-@settings(max_examples=20)
+@hypothesis_settings(max_examples=20)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 6))
 def test_texts_of_any_lengths(lengths, steps):
     model = MODEL
@@ -101,6 +104,52 @@ def test_texts_of_any_lengths(lengths, steps):
         for row, text in enumerate(texts):
             all_N = torch.cat((text, torch.arange(step + 1)))
             assert torch.allclose(logits_BV[row], model(all_N[None]).logits_BTV[0, -1], atol=1e-4)
+
+
+# ---- generation ----
+
+
+def test_texts_generated_together_are_those_generated_alone():
+    model = talking()
+    prompts = ["Ada keeps bees in", "The ferry", "", FACTS[:90], "Ada keeps bees in"]
+    for chosen in ({}, {"temperature": 0.8, "seed": 3}, {"stop": ("e",)}, {"memory": 0.0}):
+        settings = {"max_new_tokens": 40, "window": 24, **chosen}
+        expected = []
+        for prompt in prompts:
+            bank = full_bank(model)
+            pieces = list(model.generate(prompt, bank=bank, source="own", attribute=True, **settings))
+            expected.append((pieces, len(bank), bank.text_of("own") if bank.length_of("own") else ""))
+        banks = [full_bank(model) for _ in prompts]
+        found: list[list] = [[] for _ in prompts]
+        together = model.generate_batch(
+            prompts, banks=banks, sources=["own"] * len(prompts), rows=3, attribute=True, **settings
+        )
+        for number, piece in together:
+            found[number].append(piece)
+        for pieces, bank, (alone, remembered, text) in zip(found, banks, expected, strict=True):
+            assert [(p.token_id, p.text, p.moved) for p in pieces] == [(p.token_id, p.text, p.moved) for p in alone]
+            assert len(bank) == remembered and (bank.text_of("own") if bank.length_of("own") else "") == text
+            for mine, others in zip(pieces, alone, strict=True):
+                assert [s.text for s in mine.sources] == [s.text for s in others.sources]
+
+
+def test_one_bank_may_serve_all_and_no_prompt_is_no_text():
+    model, bank = talking(), None
+    assert list(model.generate_batch([])) == []
+    pieces = list(model.generate_batch(["Ada", "The"], banks=bank, max_new_tokens=3, stop_token_ids=()))
+    assert [number for number, _ in pieces] == [0, 1] * 3
+    bank = full_bank(model)
+    assert len(list(model.generate_batch(["Ada", "The"], banks=bank, max_new_tokens=3, stop_token_ids=()))) == 6
+
+
+def test_mistakes_in_a_batch_show_before_the_first_token():
+    model = talking()
+    with pytest.raises(ConfigError, match="2 banks and 1 sources were given for 1 prompts"):
+        model.generate_batch(["Ada"], banks=[None, None])
+    with pytest.raises(ConfigError, match="1 banks and 2 sources"):
+        model.generate_batch(["Ada"], sources=["a", "b"])
+    with pytest.raises(ConfigError, match="local window"):
+        model.generate_batch(["Ada"], window=100_000)
 
 
 def test_what_cannot_be_is_named():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead, SideNetConfig
-from longmem.index import BankReader, StreamBanks, search_tokens
+from longmem.index import BankReader, PlacedReader, Retrieved, StreamBanks, search_tokens
 
 HEADS = (MemoryHead(1, 0), MemoryHead(1, 1), MemoryHead(2, 1))
 SPEC = BankSpec("tiny", "0" * 64, HEADS, 4, "float32")
@@ -141,6 +141,33 @@ def test_rows_may_read_each_others_banks(source: list[int]) -> None:
         assert ((ids_BKGTR[row] >= 6 * other) & (ids_BKGTR[row] < 6 * other + 6)).all()
         assert torch.equal(found.index_BKGTR[row], plain.index_BKGTR[other])
         assert torch.equal(found.rows(found.values_PNE)[row], plain.rows(plain.values_PNE)[other])
+
+
+def test_a_reader_of_places_reads_what_banks_hold_now() -> None:
+    one, other, device = make_bank(12), make_bank(30, seed=1), torch.device("cpu")
+    query_BKGTE = normal(3, 2, 2, 1, 4)
+    for banks in ([one, other, None], [one, one, one], [None, make_bank(0), other]):
+        same(PlacedReader(banks, config(), device)(1, query_BKGTE), BankReader(banks, config())(1, query_BKGTE))
+    # Room for more: the bank grows where it lies.
+    one._reserve(40)
+    placed, places = PlacedReader([one] * 3, config(), device), PlacedReader.places([one] * 3)
+    offsets_N2 = torch.stack([torch.arange(9), torch.arange(1, 10)], dim=1)
+    keys_HNE, values_HNE = 3 * normal(3, 9, 4, seed=5), normal(3, 9, 4, seed=6)
+    one.append(BankEntry("more", "y" * 9, 0, torch.arange(9), offsets_N2, keys_HNE, values_HNE))
+    assert PlacedReader.places([one] * 3) == places != PlacedReader.places([one, one, other])
+    placed.read([one] * 3)
+    found = placed(1, query_BKGTE)
+    assert (found.index_BKGTR >= 12).any()
+    same(found, BankReader([one] * 3, config())(1, query_BKGTE))
+
+
+def same(one: Retrieved, other: Retrieved) -> None:
+    assert torch.equal(one.valid_BKGTR, other.valid_BKGTR)
+    assert torch.equal(one.index_BKGTR * one.valid_BKGTR, other.index_BKGTR * other.valid_BKGTR)
+    assert torch.equal(one.bank_size_B, other.bank_size_B)
+    valid = one.valid_BKGTR[..., None]
+    assert torch.equal(one.rows(one.keys_PNE) * valid, other.rows(other.keys_PNE) * valid)
+    assert torch.equal(one.rows(one.values_PNE) * valid, other.rows(other.values_PNE) * valid)
 
 
 def test_a_ring_and_a_bank_of_the_same_tokens_are_read_alike() -> None:
