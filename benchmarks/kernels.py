@@ -35,9 +35,11 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def check_search() -> None:
-    for searches, queries, keys, head_dim, top_k, splits in (
-        (3, 1, 5000, 64, 64, None), (2, 3, 100_003, 64, 64, None), (5, 700, 3001, 64, 64, 1), (2, 65, 20, 80, 64, 1),
-        (2, 33, 12_345, 128, 5, 7), (1, 16, 300_000, 64, 1, None), (6, 3072, 16_384, 64, 64, None),
+    for searches, queries, keys, head_dim, top_k, parts in (
+        (3, 1, 5000, 64, 64, 1), (2, 3, 100_003, 64, 64, 1), (5, 700, 3001, 64, 64, 1), (2, 65, 20, 80, 64, 1),
+        (2, 33, 12_345, 128, 5, 7), (1, 16, 300_000, 64, 1, 1), (6, 3072, 16_384, 64, 64, 1),
+        (2, 17, 40_000, 64, 64, 1), (1, 300, 65_536, 64, 64, 1),
+        (2, 130, 100_003, 64, 64, 1), (3, 9, 20_000, 20, 16, 5),
     ):  # fmt: skip
         query_XQE, keys_PNE = normal(searches, queries, head_dim), normal(searches + 1, keys, head_dim)
         pool_X = torch.randperm(searches + 1, device="cuda")[:searches]
@@ -45,26 +47,39 @@ def check_search() -> None:
         length_X[0] = keys
         for x in range(searches):
             keys_PNE[pool_X[x], length_X[x] :] = torch.nan
-        index_XQR, score_XQR = kernels.topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X, splits=splits)
+        found = kernels.topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X, parts=parts)
         # Products of bfloat16 numbers are exact in float32, and both sum 64 of them.
         clean_PNE = keys_PNE.nan_to_num().float()
         expected = reference.topk_scan(query_XQE.float(), clean_PNE, top_k, length_X, pool_X)
-        torch.testing.assert_close(score_XQR, expected[1], atol=2e-4, rtol=2e-5)
-        same = (index_XQR == expected[0]).float().mean()
+        torch.testing.assert_close(found[1], expected[1], atol=2e-4, rtol=2e-5)
+        same = (found[0] == expected[0]).float().mean()
         assert same > 0.999, f"search: only {same:.4f} of the indices agree"
-        again = kernels.topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X, splits=splits)
-        assert torch.equal(again[0], index_XQR) and torch.equal(again[1], score_XQR), "search: not deterministic"
-    # Every key the same; and the best keys all in one group.
-    for pattern in ("equal", "crowded"):
-        keys_PNE = normal(1, 9000, 64)
-        if pattern == "equal":
-            keys_PNE[:] = keys_PNE[:, :1]
-        else:
-            keys_PNE[:, 3::128] *= 8
-        query_XQE = normal(1, 50, 64)
-        _, score_XQR = kernels.topk_scan(query_XQE, keys_PNE, 64, splits=1)
-        expected = reference.topk_scan(query_XQE.float(), keys_PNE.float(), 64)
-        torch.testing.assert_close(score_XQR, expected[1], atol=1e-3, rtol=2e-5)
+        for _ in range(3):
+            again = kernels.topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X, parts=parts)
+            assert all(map(torch.equal, again, found)), "search: not deterministic"
+    # Every key the same; every key many times; the best keys all in one group; and a bank that is empty.
+    for pattern in ("equal", "repeated", "crowded", "empty"):
+        for queries in (3, 50, 200):
+            keys_PNE, query_XQE = normal(1, 9000, 64), normal(1, queries, 64)
+            length_X = torch.full((1,), 0 if pattern == "empty" else 9000, device="cuda")
+            if pattern == "equal":
+                keys_PNE[:] = keys_PNE[:, :1]
+            elif pattern == "repeated":
+                keys_PNE[:] = keys_PNE[:, :90].repeat(1, 100, 1)
+            elif pattern == "crowded":
+                keys_PNE[:, 3::128] *= 8
+            else:
+                keys_PNE[:] = torch.nan
+            index_XQR, score_XQR = kernels.topk_scan(query_XQE, keys_PNE, 64, length_X)
+            if pattern == "empty":
+                assert (score_XQR == -torch.inf).all() and not index_XQR.any(), "search: found keys in an empty bank"
+                continue
+            expected = reference.topk_scan(query_XQE.float(), keys_PNE.float(), 64)
+            torch.testing.assert_close(score_XQR, expected[1], atol=1e-3, rtol=2e-5)
+            assert (index_XQR.sort(-1).values.diff(dim=-1) > 0).all(), "search: a key was found twice"
+            key_QRE = keys_PNE[0].float()[index_XQR[0]]
+            mine_XQR = (key_QRE @ query_XQE[0].float()[..., None])[None, ..., 0]
+            torch.testing.assert_close(score_XQR, mine_XQR, atol=1e-3, rtol=2e-5)
 
 
 def check_attention() -> None:
@@ -157,7 +172,7 @@ def time_all(profile: bool) -> list[dict[str, object]]:
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
                 run()
                 torch.cuda.synchronize()
-            for event in sorted(found.key_averages(), key=lambda e: -e.device_time_total)[:4]:
+            for event in sorted(found.key_averages(), key=lambda e: -e.device_time_total)[:6]:
                 print(f"    {event.device_time_total / 1000:8.3f} ms {event.count:4d} {event.key[:90]}", flush=True)
 
     for keys in (65_536, 1 << 20, 1 << 24):

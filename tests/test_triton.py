@@ -55,9 +55,9 @@ def assert_same_search(
 @given(st.data())
 def test_search(data: st.DataObject) -> None:
     pools, searches = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
-    queries, keys = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 700))
+    queries, keys = data.draw(st.integers(1, 4) | st.integers(15, 19)), data.draw(st.integers(1, 700))
     head_dim, top_k = data.draw(st.sampled_from([8, 20, 64])), data.draw(st.sampled_from([1, 3, 16, 64]))
-    splits, seed = data.draw(st.sampled_from([1, 2, 5, 9])), data.draw(st.integers(0, 99))
+    parts, seed = data.draw(st.sampled_from([1, 2, 5, 9])), data.draw(st.integers(0, 99))
     query_XQE = normal(searches, queries, head_dim, seed=seed)
     keys_PNE = normal(pools, keys, head_dim, seed=seed + 1)
     pool_X, length_X = integers(0, pools, searches, seed=seed), integers(0, keys + 1, searches, seed=seed)
@@ -66,13 +66,16 @@ def test_search(data: st.DataObject) -> None:
     )
     for p in range(pools):
         keys_PNE[p, seen_P[p] :] = torch.nan  # what lies beyond is never looked at
-    found = topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X, splits=splits)
+    found = topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X, parts=parts)
     assert_same_search(query_XQE, keys_PNE.nan_to_num(), top_k, length_X, pool_X, found)
 
 
 @pytest.mark.parametrize("top_k", [5, 64])
-@pytest.mark.parametrize("crowded", ["equal", "one group", "nearly equal", "sorted", "a few high, many equal"])
-def test_search_where_more_keys_are_candidates_than_there_is_room_for(top_k: int, crowded: str) -> None:
+@pytest.mark.parametrize("queries", [2, 17])  # few read the keys of chosen groups, many stream all keys again
+@pytest.mark.parametrize(
+    "crowded", ["equal", "one group", "nearly equal", "sorted", "a few high, many equal", "far apart"]
+)
+def test_search_where_more_keys_are_candidates_than_there_is_room_for(top_k: int, queries: int, crowded: str) -> None:
     keys = 1500
     score_N = normal(keys, seed=3)
     if crowded == "equal":
@@ -85,13 +88,38 @@ def test_search_where_more_keys_are_candidates_than_there_is_room_for(top_k: int
         score_N = 1.0 + 1e-6 * score_N
     elif crowded == "sorted":
         score_N = torch.arange(keys).float()
+    elif crowded == "far apart":
+        score_N[::2] = -1e30
     else:
         score_N[:] = -3.0
         score_N[-20:] = 5.0
-    keys_PNE, query_XQE = torch.zeros(1, keys, 16), torch.zeros(1, 2, 16)
-    keys_PNE[0, :, 0], query_XQE[0, :, 0] = score_N, torch.tensor([1.0, 0.5])
+    keys_PNE, query_XQE = torch.zeros(1, keys, 16), torch.zeros(1, queries, 16)
+    keys_PNE[0, :, 0], query_XQE[0, :, 0] = score_N, torch.linspace(1.0, 0.5, queries)
     found = topk_scan(query_XQE, keys_PNE, top_k)
     assert_same_search(query_XQE, keys_PNE, top_k, torch.tensor([keys]), torch.tensor([0]), found)
+    again = topk_scan(query_XQE, keys_PNE, top_k)
+    assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])
+
+
+@pytest.mark.parametrize("queries", [1, 17])
+def test_search_lists_ties_by_index(queries: int) -> None:
+    keys_PNE = normal(1, 300, 16)
+    keys_PNE[0, 200:] = keys_PNE[0, :100]
+    index_XQR, score_XQR = topk_scan(normal(1, queries, 16, seed=1), keys_PNE, 20)
+    tied = score_XQR[..., 1:] == score_XQR[..., :-1]
+    assert tied.any() and (index_XQR.diff(dim=-1)[tied] > 0).all()
+
+
+@pytest.mark.parametrize("queries", [3, 20])
+def test_search_of_empty_banks_beside_full_ones(queries: int) -> None:
+    keys_PNE = torch.full((1, 400, 16), torch.nan)
+    keys_PNE[0, :300] = normal(300, 16)
+    length_X = torch.tensor([0, 300, 1])
+    pool_X = torch.zeros(3, dtype=torch.int64)
+    query_XQE = normal(3, queries, 16, seed=1)
+    index_XQR, score_XQR = topk_scan(query_XQE, keys_PNE, 64, length_X, pool_X)
+    assert not index_XQR[0].any() and (score_XQR[0] == -torch.inf).all()
+    assert_same_search(query_XQE, keys_PNE.nan_to_num(), 64, length_X, pool_X, (index_XQR, score_XQR))
 
 
 def test_search_of_nothing() -> None:

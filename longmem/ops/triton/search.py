@@ -1,10 +1,13 @@
 """Exact top-k search that never keeps a score a key.
 
-X searches, Q queries, P pools of N keys, E head size, R retrieved; S splits of a pool, M groups of a split.
+X searches, Q queries, P pools of N keys, E head size, R retrieved; M groups of keys, S parts of a pool, C slots for
+chosen groups or for their keys.
 
-The R best keys lie in the R groups of keys whose best is best. A first kernel streams the keys past a block of queries
-and keeps the best score of each group; a second finds the R best groups of a query, scores their keys again and ranks
-them. The result is exact however scores are distributed.
+The R best keys lie in the R groups of keys whose best is best. So a search takes four kernels: one streams the keys
+past a block of queries and keeps the best score of each group; one chooses the R best groups of a query; one scores the
+keys of those again; and one ranks them. For many queries all keys are streamed once more, which costs what the first
+pass did and writes only what was chosen; few queries read the keys of their groups alone. A chosen group has its own
+slot to write to, without atomics: the result is exact however scores are distributed, and the same every time.
 """
 
 from __future__ import annotations
@@ -17,15 +20,12 @@ from torch import Tensor
 # Most keys that a search may ask for.
 MOST = 64
 TILE = tl.constexpr(128)
-# A query's group maxima are held in registers.
+# A query's group maxima are held in registers: a larger pool is searched in parts.
 MOST_GROUPS = 4096
-# Groups of a query that are scored again, at most; and keys of those that are ranked.
-WIDTH = 128
-# Keys that are scored again at a time.
+# Groups of a query that are scored again, at most; and keys of those that are ranked. Slots fit eight bits.
+WIDTH = tl.constexpr(128)
+# Keys that are read again at a time.
 ROWS = tl.constexpr(64)
-# Programs a multiprocessor gets that choose keys, one query after another: they wait for memory most of the time, so as
-# many as registers allow (four) should run, and some more to even out.
-RESIDENT = 16
 
 
 def topk_scan(
@@ -35,12 +35,12 @@ def topk_scan(
     length_X: Tensor | None = None,
     pool_X: Tensor | None = None,
     *,
-    splits: int | None = None,
+    parts: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """As `longmem.ops.reference.topk_scan`.
 
     Args:
-        splits: least number of parts in which a pool is searched side by side; chosen so that the device is filled.
+        parts: least number of parts that a pool is searched in.
 
     Raises:
         ValueError: `top_k` is more than `MOST`.
@@ -59,76 +59,95 @@ def topk_scan(
         length_X = torch.full((searches,), num_keys, dtype=torch.int64, device=device)
     if pool_X is None:
         pool_X = torch.arange(searches, device=device)
-    block = 16 if queries <= 16 else 128
-    blocks = triton.cdiv(queries, block)
-    if splits is None:
-        splits = _splits(device, searches * blocks, num_keys)
+    few = queries <= 16
     # Small groups leave less to score again, but there are more of them to choose from.
-    group = 8 if triton.cdiv(num_keys, splits) <= 8 * MOST_GROUPS else 16
-    tiles = min(triton.cdiv(triton.cdiv(num_keys, splits), TILE.value), MOST_GROUPS * group // TILE.value)
-    split_keys = tiles * TILE.value
-    splits = triton.cdiv(num_keys, split_keys)
-    groups = split_keys // group
+    group = 8 if num_keys <= 8 * MOST_GROUPS else 16
+    tiles = triton.cdiv(num_keys, TILE.value)
+    part_tiles = min(triton.cdiv(tiles, parts), MOST_GROUPS * group // TILE.value)
+    parts, part_groups = triton.cdiv(tiles, part_tiles), part_tiles * TILE.value // group
+    groups, rows = tiles * TILE.value // group, searches * queries
 
-    index_XSQR = torch.empty(searches, splits, queries, top_k, dtype=torch.int64, device=device)
-    score_XSQR = torch.empty(index_XSQR.shape, dtype=torch.float32, device=device)
-    best_XSQM = torch.empty(searches, splits, queries, groups, dtype=torch.float32, device=device)
-    shape = (queries, splits, split_keys, keys_PNE.stride(0), keys_PNE.stride(1), head_dim)
-    blocking = {"E": max(16, triton.next_power_of_2(head_dim)), "GROUP": group}
-    _group_maxima[(blocks, searches, splits)](
-        query_XQE, keys_PNE, pool_X, length_X, best_XSQM, *shape, **blocking, BQ=block,
-        PRECISION="ieee" if keys_PNE.dtype == torch.float32 else "tf32", num_warps=8 if block > 16 else 4, num_stages=3,
+    block = 16 if few else 128
+    blocks = searches * triton.cdiv(queries, block)
+    # Programs enough for an even load, each with enough tiles to be worth its start.
+    chunk_tiles = max(8, triton.cdiv(tiles, triton.cdiv(8 * _processors(device), blocks)))
+    grid = (triton.cdiv(queries, block), searches, triton.cdiv(tiles, chunk_tiles))
+    source = (query_XQE, keys_PNE, pool_X, length_X)
+    shape = (queries, groups, keys_PNE.stride(0), keys_PNE.stride(1), head_dim)
+    constants = {"E": max(16, triton.next_power_of_2(head_dim)), "GROUP": group}
+    # Tiles of wide keys are large: three at once would not fit shared memory.
+    stages = 3 if constants["E"] * keys_PNE.element_size() <= 256 else 2
+    streaming = {
+        "BQ": block, "PRECISION": "ieee" if keys_PNE.dtype == torch.float32 else "tf32",
+        "num_warps": 4 if few else 8, "num_stages": stages,
+    }  # fmt: skip
+
+    best_XQM = torch.empty(searches, queries, groups, dtype=torch.float32, device=device)
+    _group_maxima[grid](*source, best_XQM, *shape, chunk_tiles * TILE.value, **constants, **streaming)
+
+    # Which slot of a query's candidates a group was given; −1 if it was not chosen.
+    slot_XQM = torch.empty(0 if few else best_XQM.shape, dtype=torch.int8, device=device)
+    group_XQSC = torch.empty(searches, queries, parts, WIDTH.value, dtype=torch.int32, device=device)
+    chosen_XQS = torch.empty(searches, queries, parts, dtype=torch.int32, device=device)
+    most = triton.next_power_of_2(part_groups)
+    _choose_groups[(rows, parts)](
+        best_XQM, length_X, slot_XQM, group_XQSC, chosen_XQS, queries, groups, part_groups,
+        GROUP=group, M=most, R=top_k, SLOTS=not few, num_warps=max(1, min(8, most // 512)),
     )  # fmt: skip
-    rows = searches * splits * queries
-    programs = min(rows, RESIDENT * _processors(device))
-    scratch = torch.empty(programs, WIDTH * (group + 3), dtype=torch.int32, device=device)
-    _best_keys[(programs,)](
-        query_XQE, keys_PNE, pool_X, length_X, best_XSQM, scratch, score_XSQR, index_XSQR, *shape, rows, **blocking,
-        M=triton.next_power_of_2(groups), R=top_k, WIDTH=WIDTH, num_warps=4, maxnreg=128 if groups <= 2048 else None,
+
+    score_XQSC = torch.empty(searches, queries, parts, WIDTH.value * group, dtype=torch.float32, device=device)
+    if few:
+        _score_chosen[(rows, parts, WIDTH.value * group // ROWS.value)](
+            *source, group_XQSC, chosen_XQS, score_XQSC, *shape, **constants, num_warps=4
+        )
+    else:
+        _score_all[grid](
+            *source, slot_XQM, score_XQSC, *shape, chunk_tiles * TILE.value, part_tiles * TILE.value, parts,
+            **constants, **streaming, maxnreg=128,
+        )  # fmt: skip
+
+    index_XQSR = torch.empty(searches, queries, parts, top_k, dtype=torch.int64, device=device)
+    score_XQSR = torch.empty(index_XQSR.shape, dtype=torch.float32, device=device)
+    _rank_keys[(rows, parts)](
+        score_XQSC, group_XQSC, chosen_XQS, length_X, score_XQSR, index_XQSR, queries,
+        GROUP=group, R=top_k, num_warps=group // 2,
     )  # fmt: skip
-    if splits == 1:
-        return index_XSQR[:, 0], score_XSQR[:, 0]
-    score_XQC = score_XSQR.transpose(1, 2).flatten(2)
-    score_XQR, among_XQR = score_XQC.topk(top_k, dim=-1)
-    return index_XSQR.transpose(1, 2).flatten(2).gather(-1, among_XQR), score_XQR
+    if parts == 1:
+        return index_XQSR[:, :, 0], score_XQSR[:, :, 0]
+    score_XQR, among_XQR = score_XQSR.flatten(2).topk(top_k, dim=-1)
+    return index_XQSR.flatten(2).gather(-1, among_XQR), score_XQR
 
 
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _splits(device: torch.device, programs: int, num_keys: int) -> int:
-    """Parts of a pool, so that two programs run on each multiprocessor; one part if the queries alone fill them."""
-    processors = _processors(device)
-    if programs >= processors:
-        return 1
-    # Each part gives R candidates for the last choice, so a part should hold many more keys than that.
-    return max(1, min(-(-2 * processors // programs), num_keys // 4096))
+@triton.jit
+def _block_of_queries(query_ptr, x, q, queries, head_dim, E: tl.constexpr):
+    e = tl.arange(0, E)
+    return tl.load(
+        query_ptr + (x * queries + q)[:, None].to(tl.int64) * head_dim + e[None, :],
+        mask=(q < queries)[:, None] & (e < head_dim)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
 def _group_maxima(
     query_ptr, keys_ptr, pool_ptr, length_ptr, best_ptr,
-    queries, splits, split_keys, stride_p, stride_n, head_dim,
+    queries, num_groups, stride_p, stride_n, head_dim, chunk_keys,
     E: tl.constexpr, GROUP: tl.constexpr, BQ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Best score of each group. Group g of a tile holds its keys g, g + TILE / GROUP, g + 2 · TILE / GROUP, …"""
-    x, split = tl.program_id(1), tl.program_id(2)
+    x, first = tl.program_id(1), tl.program_id(2) * chunk_keys
     q = tl.program_id(0) * BQ + tl.arange(0, BQ)
-    e, tile = tl.arange(0, E), tl.arange(0, TILE)
-    g = tl.arange(0, TILE // GROUP)
-    query = tl.load(
-        query_ptr + (x * queries + q)[:, None].to(tl.int64) * head_dim + e[None, :],
-        mask=(q < queries)[:, None] & (e < head_dim)[None, :],
-        other=0.0,
-    )
-    first = split * split_keys
-    there = tl.minimum(split_keys, tl.load(length_ptr + x).to(tl.int32) - first)
-    keys = keys_ptr + tl.load(pool_ptr + x).to(tl.int64) * stride_p + first.to(tl.int64) * stride_n
-    row = ((x * splits + split).to(tl.int64) * queries + q) * (split_keys // GROUP)
-    at = best_ptr + row[:, None] + g[None, :]
-    whole = tl.maximum(there, 0) // TILE * TILE
-    for start in range(0, whole, TILE):
+    e, tile, g = tl.arange(0, E), tl.arange(0, TILE), tl.arange(0, TILE // GROUP)
+    query = _block_of_queries(query_ptr, x, q, queries, head_dim, E)
+    there = tl.minimum(first + chunk_keys, tl.load(length_ptr + x).to(tl.int32))
+    keys = keys_ptr + tl.load(pool_ptr + x).to(tl.int64) * stride_p
+    at = best_ptr + (x * queries + q)[:, None].to(tl.int64) * num_groups + g[None, :]
+    whole = first + tl.maximum(there - first, 0) // TILE * TILE
+    for start in range(first, whole, TILE):
         n = (start + tile).to(tl.int64)
         key = tl.load(keys + n[None, :] * stride_n + e[:, None], mask=(e < head_dim)[:, None], other=0.0)
         score = tl.dot(query, key, input_precision=PRECISION)
@@ -147,114 +166,160 @@ def _group_maxima(
 
 
 @triton.jit
-def _bracket(value, lowest, highest, count, most):
-    """An interval [low, high): at least `count` values are `low` or more, fewer are `high` or more. If more than `most`
-    are `low` or more, then all in the interval are equal."""
-    low, high = lowest, highest
-    reached, step = tl.sum((value >= low).to(tl.int32), axis=0), 0
-    while (reached > most) & (step < 60):
-        middle = 0.5 * low + 0.5 * high
-        above = tl.sum((value >= middle).to(tl.int32), axis=0)
+def _bracket(value, real, count, most):
+    """An interval [low, high): at least `count` real values are `low` or more, fewer are `high` or more. If more than
+    `most` are `low` or more, then all in the interval are equal."""
+    top = tl.max(tl.where(real, value, float("-inf")), axis=0)
+    low, high = tl.min(tl.where(real, value, float("inf")), axis=0), top + tl.abs(top) * 1e-6 + 1e-30
+    reached, middle = tl.sum(real.to(tl.int32), axis=0), 0.5 * low + 0.5 * high
+    # Until there is no number in between.
+    while (reached > most) & (low < middle) & (middle < high):
+        above = tl.sum((real & (value >= middle)).to(tl.int32), axis=0)
         if above >= count:
             low, reached = middle, above
         else:
             high = middle
-        step += 1
+        middle = 0.5 * low + 0.5 * high
     return low, high
 
 
 @triton.jit
 def _place(value, real, low, high):
-    """Where to write each value that is `low` or more: those from `high` up first. Others get −1."""
+    """A place for each real value that is `low` or more, those from `high` up first; −1 for others. And how many."""
     certain = real & (value >= high)
     possible = real & (value >= low) & (value < high)
-    num_certain = tl.sum(certain.to(tl.int32), axis=0)
-    place = tl.where(certain, tl.cumsum(certain.to(tl.int32), axis=0) - 1, -1)
-    place = tl.where(possible, num_certain + tl.cumsum(possible.to(tl.int32), axis=0) - 1, place)
-    return place, num_certain + tl.sum(possible.to(tl.int32), axis=0)
+    # Two counts in one: there are fewer than 2¹⁵ values.
+    both = certain.to(tl.int32) + possible.to(tl.int32) * 65536
+    before, total = tl.cumsum(both, axis=0) - both, tl.sum(both, axis=0)
+    place = tl.where(possible, total % 65536 + before // 65536, -1)
+    return tl.where(certain, before % 65536, place), total % 65536 + total // 65536
 
 
 @triton.jit
-def _best_keys(
-    query_ptr, keys_ptr, pool_ptr, length_ptr, best_ptr, scratch_ptr, score_ptr, index_ptr,
-    queries, splits, split_keys, stride_p, stride_n, head_dim, rows,
-    E: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, R: tl.constexpr, WIDTH: tl.constexpr,
+def _choose_groups(
+    best_ptr, length_ptr, slot_ptr, group_ptr, chosen_ptr, queries, num_groups, part_groups,
+    GROUP: tl.constexpr, M: tl.constexpr, R: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """The R best keys of one query in one split after another, best first."""
-    program = tl.program_id(0)
-    # A program's own workspace: chosen groups, scores of their keys, and the keys that are ranked.
-    groups_at = scratch_ptr + program.to(tl.int64) * WIDTH * (GROUP + 3)
-    scores_at, index_at, kept_at = groups_at + WIDTH, groups_at + WIDTH * (GROUP + 1), groups_at + WIDTH * (GROUP + 2)
-    w, m, c = tl.arange(0, WIDTH), tl.arange(0, M), tl.arange(0, WIDTH * GROUP)
-    r, e = tl.arange(0, ROWS), tl.arange(0, E)
-    per_tile: tl.constexpr = TILE // GROUP
-    for number in range(program, rows, tl.num_programs(0)):
-        row = tl.full((), 0, tl.int64) + number
-        x, split = number // queries // splits, number // queries % splits
-        first = split * split_keys
-        there = tl.maximum(0, tl.minimum(split_keys, tl.load(length_ptr + x).to(tl.int32) - first))
-        keys = keys_ptr + tl.load(pool_ptr + x).to(tl.int64) * stride_p + first.to(tl.int64) * stride_n
-        query_at = query_ptr + (x.to(tl.int64) * queries + number % queries) * head_dim
-        query = tl.load(query_at + e, mask=e < head_dim, other=0.0).to(tl.float32)
-        tl.store(score_ptr + row * R + w, float("-inf"), mask=w < R)
-        tl.store(index_ptr + row * R + w, tl.zeros((WIDTH,), tl.int64), mask=w < R)
+    """The R best groups of a query in a part and, where that is cheaper than telling them apart, up to half as many
+    more. Groups that tie are taken from the front."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    tiles = (tl.load(length_ptr + row // queries).to(tl.int32) + TILE - 1) // TILE
+    m = part * part_groups + tl.arange(0, M)
+    there = m < tl.minimum(tiles * (TILE // GROUP), (part + 1) * part_groups)
+    best = tl.load(best_ptr + row * num_groups + m, mask=there, other=float("-inf"))
+    real = best > float("-inf")
+    wanted = tl.minimum(R, tl.sum(real.to(tl.int32), axis=0))
+    low, high = _bracket(best, real, wanted, wanted + wanted // 2)
+    place, chosen = _place(best, real, low, high)
+    place = tl.where(place < WIDTH, place, -1)
+    if SLOTS:
+        tl.store(slot_ptr + row * num_groups + m, place.to(tl.int8), mask=there)
+    row = row * tl.num_programs(1) + part
+    tl.store(group_ptr + row * WIDTH + place, m, mask=place >= 0)
+    tl.store(chosen_ptr + row, tl.minimum(WIDTH, chosen))
 
-        # Which groups: the R best and, where that is cheaper than telling them apart, up to half as many more.
-        tiles = (there + TILE - 1) // TILE
-        best = tl.load(best_ptr + row * (split_keys // GROUP) + m, mask=m < tiles * per_tile, other=float("-inf"))
-        real = best > float("-inf")
-        wanted = tl.minimum(R, tl.sum(real.to(tl.int32), axis=0))
-        top = tl.max(best, axis=0)
-        lowest = tl.min(tl.where(real, best, float("inf")), axis=0)
-        low, high = _bracket(best, lowest, top + tl.abs(top) * 1e-6 + 1e-30, wanted, wanted + wanted // 2)
-        place, chosen = _place(best, real, low, high)
-        tl.store(groups_at + place, m, mask=(place >= 0) & (place < WIDTH))
-        chosen = tl.minimum(WIDTH, chosen)
-        tl.debug_barrier()
 
-        # Score their keys again, a few rows at a time: all at once would not fit the registers.
-        for start in range(0, chosen * GROUP, ROWS):
-            group = tl.load(groups_at + (start + r) // GROUP, mask=(start + r) // GROUP < chosen, other=0)
-            n = group // per_tile * TILE + (start + r) % GROUP * per_tile + group % per_tile
-            is_key = ((start + r) // GROUP < chosen) & (n < there)
-            key = tl.load(
-                keys + n.to(tl.int64)[:, None] * stride_n + e[None, :],
-                mask=is_key[:, None] & (e < head_dim)[None, :],
-                other=0.0,
-            )
-            score = tl.sum(key.to(tl.float32) * query[None, :], axis=1)
-            tl.store(scores_at + start + r, tl.where(is_key, score, float("-inf")).to(tl.int32, bitcast=True))
-        tl.debug_barrier()
+@triton.jit
+def _score_all(
+    query_ptr, keys_ptr, pool_ptr, length_ptr, slot_ptr, score_ptr,
+    queries, num_groups, stride_p, stride_n, head_dim, chunk_keys, part_keys, parts,
+    E: tl.constexpr, GROUP: tl.constexpr, BQ: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of the keys of chosen groups, streaming all keys: as `_group_maxima`, but what is written differs."""
+    x, first = tl.program_id(1), tl.program_id(2) * chunk_keys
+    b = tl.arange(0, BQ)
+    q = tl.program_id(0) * BQ + b
+    e, tile, g, j = tl.arange(0, E), tl.arange(0, TILE), tl.arange(0, TILE // GROUP), tl.arange(0, GROUP)
+    query = _block_of_queries(query_ptr, x, q, queries, head_dim, E)
+    there = tl.minimum(first + chunk_keys, tl.load(length_ptr + x).to(tl.int32))
+    keys = keys_ptr + tl.load(pool_ptr + x).to(tl.int64) * stride_p
+    slots = slot_ptr + (x * queries + q)[:, None].to(tl.int64) * num_groups + g[None, :]
+    # Offsets within a block of queries fit 32 bits, and half as many registers.
+    scores = score_ptr + (x * queries + tl.program_id(0) * BQ).to(tl.int64) * parts * (WIDTH * GROUP)
+    for start in range(first, there, TILE):
+        slot = tl.load(slots + start // GROUP, mask=(q < queries)[:, None], other=-1)[:, :, None].to(tl.int32)
+        n = start + tile
+        key = tl.load(
+            keys + n[None, :].to(tl.int64) * stride_n + e[:, None],
+            mask=(n < there)[None, :] & (e < head_dim)[:, None],
+            other=0.0,
+        )
+        score = tl.dot(query, key, input_precision=PRECISION)
+        score = tl.permute(tl.reshape(score, (BQ, GROUP, TILE // GROUP)), (0, 2, 1))
+        at = ((b * parts + start // part_keys) * WIDTH)[:, None, None] + slot
+        tl.store(scores + at * GROUP + j[None, None, :], score, mask=slot >= 0)
 
-        # Keep at most WIDTH of them.
-        score = tl.load(scores_at + c, mask=c < chosen * GROUP, other=0).to(tl.float32, bitcast=True)
-        real = (c < chosen * GROUP) & (score > float("-inf"))
-        score = tl.where(real, score, float("-inf"))
-        wanted = tl.minimum(R, tl.sum(real.to(tl.int32), axis=0))
-        top = tl.max(score, axis=0)
-        lowest = tl.min(tl.where(real, score, float("inf")), axis=0)
-        low, high = _bracket(score, lowest, top + tl.abs(top) * 1e-6 + 1e-30, wanted, WIDTH)
-        place, held = _place(score, real, low, high)
-        keep = (place >= 0) & (place < WIDTH)
-        group = tl.load(groups_at + c // GROUP, mask=keep, other=0)
-        tl.store(index_at + place, group // per_tile * TILE + c % GROUP * per_tile + group % per_tile, mask=keep)
-        tl.store(kept_at + place, score.to(tl.int32, bitcast=True), mask=keep)
-        held = tl.minimum(WIDTH, held)
-        tl.debug_barrier()
 
-        # Rank them: a key's place is the number of better ones.
-        index = tl.load(index_at + w, mask=w < held, other=0)
-        score = tl.load(kept_at + w, mask=w < held, other=0).to(tl.float32, bitcast=True)
-        place = tl.zeros((WIDTH,), tl.int32)
-        for start in range(0, held, 16):
-            j = start + tl.arange(0, 16)
-            other = tl.load(kept_at + j, mask=j < held, other=0).to(tl.float32, bitcast=True)
-            better = (other[None, :] > score[:, None]) | (
-                (other[None, :] == score[:, None]) & (j[None, :] < w[:, None])
-            )
-            place += tl.sum((better & (j < held)[None, :]).to(tl.int32), axis=1)
-        keep = (w < held) & (place < R)
-        tl.store(score_ptr + row * R + place, score, mask=keep)
-        tl.store(index_ptr + row * R + place, (first + index).to(tl.int64), mask=keep)
-        # The workspace is written again for the next query.
-        tl.debug_barrier()
+@triton.jit
+def _keys_of(group, j, GROUP: tl.constexpr):
+    """Where key j of a group lies in its pool."""
+    return group // (TILE // GROUP) * TILE + j * (TILE // GROUP) + group % (TILE // GROUP)
+
+
+@triton.jit
+def _score_chosen(
+    query_ptr, keys_ptr, pool_ptr, length_ptr, group_ptr, chosen_ptr, score_ptr,
+    queries, num_groups, stride_p, stride_n, head_dim,
+    E: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Scores of the keys of chosen groups, reading those alone: ROWS candidates of one query in one part."""
+    query_row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = query_row * tl.num_programs(1) + part
+    c, e = tl.program_id(2) * ROWS + tl.arange(0, ROWS), tl.arange(0, E)
+    candidates = tl.load(chosen_ptr + row) * GROUP
+    if tl.program_id(2) * ROWS < candidates:
+        x = query_row // queries
+        query = tl.load(query_ptr + query_row * head_dim + e, mask=e < head_dim, other=0.0).to(tl.float32)
+        group = tl.load(group_ptr + row * WIDTH + c // GROUP, mask=c < candidates, other=0)
+        n = _keys_of(group, c % GROUP, GROUP)
+        is_key = (c < candidates) & (n < tl.load(length_ptr + x))
+        key = tl.load(
+            keys_ptr + tl.load(pool_ptr + x).to(tl.int64) * stride_p + n.to(tl.int64)[:, None] * stride_n + e[None, :],
+            mask=is_key[:, None] & (e < head_dim)[None, :],
+            other=0.0,
+        )
+        tl.store(score_ptr + row * (WIDTH * GROUP) + c, tl.sum(key.to(tl.float32) * query[None, :], axis=1))
+
+
+@triton.jit
+def _rank_keys(
+    candidate_ptr, group_ptr, chosen_ptr, length_ptr, score_ptr, index_ptr, queries,
+    GROUP: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """The R best candidates of a query in a part, best first; of those that tie, the one that lies first."""
+    query_row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = query_row * tl.num_programs(1) + part
+    w, c = tl.arange(0, WIDTH), tl.arange(0, WIDTH * GROUP)
+    candidates = tl.load(chosen_ptr + row) * GROUP
+    at = candidate_ptr + row * (WIDTH * GROUP)
+    score = tl.load(at + c, mask=c < candidates, other=float("-inf"))
+    group = tl.load(group_ptr + row * WIDTH + c // GROUP, mask=c < candidates, other=0)
+    index = _keys_of(group, c % GROUP, GROUP)
+    real = (c < candidates) & (index < tl.load(length_ptr + query_row // queries)) & (score > float("-inf"))
+
+    # Keep at most WIDTH of them, where the candidates were: all have been read, or no bracket would be known.
+    low, high = _bracket(score, real, tl.minimum(R, tl.sum(real.to(tl.int32), axis=0)), WIDTH)
+    place, held = _place(score, real, low, high)
+    keep = (place >= 0) & (place < WIDTH)
+    held = tl.minimum(WIDTH, held)
+    tl.store(at + place, score, mask=keep)
+    tl.store(at + WIDTH + place, index.to(tl.float32, bitcast=True), mask=keep)
+    tl.debug_barrier()
+
+    # A key's rank is the number of better ones.
+    score = tl.load(at + w, mask=w < held, other=0.0)
+    index = tl.load(at + WIDTH + w, mask=w < held, other=0.0).to(tl.int32, bitcast=True)
+    better = tl.zeros((WIDTH, 16), tl.int32)
+    for start in range(0, held, 16):
+        i = start + tl.arange(0, 16)
+        other = tl.load(at + i, mask=i < held, other=float("-inf"))
+        other_index = tl.load(at + WIDTH + i, mask=i < held, other=0.0).to(tl.int32, bitcast=True)
+        tie = (other[None, :] == score[:, None]) & (other_index[None, :] < index[:, None])
+        better += ((other[None, :] > score[:, None]) | tie).to(tl.int32)
+    rank = tl.sum(better, axis=1)
+    ranked = (w < held) & (rank < R)
+    tl.store(score_ptr + row * R + rank, score, mask=ranked)
+    tl.store(index_ptr + row * R + rank, index.to(tl.int64), mask=ranked)
+    nothing = (w >= held) & (w < R)
+    tl.store(score_ptr + row * R + w, tl.full((WIDTH,), float("-inf"), tl.float32), mask=nothing)
+    tl.store(index_ptr + row * R + w, tl.zeros((WIDTH,), tl.int64), mask=nothing)
