@@ -51,13 +51,13 @@ def assert_same_search(
             assert (index_XQR[x, q][~real_R] == 0).all()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_search(data: st.DataObject) -> None:
     pools, searches = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
-    queries, keys = data.draw(st.integers(1, 4) | st.integers(15, 19)), data.draw(st.integers(1, 700))
+    queries, keys = data.draw(st.integers(1, 4) | st.just(17)), data.draw(st.integers(1, 700))
     head_dim, top_k = data.draw(st.sampled_from([8, 20, 64])), data.draw(st.sampled_from([1, 3, 16, 64]))
-    parts, seed = data.draw(st.sampled_from([1, 2, 5, 9])), data.draw(st.integers(0, 99))
+    parts, seed = data.draw(st.sampled_from([1, 2, 5])), data.draw(st.integers(0, 99))
     query_XQE = normal(searches, queries, head_dim, seed=seed)
     keys_PNE = normal(pools, keys, head_dim, seed=seed + 1)
     pool_X, length_X = integers(0, pools, searches, seed=seed), integers(0, keys + 1, searches, seed=seed)

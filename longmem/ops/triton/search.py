@@ -69,8 +69,10 @@ def topk_scan(
 
     block = 16 if few else 128
     blocks = searches * triton.cdiv(queries, block)
-    # Programs enough for an even load, each with enough tiles to be worth its start.
-    chunk_tiles = max(8, triton.cdiv(tiles, triton.cdiv(8 * _processors(device), blocks)))
+    # Several times the programs that run at once (five on a multiprocessor where queries are few, two elsewhere), so
+    # that the last ones leave little idle; each with enough tiles to be worth its start.
+    programs = (32 if few else 16) * _processors(device)
+    chunk_tiles = max(8, triton.cdiv(tiles, triton.cdiv(programs, blocks)))
     grid = (triton.cdiv(queries, block), searches, triton.cdiv(tiles, chunk_tiles))
     source = (query_XQE, keys_PNE, pool_X, length_X)
     shape = (queries, groups, keys_PNE.stride(0), keys_PNE.stride(1), head_dim)
