@@ -28,8 +28,8 @@ from longmem.model import LongMem
 CAPACITY = 1536
 
 
-def model_for(device: str) -> LongMem:
-    model = build(device, ALL, torch.bfloat16 if device == "cuda" else torch.float32)
+def model_for(device: str, dtype: torch.dtype) -> LongMem:
+    model = build(device, ALL, dtype)
     random = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.sidenet.named_parameters():
@@ -85,9 +85,8 @@ def check(model: LongMem, compile: bool) -> None:
                 expected_V = model(text.to(model.device)[None], [bank], last_only=True).logits_BTV[0, -1].float()
                 error = float((logits_BV[row].float() - expected_V).norm() / expected_V.norm())
                 worst = max(worst, error)
-    limit = 0.03 if model.backbone.dtype == torch.bfloat16 else 1e-4
-    print(f"check, compile={compile}: relative error {worst:.1e}, at most {limit}", flush=True)
-    assert worst < limit
+    print(f"check in float32, compile={compile}: relative error {worst:.1e}", flush=True)
+    assert worst < 1e-3
 
 
 def quantiles(run: Callable[[], object], device: str, repeats: int) -> list[float]:
@@ -111,10 +110,11 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compile = device == "cuda" and not args.no_compile
-    model = model_for(device)
-    check(model, compile)
+    # In bfloat16 the same sums in another order differ by some per cent, which would hide a fault.
+    check(model_for(device, torch.float32), compile)
     if args.check_only:
         return
+    model = model_for(device, torch.bfloat16 if device == "cuda" else torch.float32)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     about = {"commit": commit, "device": name, "torch": torch.__version__, "compile": compile}

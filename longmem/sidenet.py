@@ -202,7 +202,9 @@ class SideNetLayer(nn.Module):
         self._rows = None if decoder is None else decoder.layer(self.decoder)
 
     def _memory_heads(self, heads_BHTE: Tensor) -> Tensor:
-        return heads_BHTE.unflatten(1, (-1, self.group))[:, self.kv_heads]
+        heads_BKGTE = heads_BHTE.unflatten(1, (-1, self.group))
+        # Not by a list: that would be copied to the device each time, which a recorded step cannot.
+        return torch.stack([heads_BKGTE[:, head] for head in self.kv_heads], dim=1)
 
 
 class CompiledFamily:

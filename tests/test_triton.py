@@ -122,6 +122,19 @@ def test_search_of_empty_banks_beside_full_ones(queries: int) -> None:
     assert_same_search(query_XQE, keys_PNE.nan_to_num(), 64, length_X, pool_X, (index_XQR, score_XQR))
 
 
+@pytest.mark.parametrize("queries", [2, 20])
+def test_search_with_one_length_and_one_pool_for_all(queries: int) -> None:
+    query_XQE, keys_PNE = normal(3, queries, 16), normal(2, 300, 16, seed=1)
+    length_X, pool_X = torch.tensor([170]).expand(3), torch.tensor([1]).expand(3)
+    keys_PNE[:, 170:] = torch.nan
+    found = topk_scan(query_XQE, keys_PNE, 5, length_X, pool_X)
+    assert_same_search(query_XQE, keys_PNE.nan_to_num(), 5, length_X, pool_X, found)
+    slot_XQR, _ = found
+    inputs = (query_XQE, keys_PNE, keys_PNE, pool_X, slot_XQR, torch.ones_like(slot_XQR, dtype=torch.bool), 0.3)
+    for mine, plain in zip(attend_rows(*inputs), reference.attend_rows(*inputs), strict=True):
+        torch.testing.assert_close(mine, plain)
+
+
 def test_search_of_nothing() -> None:
     for queries, keys in ((0, 5), (3, 0)):
         index_XQR, score_XQR = topk_scan(normal(2, queries, 16), normal(2, keys, 16), 4)

@@ -34,6 +34,7 @@ class _AttendRows(torch.autograd.Function):
         searches, queries, head_dim = query_XQE.shape
         found = slot_XQR.shape[-1]
         query_XQE, slot_XQR, valid_XQR = query_XQE.contiguous(), slot_XQR.contiguous(), valid_XQR.contiguous()
+        pool_X = pool_X.contiguous()
         assert keys_PNE.stride() == values_PNE.stride() and keys_PNE.stride(2) == 1
         output_XQE = torch.empty_like(query_XQE)
         logsumexp_XQ = torch.empty(searches, queries, dtype=torch.float32, device=query_XQE.device)

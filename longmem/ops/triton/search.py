@@ -59,6 +59,8 @@ def topk_scan(
         length_X = torch.full((searches,), num_keys, dtype=torch.int64, device=device)
     if pool_X is None:
         pool_X = torch.arange(searches, device=device)
+    # Kernels step through both; an expanded tensor has one element for all.
+    length_X, pool_X = length_X.contiguous(), pool_X.contiguous()
     few = queries <= 16
     # Small groups leave less to score again, but there are more of them to choose from.
     group = 8 if num_keys <= 8 * MOST_GROUPS else 16
@@ -77,8 +79,9 @@ def topk_scan(
     source = (query_XQE, keys_PNE, pool_X, length_X)
     shape = (queries, groups, keys_PNE.stride(0), keys_PNE.stride(1), head_dim)
     constants = {"E": max(16, triton.next_power_of_2(head_dim)), "GROUP": group}
-    # Tiles of wide keys are large: three at once would not fit shared memory.
-    stages = 3 if constants["E"] * keys_PNE.element_size() <= 256 else 2
+    # As many tiles at once as let two programs share a multiprocessor's memory.
+    key_bytes = constants["E"] * keys_PNE.element_size()
+    stages = 4 if key_bytes <= 128 else 3 if key_bytes <= 256 else 2
     streaming = {
         "BQ": block, "PRECISION": "ieee" if keys_PNE.dtype == torch.float32 else "tf32",
         "num_warps": 4 if few else 8, "num_stages": stages,
@@ -94,7 +97,7 @@ def topk_scan(
     most = triton.next_power_of_2(part_groups)
     _choose_groups[(rows, parts)](
         best_XQM, length_X, slot_XQM, group_XQSC, chosen_XQS, queries, groups, part_groups,
-        GROUP=group, M=most, R=top_k, SLOTS=not few, num_warps=max(1, min(8, most // 512)),
+        GROUP=group, M=most, R=top_k, SLOTS=not few, num_warps=max(1, min(4, most // 512)),
     )  # fmt: skip
 
     score_XQSC = torch.empty(searches, queries, parts, WIDTH.value * group, dtype=torch.float32, device=device)
@@ -112,7 +115,7 @@ def topk_scan(
     score_XQSR = torch.empty(index_XQSR.shape, dtype=torch.float32, device=device)
     _rank_keys[(rows, parts)](
         score_XQSC, group_XQSC, chosen_XQS, length_X, score_XQSR, index_XQSR, queries,
-        GROUP=group, R=top_k, num_warps=group // 2,
+        GROUP=group, R=top_k, num_warps=4,
     )  # fmt: skip
     if parts == 1:
         return index_XQSR[:, :, 0], score_XQSR[:, :, 0]
