@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longmem.approximate import BankIndex, fingerprint
 from longmem.config import BankSpec
-from longmem.errors import BankError, SourceError
+from longmem.errors import BankError, BankIndexError, ConfigError, SourceError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -69,6 +70,7 @@ class MemoryBank:
         self._offsets_C2 = torch.empty(0, 2, dtype=torch.int64)
         self._sources: dict[str, int] = {}
         self._texts: dict[int, list[tuple[int, str]]] = {}
+        self._index: BankIndex | None = None
 
     def __len__(self) -> int:
         """Remembered tokens."""
@@ -114,6 +116,40 @@ class MemoryBank:
     def sources(self) -> tuple[str, ...]:
         """Names of the remembered sources, in the order they were first written."""
         return tuple(self._sources)
+
+    @property
+    def index(self) -> BankIndex | None:
+        """What the bank is searched with; None searches exactly."""
+        return self._index
+
+    def use_index(self, index: BankIndex | None) -> None:
+        """Search with an index from now on (`longmem.indexing.make_index`); None searches exactly.
+
+        Tokens that are appended later are searched exactly. Forgetting drops the index.
+
+        Raises:
+            BankIndexError: the index was not made from this bank's tokens.
+            ConfigError: the bank is not on the CPU.
+        """
+        if index is not None:
+            require_cpu(self)
+            keys_HNE = self.keys_HNE[:, : len(index)]
+            if len(index) > len(self) or fingerprint(keys_HNE) != index.fingerprint:
+                raise BankIndexError(
+                    f"This index was made for {len(index):,} tokens that are not the first of the bank's "
+                    f"{len(self):,}: it belongs to another bank, or something was forgotten since. "
+                    "Make a new one, or search exactly."
+                )
+        self._index = index
+
+    def between(self, first: int, last: int) -> MemoryBank:
+        """Tokens [first, last) as a bank that can only be read by a model: it shares memory and has no text."""
+        part = MemoryBank(self.spec, self.device)
+        part._keys_HCE, part._values_HCE = self._keys_HCE[:, first:], self._values_HCE[:, first:]
+        part._length = last - first
+        if first == 0 and self._index is not None and len(self._index) <= last:
+            part._index = self._index
+        return part
 
     def append(self, entry: BankEntry) -> None:
         """Remember `entry`. It must continue its source: pieces of one source are written in order.
@@ -186,8 +222,10 @@ class MemoryBank:
         return SourceSpan(source, start, end, self.text_of(source, start, end))
 
     def to(self, device: torch.device | str) -> MemoryBank:
-        """Move keys and values to a device, in place."""
+        """Move keys and values to a device, in place. An index is for the CPU and is dropped elsewhere."""
         self.device = torch.device(device)
+        if self.device.type != "cpu":
+            self._index = None
         self._keys_HCE = self._keys_HCE.to(self.device)
         self._values_HCE = self._values_HCE.to(self.device)
         self._token_ids_C = self._token_ids_C.to(self.device)
@@ -199,6 +237,7 @@ class MemoryBank:
         if source not in self._sources:
             raise SourceError(f"No source {source!r} to forget. This bank remembers: {self._listed_sources()}.")
         gone = self._sources[source]
+        self._index = None
         keep_N = self.source_index_N != gone
         on_device = keep_N.to(self.device)
         forgotten = int((~keep_N).sum())
@@ -252,3 +291,12 @@ class MemoryBank:
         self._token_ids_C = grown(self._token_ids_C, 0)
         self._source_C = grown(self._source_C, 0)
         self._offsets_C2 = grown(self._offsets_C2, 0)
+
+
+def require_cpu(bank: MemoryBank) -> None:
+    """Raise `ConfigError` unless the bank can have an index."""
+    if bank.device.type != "cpu":
+        raise ConfigError(
+            f"An index is searched on a CPU; this bank is on {bank.device}. Open it with device='cpu', or search it "
+            "exactly, which a GPU does fast."
+        )

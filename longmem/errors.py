@@ -9,7 +9,8 @@
     ├── CheckpointError           a checkpoint on disk is missing, damaged or of another shape
     ├── BankError                 remembered keys and values
     │   ├── BankNotFoundError          no bank of that name
-    │   └── BankMismatchError          the bank belongs to another backbone
+    │   ├── BankMismatchError          the bank belongs to another backbone
+    │   └── BankIndexError             its index is missing, or was made for other tokens
     ├── StoreError                the folder that holds banks
     │   ├── StoreNotWritableError      it cannot be written
     │   └── StoreCorruptError          a file is missing or does not match its checksum
@@ -63,6 +64,10 @@ class BankNotFoundError(BankError):
 
 class BankMismatchError(BankError):
     """The bank was written by another backbone, or with other memory heads."""
+
+
+class BankIndexError(BankError):
+    """The bank has no index, or one that was made for other tokens."""
 
 
 class StoreError(LongMemError):

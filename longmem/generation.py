@@ -455,16 +455,7 @@ class LocalWindow:
         # Somebody else has written since: better to see part of the window twice than to miss what is new.
         if before < 0 or self.bank.sources[int(own_N[-1])] != self._source or bool((own_N != own_N[-1]).any()):
             return self.bank
-        return _Beginning(self.bank, before)
-
-
-class _Beginning(MemoryBank):
-    """The first tokens of a bank, for reading: shares the bank's memory."""
-
-    def __init__(self, bank: MemoryBank, length: int) -> None:
-        super().__init__(bank.spec, bank.device)
-        self._keys_HCE, self._values_HCE = bank.buffers_HCE
-        self._length = length
+        return self.bank.between(0, before)
 
 
 def remember_tokens(

@@ -101,7 +101,7 @@ def search_tokens(
 
 
 class BankReader:
-    """Reads one bank a batch row (None is an empty one) for a SideNet.
+    """Reads one bank a batch row (None is an empty one) for a SideNet, by the bank's index if it has one.
 
     Each row is searched by itself and its result has a fixed shape, so nothing in a row depends on what another row's
     bank holds.
@@ -119,26 +119,27 @@ class BankReader:
             return self._read_one(bank, layer, query_BKGTE)
         return self._read_each(layer, query_BKGTE)
 
-    def _rows_of(self, row: int, bank: MemoryBank, heads: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values (K, N, E) of a row's bank, and how many of them count (1,), all if None."""
-        return bank.keys_HNE[heads], bank.values_HNE[heads], None
+    def _search(
+        self, row: int, bank: MemoryBank, heads: slice, query_KQE: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values (K, N, E) of a row's bank, and which of them the queries found: indices and validity KQR."""
+        config, keys_KNE, values_KNE = self.config, bank.keys_HNE[heads], bank.values_HNE[heads]
+        if bank.index is not None and config.chunk_size == 1:
+            index_KQR, score_KQR = bank.index.search(heads, query_KQE, keys_KNE, config.top_k)
+            return keys_KNE, values_KNE, index_KQR, score_KQR > -torch.inf
+        return keys_KNE, values_KNE, *search_tokens(query_KQE, keys_KNE, config.top_k, config.chunk_size)
 
     def _sizes(self, device: torch.device) -> Tensor:
         """Remembered tokens of each row's bank, (B,)."""
         return torch.tensor([0.0 if bank is None else float(len(bank)) for bank in self.banks], device=device)
 
     def _read_one(self, bank: MemoryBank, layer: int, query_BKGTE: Tensor) -> Retrieved:
-        """All rows read one bank: its rows are read where they lie."""
-        config = self.config
+        """All rows read one bank: its keys are read once, and found rows where they lie."""
         batch, kv_heads, group, tokens, _ = query_BKGTE.shape
-        keys_KNE, values_KNE, length_1 = self._rows_of(0, bank, config.heads_of(layer))
+        query_KQE = query_BKGTE.transpose(0, 1).flatten(1, 3)
+        keys_KNE, values_KNE, *found = self._search(0, bank, self.config.heads_of(layer), query_KQE)
+        index, valid = (part_KQR.unflatten(1, (batch, group, tokens)).transpose(0, 1) for part_KQR in found)
         pool_BK = torch.arange(kv_heads, device=bank.device).expand(batch, kv_heads)
-        length_X = None if length_1 is None else length_1.expand(batch * kv_heads)
-        index_XQR, valid_XQR = search_tokens(
-            _flat(query_BKGTE), keys_KNE, config.top_k, config.chunk_size, length_X, pool_BK.flatten()
-        )
-        shape = (batch, kv_heads, group, tokens, config.top_k)
-        index, valid = index_XQR.view(shape), valid_XQR.view(shape)
         return Retrieved(keys_KNE, values_KNE, pool_BK, index, valid, index, self._sizes(bank.device))
 
     def _read_each(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
@@ -154,12 +155,8 @@ class BankReader:
         for row, bank in enumerate(self.banks):
             if bank is None or len(bank) == 0:
                 continue
-            keys_KNE, values_KNE, length_1 = self._rows_of(row, bank, heads)
             query_KQE = query_BKGTE[row].flatten(1, 2).to(bank.device)
-            length_K = None if length_1 is None else length_1.expand(kv_heads)
-            index_KQR, valid_KQR = search_tokens(
-                query_KQE, keys_KNE, self.config.top_k, self.config.chunk_size, length_K
-            )
+            keys_KNE, values_KNE, index_KQR, valid_KQR = self._search(row, bank, heads, query_KQE)
             keys_BKFE[row] = gather_rows(keys_KNE, index_KQR).flatten(1, 2).to(keys_BKFE)
             values_BKFE[row] = gather_rows(values_KNE, index_KQR).flatten(1, 2).to(values_BKFE)
             valid[row] = valid_KQR.unflatten(1, (group, tokens)).to(device)
@@ -198,9 +195,13 @@ class PlacedReader(BankReader):
         lengths = [0 if bank is None else len(bank) for bank in banks]
         self._length_B.copy_(torch.tensor(lengths), non_blocking=True)
 
-    def _rows_of(self, row: int, bank: MemoryBank, heads: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        keys_HCE, values_HCE = bank.buffers_HCE
-        return keys_HCE[heads], values_HCE[heads], self._length_B[row : row + 1]
+    def _search(
+        self, row: int, bank: MemoryBank, heads: slice, query_KQE: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        keys_KCE, values_KCE = (buffer_HCE[heads] for buffer_HCE in bank.buffers_HCE)
+        length_K = self._length_B[row : row + 1].expand(len(keys_KCE))
+        found = search_tokens(query_KQE, keys_KCE, self.config.top_k, self.config.chunk_size, length_K)
+        return keys_KCE, values_KCE, *found
 
     def _sizes(self, device: torch.device) -> Tensor:
         return self._length_B.float()

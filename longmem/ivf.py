@@ -13,28 +13,21 @@ C candidates, R retrieved.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from longmem.errors import ConfigError, MissingExtraError, StoreCorruptError
+from longmem.errors import ConfigError, MissingExtraError
 from longmem.ops import cpu
 from longmem.sketch import Basis, halves, recall, some, with_tail
 
 # Candidates for each retrieved key, scored again in float32.
 SPARE = 4
-# The part of a bank that an index does not know may grow to this share of what it knows.
-TAIL = 0.25
 _POINTS = 64  # keys of each list that k-means sees
 _BLOCK = 1 << 17  # keys added at a time
-_FORMAT = "longmem-ivf-1"
 
 
 def import_faiss() -> Any:
@@ -169,10 +162,6 @@ class InvertedFile:
             low, high = (low, middle) if found(middle) >= target else (middle, high)
         return high
 
-    def outgrown(self, num_keys: int) -> bool:
-        """Whether a bank of so many keys deserves a new index: what is appended is found, but read at every search."""
-        return num_keys - len(self) > TAIL * len(self)
-
     def search(self, query_XQE: Tensor, keys_XNE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """The `top_k` keys of largest dot product for each query, but for the share that `recall` says.
 
@@ -201,40 +190,26 @@ class InvertedFile:
             )
         return with_tail(index_XQR, score_XQR, query_XQE, keys_XNE, len(self))
 
-    def save(self, path: Path) -> None:
-        """Write the index to one file (safetensors)."""
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `from_state` makes the same index of: tensors by name, and settings for JSON."""
         faiss = import_faiss()
-        tensors = {name: part.contiguous() for name, part in self.basis._asdict().items()}
+        tensors = dict(self.basis._asdict())
         for x, index in enumerate(self.lists):
             tensors[f"lists.{x}"] = torch.from_numpy(faiss.serialize_index(index))
-        settings = {"size": self.size, "probes": self.probes, "recall": self.recall}
-        save_file(tensors, path, {"format": _FORMAT, "settings": json.dumps(settings)})
+        return tensors, {"size": self.size, "probes": self.probes, "recall": self.recall}
 
     @classmethod
-    def load(cls, path: Path) -> InvertedFile:
-        """An index that `save` wrote. Which bank it belongs to is the caller's to know.
+    def from_state(cls, tensors: dict[str, Tensor], settings: dict[str, Any]) -> InvertedFile:
+        """An index as `state` gave it; KeyError if something is missing.
 
         Raises:
             MissingExtraError: faiss is not installed.
-            StoreCorruptError: the file is missing or no such index.
         """
         faiss = import_faiss()
-        try:
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("format") != _FORMAT:
-                    raise ValueError(f"its format is not {_FORMAT}")
-                settings = json.loads(file.metadata()["settings"])
-                basis = Basis(*(file.get_tensor(name) for name in Basis._fields))
-                lists = [
-                    faiss.deserialize_index(file.get_tensor(f"lists.{x}").numpy())
-                    for x in range(len(settings["probes"]))
-                ]
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise StoreCorruptError(
-                f"{path} cannot be read as an index of a bank: {error}. Delete it: an index is made again from "
-                "its bank."
-            ) from error
-        return cls(basis, settings["size"], tuple(lists), tuple(settings["probes"]), tuple(settings["recall"]))
+        basis = Basis(*(tensors[name] for name in Basis._fields))
+        probes = tuple(settings["probes"])
+        lists = tuple(faiss.deserialize_index(tensors[f"lists.{x}"].numpy()) for x in range(len(probes)))
+        return cls(basis, settings["size"], lists, probes, tuple(settings["recall"]))
 
 
 def default_lists(num_keys: int) -> int:

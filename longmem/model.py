@@ -30,6 +30,7 @@ from longmem.index import BankReader, Retrieve
 from longmem.sidenet import SideNet, SideNetCache
 
 if TYPE_CHECKING:
+    from longmem.approximate import BankIndex
     from longmem.generation import Piece
     from longmem.recall import Hit
 
@@ -469,6 +470,12 @@ class LongMem(nn.Module):
         from longmem.recall import recall
 
         return recall(self, bank, query, top_k, words)
+
+    def make_index(self, bank: MemoryBank, *, recall: float = 0.99, text: str | None = None) -> BankIndex:
+        """A small copy of a bank's keys to search large banks by, on a CPU (see `longmem.indexing.make_index`)."""
+        from longmem.indexing import make_index
+
+        return make_index(self, bank, recall=recall, text=text)
 
     @property
     def tokenizer(self) -> Any:

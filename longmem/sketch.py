@@ -12,7 +12,7 @@ C candidates, R retrieved.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,6 +149,23 @@ class Sketch:
             codes_XNS[:, block] = code_XnS.to(torch.int8)
             rounded_X = rounded_X.maximum((exact_XnS - code_XnS).norm(dim=-1).amax(-1))
         return cls(basis, codes_XNS, scale_XS, left_out_X, rounded_X)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `from_state` makes the same sketch of: tensors by name, and settings for JSON."""
+        tensors = {name: getattr(self, name) for name in ("codes_XNS", "scale_XS", "left_out_X", "rounded_X")}
+        return self.basis._asdict() | tensors, {"recall": self.recall}
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Sketch:
+        """A sketch as `state` gave it; KeyError if something is missing."""
+        basis = Basis(*(tensors[name] for name in Basis._fields))
+        parts = (tensors[name] for name in ("codes_XNS", "scale_XS", "left_out_X", "rounded_X"))
+        return cls(basis, *parts, recall=tuple(settings["recall"]))
+
+    @property
+    def size(self) -> int:
+        """S, coordinates kept."""
+        return self.codes_XNS.shape[-1]
 
     def search(self, query_XQE: Tensor, keys_XNE: Tensor, top_k: int, *, exact: bool = False) -> tuple[Tensor, Tensor]:
         """The `top_k` keys of largest dot product for each query, nearly always all of them.

@@ -2,6 +2,7 @@
 
     memories/manifest.sqlite             which banks there are, and which segments each holds
     memories/segments/<hex>.safetensors  immutable: keys, values, tokens and text of one `BankEntry`
+    memories/indexes/<id>.safetensors    a cache: the index of a bank, of the bank's id in the manifest
 
 A segment is committed by a single manifest transaction, after its file is complete and synced. Files that no
 manifest row names are left-overs of a crash and mean nothing. docs/format.md describes every byte.
@@ -11,29 +12,33 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import re
 import secrets
 import sqlite3
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from longmem.bank import BankEntry, MemoryBank
+from longmem.approximate import BankIndex
+from longmem.bank import BankEntry, MemoryBank, require_cpu
 from longmem.config import BankSpec
 from longmem.errors import (
     BankError,
+    BankIndexError,
     BankMismatchError,
     BankNotFoundError,
     SourceError,
@@ -44,7 +49,9 @@ from longmem.errors import (
 
 MANIFEST = "manifest.sqlite"
 SEGMENTS = "segments"
+INDEXES = "indexes"
 FORMAT_VERSION = 1
+INDEX_VERSION = 1
 APPLICATION_ID = 0x4C4D454D  # "LMEM"
 
 SCHEMA = """
@@ -228,6 +235,7 @@ class MemoryStore:
         *,
         device: torch.device | str = "cpu",
         verify: bool = True,
+        search: Literal["exact", "index"] = "exact",
     ) -> StoredBank:
         """Open a bank and load it onto a device; with a spec, create it if there is none.
 
@@ -235,9 +243,11 @@ class MemoryStore:
             name: letters, digits and `._-`, in parts joined by `/`: "notes", "user/1234".
             spec: what the bank's tensors mean (`LongMem.bank_spec`). None opens an existing bank only.
             verify: compare every segment file with its checksum.
+            search: "index" searches with the index that the bank has (`StoredBank.load_index`).
 
         Raises:
             BankNotFoundError: if there is no such bank and no spec.
+            BankIndexError: if an index is asked for, and there is none or it does not fit.
             BankMismatchError: if the bank was written with another spec.
             StoreCorruptError: if a segment file is missing or damaged.
             StoreNotWritableError: if the bank would have to be created in a read-only store.
@@ -245,7 +255,8 @@ class MemoryStore:
         check_bank_name(name)
         row = self._find(name)
         if row is None:
-            if spec is None:
+            # A bank that is new has no index.
+            if spec is None or search == "index":
                 raise self._not_found(name)
             row = self._create_bank(name, spec)
         bank_id, stored = row
@@ -253,6 +264,8 @@ class MemoryStore:
             raise BankMismatchError(_mismatch(name, stored=stored, given=spec))
         bank = StoredBank(self, bank_id, name, stored, device, verify=verify)
         bank.refresh()
+        if search == "index":
+            bank.load_index()
         return bank
 
     def delete(self, name: str) -> None:
@@ -268,6 +281,7 @@ class MemoryStore:
             files = [file for (file,) in database.execute("SELECT file FROM segment WHERE bank = ?", row[:1])]
             database.execute("DELETE FROM segment WHERE bank = ?", row[:1])
             database.execute("DELETE FROM bank WHERE id = ?", row[:1])
+            self._drop_index(row[0])
         self._erase(files)
 
     def _find(self, name: str) -> tuple[int, BankSpec] | None:
@@ -296,6 +310,23 @@ class MemoryStore:
 
     def _segment_path(self, file: str) -> Path:
         return self.folder / SEGMENTS / file
+
+    def _index_path(self, bank_id: int) -> Path:
+        return self.folder / INDEXES / f"{bank_id}.safetensors"
+
+    def _drop_index(self, bank_id: int) -> bool:
+        """Remove a bank's index, if it has one, and its bytes."""
+        path = self._index_path(bank_id)
+        try:
+            path.unlink()
+            _sync_folder(path.parent)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StoreNotWritableError(
+                f"{path} cannot be removed: {error}. Check the permissions of {path.parent}."
+            ) from error
+        return True
 
     def _query(self, sql: str, *values: object) -> list[tuple]:
         with self._lock, _explained(self.folder):
@@ -365,8 +396,9 @@ class MemoryStore:
             raise StoreNotWritableError(f"{self.folder / SEGMENTS} cannot be written: {error}.") from error
 
     def _orphans(self, stale: float) -> list[Path]:
-        paths = list((self.folder / SEGMENTS).iterdir())
+        paths = [path for part in (SEGMENTS, INDEXES) for path in (self.folder / part).glob("*")]
         known = {file for (file,) in self._query("SELECT file FROM segment")}
+        known |= {self._index_path(bank_id).name for (bank_id,) in self._query("SELECT id FROM bank")}
         orphans = [path for path in paths if path.suffix == ".safetensors" and path.name not in known]
         for path in paths:
             with suppress(FileNotFoundError):
@@ -465,12 +497,84 @@ class StoredBank(MemoryBank):
                 return super().forget(source)  # raises the error that names the sources there are
             database.execute("DELETE FROM segment WHERE bank = ? AND source = ?", (self._id, source))
             self._touch(database, _now())
+            # Before the commit: no index ever knows what its bank has forgotten.
+            self._store._drop_index(self._id)
         try:
             self._store._erase(files)
         finally:
             forgotten = self._drop(source)
             self._revision += 1
         return forgotten
+
+    def save_index(self, index: BankIndex) -> None:
+        """Search with an index from now on, and keep it beside the bank, in place of any that was there.
+
+        Raises:
+            BankIndexError: the index was not made from this bank's tokens, or some were forgotten meanwhile.
+            StoreNotWritableError: the store is read-only or the disk is full.
+        """
+        store = self._store
+        store._require_writable()
+        self.use_index(index)
+        path = store._index_path(self._id)
+        temporary = path.with_name(f"{secrets.token_hex(16)}.tmp")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            _write_index(temporary, index)
+            with store._transaction():
+                self.refresh()
+                if self.index is not index:
+                    raise BankIndexError(
+                        f"A source of bank {self.name!r} was forgotten while its index was made, so the index was not "
+                        "kept. Make it again."
+                    )
+                os.rename(temporary, path)
+                _sync_folder(path.parent)
+                _sync_folder(store.folder)
+        except OSError as error:
+            raise StoreNotWritableError(
+                f"The index of bank {self.name!r} was not kept: {error}. "
+                f"Check the space and the permissions of {path.parent}, then make it again."
+            ) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def load_index(self) -> BankIndex:
+        """Search with the index that was kept beside the bank. Warns if the bank has outgrown it.
+
+        Raises:
+            BankIndexError: there is none, or it was made for other tokens.
+            StoreCorruptError: its file is damaged.
+            MissingExtraError: it needs faiss, which is not installed.
+            ConfigError: the bank is not on the CPU.
+        """
+        require_cpu(self)
+        path = self._store._index_path(self._id)
+        again = f"Make one: `longmem index --store {self._store.folder} --bank {self.name}`; or search exactly."
+        if not path.exists():
+            raise BankIndexError(f"Bank {self.name!r} has no index. {again}")
+        index = _read_index(path, again, verify=self._verify)
+        try:
+            self.use_index(index)
+        except BankIndexError as error:
+            raise BankIndexError(
+                f"The index of bank {self.name!r} does not fit: it was made for {len(index):,} tokens that are not "
+                f"the first of the {len(self):,} remembered now. {again}"
+            ) from error
+        if index.outgrown(len(self)):
+            warnings.warn(
+                f"The index of bank {self.name!r} knows {len(index):,} of {len(self):,} tokens; the others are read "
+                "whole at every search. Make it again: `longmem index`.",
+                stacklevel=2,
+            )
+        return index
+
+    def drop_index(self) -> bool:
+        """Search exactly from now on, and remove the index that was kept; False if there was none."""
+        self.use_index(None)
+        with self._store._transaction():
+            return self._store._drop_index(self._id)
 
     def refresh(self) -> None:
         """Take over what other processes have appended and forgotten since.
@@ -614,6 +718,46 @@ def _read_segment(path: Path, segment: _Segment, what: str, *, verify: bool) -> 
         raise StoreCorruptError(
             f"{path} cannot be read: {error}. It holds {what}. Restore it from a backup, or delete the bank."
         ) from error
+
+
+def _write_index(path: Path, index: BankIndex) -> None:
+    """Write and sync an index file."""
+    tensors, settings = index.state()
+    tensors = {name: part.contiguous() for name, part in tensors.items()}
+    settings["sha256"] = _digest(tensors)
+    data = save(tensors, metadata={"longmem_index": str(INDEX_VERSION), "settings": json.dumps(settings)})
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_index(path: Path, again: str, *, verify: bool) -> BankIndex:
+    """An index from its file. `again` says in errors how it is made again."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            version = metadata.get("longmem_index")
+            if version != str(INDEX_VERSION):
+                raise StoreCorruptError(
+                    f"{path} has index format {version}; this longmem reads format {INDEX_VERSION}. {again}"
+                )
+            settings: dict[str, Any] = json.loads(metadata["settings"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if verify and _digest(tensors) != settings["sha256"]:
+            raise StoreCorruptError(f"{path} is damaged: its tensors do not match its checksum. {again}")
+        return BankIndex.from_state(tensors, settings)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise StoreCorruptError(f"{path} cannot be read as the index of a bank: {error}. {again}") from error
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """sha256 of tensors, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _mismatch(name: str, *, stored: BankSpec, given: BankSpec) -> str:

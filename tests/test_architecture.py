@@ -16,14 +16,16 @@ LAYERS = (
     {"config", "ops", "families", "pretrained", "quantize", "data"},
     {"decoding"},
     {"windows"},
-    {"backbone", "bank", "sketch"},
+    {"backbone", "sketch"},
     {"ivf"},
+    {"approximate"},
+    {"bank"},
     {"index", "store", "probe"},
     {"attention"},
     {"sidenet"},
     {"checkpoint"},
     {"model"},
-    {"generation", "recall", "evals"},
+    {"generation", "recall", "indexing", "evals"},
     {"batch"},
     {"chat", "train"},
     {"cli"},
@@ -89,8 +91,17 @@ def test_imports_point_one_way() -> None:
 
 
 def test_memory_and_network_meet_in_the_model_alone() -> None:
-    for name in ("bank", "store", "index", "sketch", "ivf"):
-        assert siblings(name, lazily=True) <= {"bank", "config", "data", "errors", "ivf", "ops", "sketch"}, name
+    for name in ("bank", "store", "index", "sketch", "ivf", "approximate"):
+        assert siblings(name, lazily=True) <= {
+            "approximate",
+            "bank",
+            "config",
+            "data",
+            "errors",
+            "ivf",
+            "ops",
+            "sketch",
+        }, name
     for name in ("families", "backbone", "attention", "sidenet"):
         assert not siblings(name, lazily=True) & {"bank", "store"}, name
     # What the network knows of the search is its types.
@@ -101,7 +112,18 @@ def test_memory_and_network_meet_in_the_model_alone() -> None:
 
 
 def test_the_disk_is_no_business_of_the_core() -> None:
-    for name in ("bank", "index", "attention", "sidenet", "families", "ops", "quantize", "sketch"):
+    for name in (
+        "bank",
+        "index",
+        "attention",
+        "sidenet",
+        "families",
+        "ops",
+        "quantize",
+        "sketch",
+        "ivf",
+        "approximate",
+    ):
         used = {module for path in PARTS[name] for module in imported_modules(path, lazily=True)}
         assert not used & {"pathlib", "os", "io", "shutil", "sqlite3", "safetensors"}, name
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longmem.approximate import BankIndex
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead
-from longmem.errors import BankError, SourceError
+from longmem.errors import BankError, BankIndexError, ConfigError, SourceError
 
 SPEC = BankSpec("tiny", "0" * 64, (MemoryHead(1, 0), MemoryHead(2, 1)), 8, "float32")
 
@@ -181,3 +182,59 @@ def test_entries_keep_their_memory_to_themselves(entries: list[BankEntry]) -> No
     for entry in entries:
         entry.keys_HNE.zero_()
     assert_holds(bank, kept)
+
+
+# An index
+
+
+def indexed(length: int = 200, more: str = "") -> tuple[MemoryBank, BankIndex]:
+    """A bank with an index, and sources that were written after it was made."""
+    bank = filled([make_entry("a", "x" * length, seed=1)])
+    index = BankIndex.choose(bank.keys_HNE, bank.keys_HNE[:, ::2], top_k=4)
+    bank.use_index(index)
+    for seed, source in enumerate(more):
+        bank.append(make_entry(source, "y" * 10, seed=seed + 2))
+    return bank, index
+
+
+def test_appending_keeps_an_index_and_forgetting_drops_it() -> None:
+    bank, index = indexed(more="bc")
+    assert bank.index is index and len(bank) == 220
+    bank.forget("c")
+    assert bank.index is None
+    bank.use_index(index)  # what it knows is still there
+    bank.forget("a")
+    with pytest.raises(BankIndexError, match=r"200 tokens .* the bank's 10: .*exactly"):
+        bank.use_index(index)
+    bank.append(make_entry("a", "x" * 200, seed=1))
+    with pytest.raises(BankIndexError, match="another bank, or something was forgotten"):
+        bank.use_index(index)  # the same tokens, at another place
+    assert bank.index is None
+
+
+def test_an_index_of_another_bank_is_refused() -> None:
+    _, index = indexed()
+    other = filled([make_entry("a", "x" * 200, seed=9)])
+    with pytest.raises(BankIndexError):
+        other.use_index(index)
+    assert other.index is None
+
+
+def test_a_part_shares_memory_and_an_index_that_knows_no_more() -> None:
+    bank, index = indexed(more="bc")
+    for first, last, kept in ((0, 220, True), (0, 200, True), (0, 199, False), (1, 210, False), (50, 50, False)):
+        part = bank.between(first, last)
+        assert torch.equal(part.keys_HNE, bank.keys_HNE[:, first:last])
+        assert torch.equal(part.values_HNE, bank.values_HNE[:, first:last])
+        assert len(part) == last - first and (part.index is index) == kept
+    assert bank.between(3, 9).keys_HNE.data_ptr() == bank.keys_HNE[:, 3:].data_ptr()
+
+
+def test_an_index_is_for_a_cpu() -> None:
+    bank, index = indexed()
+    bank.to("cpu")
+    assert bank.index is index
+    bank.to("meta")
+    assert bank.index is None
+    with pytest.raises(ConfigError, match=r"on meta.*exactly"):
+        bank.use_index(index)

@@ -310,6 +310,49 @@ def test_banks_sources_and_forget(notes):
     assert list(Path("memories/segments").iterdir()) == []
 
 
+def test_an_index_is_made_used_and_dropped(work, tiny_model_dir):
+    (work / "notes.txt").write_text(TINY_TEXT * 4)
+    model = ("--model", tiny_model_dir)
+    ok("write", *at("notes"), "notes.txt", *model, *CPU)
+    generate = ("generate", "Ada keeps", *at("notes"), "--max-new-tokens", 4, *model, *CPU)
+    recall = ("recall", "honey and wax", *at("notes"), "--json", *model, *CPU)
+    exact = ok(*generate), json.loads(ok(*recall))
+    for words in (generate, recall, ("chat", *at("notes"), *model, *CPU)):
+        assert "longmem index --store memories --bank notes" in fails(*words, "--search", "index")
+
+    shown = ok("index", *at("notes"), "--recall", 1, *model)
+    assert "1.0" in shown and "2.1" in shown and "coordinates" in shown and "--search" in shown
+    made = json.loads(ok("index", *at("notes"), "--recall", 1, "--text", "notes.txt", "--json", *model))
+    assert (
+        made["top_k"] == 8 and made["tokens"] == json.loads(ok("banks", "--store", "memories", "--json"))[0]["tokens"]
+    )
+    assert [(row["layer"], row["kv_head"]) for row in made["heads"]] == [(1, 0), (2, 1)]
+    assert all(row["recall"] > 0.95 for row in made["heads"])
+    assert ok(*generate, "--search", "index") == exact[0]
+    hits = json.loads(ok(*recall, "--search", "index"))
+    assert [hit["text"] for hit in hits] == [hit["text"] for hit in exact[1]]
+    ok("chat", *at("notes"), "--search", "index", "--max-new-tokens", 3, *model, *CPU, input="Ada?\n/quit\n")
+
+    assert "searched exactly" in ok("index", *at("notes"), "--drop")
+    assert "There was none" in ok("index", *at("notes"), "--drop")
+    assert "has no index" in fails(*generate, "--search", "index")
+
+
+def test_what_an_index_needs(notes, tiny_model_dir, other_tiny_model_dir):
+    model = ("--model", tiny_model_dir)
+    assert "a share" in fails("index", *at("notes"), "--recall", 2, *model)
+    assert "It has: notes" in fails("index", *at("other"), *model)
+    assert "84 tokens" in fails("index", *at("notes"), *model)
+    assert "weights differ" in fails("index", *at("notes"), "--model", other_tiny_model_dir)
+    assert "nothing to search" in fails("generate", "a", "--search", "index", code=2)
+    (notes / "short.txt").write_text("Ada.")
+    (notes / "long.txt").write_text(TINY_TEXT * 2)
+    ok("write", *at("notes"), "long.txt", *model, *CPU)
+    assert "expected at least 136" in fails("index", *at("notes"), "--text", "short.txt", *model)
+    words = ("chat", *at("new"), "--search", "index", *model, *CPU)
+    assert "No bank 'new'" in fails(*words)
+
+
 # ---- bad input changes nothing -----------------------------------------------------------------------------
 
 

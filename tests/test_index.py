@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longmem.approximate import BankIndex
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead, SideNetConfig
 from longmem.index import BankReader, PlacedReader, Retrieved, StreamBanks, search_tokens
@@ -209,3 +210,32 @@ def test_a_bank_that_all_rows_share_is_read_as_each_row_would_read_it(dtype: tor
         assert torch.equal(getattr(shared, name), getattr(apart, name))
     for mine, other in zip(shared.attend(query_BKGTE, 0.3), apart.attend(query_BKGTE, 0.3), strict=True):
         assert torch.equal(mine, other)
+
+
+def test_a_bank_with_an_index_is_searched_by_it() -> None:
+    """An index whose queries chose to keep all coordinates finds what an exact search finds."""
+    bank, query_BKGTE = make_bank(100), normal(2, 2, 2, 3, 4)
+    exact = BankReader([bank, bank], config())(1, query_BKGTE)
+    bank.use_index(BankIndex.choose(bank.keys_HNE, normal(3, 200, 4, seed=7), top_k=4, target=1.0))
+    for other in (bank, make_bank(0)):
+        found = BankReader([bank, other], config())(1, query_BKGTE)
+        assert torch.equal(found.index_BKGTR[0], exact.index_BKGTR[0])
+        assert torch.equal(found.valid_BKGTR[0], exact.valid_BKGTR[0])
+        mine, its = (read.rows(read.values_PNE)[0] for read in (found, exact))
+        assert torch.equal(mine, its)
+    assert bank.index is not None
+    chunks = BankReader([bank], config(4, 2))(1, query_BKGTE[:1])  # chunks are searched exactly
+    bank.use_index(None)
+    assert torch.equal(BankReader([bank], config(4, 2))(1, query_BKGTE[:1]).index_BKGTR, chunks.index_BKGTR)
+
+
+def test_a_search_asks_the_heads_of_its_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, asked = make_bank(100), []
+    bank.use_index(BankIndex.choose(bank.keys_HNE, normal(3, 200, 4, seed=7), top_k=4))
+    original = BankIndex.search
+    monkeypatch.setattr(
+        BankIndex, "search", lambda self, heads, *rest: (asked.append(heads), original(self, heads, *rest))[1]
+    )
+    BankReader([bank], config())(1, normal(1, 2, 2, 3, 4))
+    BankReader([bank], config())(2, normal(1, 1, 2, 3, 4))
+    assert asked == [slice(0, 2), slice(2, 3)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -121,3 +123,14 @@ def test_halves_do_not_overlap(queries: int) -> None:
     query_XQE = torch.arange(queries).float().expand(1, 1, -1).mT
     first, second = halves(query_XQE)
     assert torch.equal(torch.cat((first, second), dim=1), query_XQE)
+
+
+def test_its_state_gives_back_the_same_sketch() -> None:
+    keys_XNE, query_XQE = keys_and_queries(2, 900, 40)
+    sketch = Sketch.choose(keys_XNE, query_XQE, top_k=4)
+    tensors, settings = sketch.state()
+    again = Sketch.from_state(tensors, json.loads(json.dumps(settings)))
+    assert again.recall == sketch.recall and len(again.recall) == 2
+    for exact in (False, True):
+        mine, its = (s.search(query_XQE, keys_XNE, 4, exact=exact) for s in (again, sketch))
+        assert torch.equal(mine[0], its[0]) and torch.equal(mine[1], its[1])

@@ -22,10 +22,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longmem.approximate import BankIndex
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead
 from longmem.errors import (
     BankError,
+    BankIndexError,
     BankMismatchError,
     BankNotFoundError,
     SourceError,
@@ -33,7 +35,7 @@ from longmem.errors import (
     StoreError,
     StoreNotWritableError,
 )
-from longmem.store import MemoryStore
+from longmem.store import MemoryStore, StoredBank
 
 SPEC = BankSpec("tiny", "0" * 64, (MemoryHead(1, 0), MemoryHead(2, 1)), 8)
 FORMAT_DOC = Path(__file__).parents[1] / "docs" / "format.md"
@@ -606,3 +608,158 @@ def test_two_banks_at_the_same_place_cannot_both_append(store: MemoryStore, fold
             second.append(make_entry("a", "late"))
         assert second.text_of("a") == "text"
         assert len(segment_files(folder)) == 1
+
+
+# Indexes
+
+
+def make_index(bank: MemoryBank, lists: bool = False) -> BankIndex:
+    query_HQE = torch.randn(2, 100, 8, generator=torch.Generator().manual_seed(7))
+    return BankIndex.choose(bank.keys_HNE, query_HQE, top_k=4, lists=lists)
+
+
+@pytest.fixture
+def indexed(store: MemoryStore) -> StoredBank:
+    """A bank of two sources whose index is kept; a third was written afterwards."""
+    bank = store.bank("notes", SPEC)
+    bank.append(make_entry("a", "x" * 150, seed=1))
+    bank.append(make_entry("b", "x" * 150, seed=2))
+    bank.save_index(make_index(bank))
+    bank.append(make_entry("c", "x" * 20, seed=3))
+    return bank
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_a_reopened_index_finds_the_same(store: MemoryStore, folder: Path, lists: bool) -> None:
+    if lists:
+        pytest.importorskip("faiss")
+    bank = store.bank("notes", SPEC)
+    bank.append(make_entry("a", "x" * 300))
+    index = make_index(bank, lists)
+    bank.save_index(index)
+    assert bank.index is index
+    bank.append(make_entry("b", "x" * 20, seed=1))
+    query_HQE = torch.randn(2, 9, 8)
+    expected = index.search(slice(0, 2), query_HQE, bank.keys_HNE, 4)
+    for verify in (True, False):
+        with MemoryStore.open(folder, create=False) as again:
+            assert again.bank("notes").index is None  # exact unless asked for
+            reopened = again.bank("notes", verify=verify, search="index")
+            assert reopened.index is not None and reopened.index.recall == index.recall
+            found = reopened.index.search(slice(0, 2), query_HQE, reopened.keys_HNE, 4)
+            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_forgetting_removes_an_index_and_its_bytes(indexed: StoredBank, store: MemoryStore, folder: Path) -> None:
+    other = store.bank("notes", search="index")
+    assert (folder / "indexes" / "1.safetensors").is_file()
+    indexed.forget("c")
+    assert indexed.index is None and list((folder / "indexes").iterdir()) == []
+    other.refresh()
+    assert other.index is None
+    with pytest.raises(
+        BankIndexError, match=r"'notes' has no index\. Make one: `longmem index --store .* --bank notes`"
+    ):
+        store.bank("notes", search="index")
+
+
+def test_deleting_a_bank_removes_its_index(indexed: StoredBank, store: MemoryStore, folder: Path) -> None:
+    store.delete("notes")
+    assert list((folder / "indexes").iterdir()) == []
+    assert not store.bank("notes", SPEC).drop_index()
+
+
+def test_a_bank_whose_deletion_fails_keeps_its_index(indexed: StoredBank, store: MemoryStore, folder: Path) -> None:
+    with pytest.raises(SourceError):
+        indexed.forget("z")
+    assert store.bank("notes", search="index").index is not None
+
+
+def test_an_index_that_does_not_fit_is_refused(indexed: StoredBank, store: MemoryStore, folder: Path) -> None:
+    """Such as one that was copied from another store, or from a backup."""
+    path = folder / "indexes" / "1.safetensors"
+    kept = path.read_bytes()
+    indexed.forget("a")
+    indexed.append(make_entry("a", "x" * 200, seed=9))
+    path.write_bytes(kept)
+    with pytest.raises(BankIndexError, match=r"does not fit: it was made for 300 tokens .* the 370 remembered now"):
+        store.bank("notes", search="index")
+    assert len(store.bank("notes")) == 370
+
+
+def test_no_index_is_kept_of_what_was_forgotten_meanwhile(
+    indexed: StoredBank, store: MemoryStore, folder: Path
+) -> None:
+    index = make_index(indexed)
+    store.bank("notes").forget("b")
+    with pytest.raises(BankIndexError, match="was forgotten while its index was made"):
+        indexed.save_index(index)
+    assert list((folder / "indexes").iterdir()) == [] and indexed.index is None
+    with pytest.raises(BankIndexError, match="170"):
+        indexed.save_index(index)
+
+
+def test_an_index_can_be_replaced_and_dropped(indexed: StoredBank, store: MemoryStore, folder: Path) -> None:
+    indexed.save_index(make_index(indexed))
+    assert len(store.bank("notes", search="index").index or ()) == 320
+    assert [path.name for path in (folder / "indexes").iterdir()] == ["1.safetensors"]
+    assert indexed.drop_index() and indexed.index is None
+    assert not indexed.drop_index()
+    assert list((folder / "indexes").iterdir()) == []
+
+
+def test_an_outgrown_index_says_so(indexed: StoredBank, store: MemoryStore) -> None:
+    indexed.append(make_entry("d", "x" * 60, seed=5))
+    with pytest.warns(UserWarning, match=r"knows 300 of 380 tokens.*longmem index"):
+        bank = store.bank("notes", search="index")
+    assert bank.index is not None
+
+
+def test_a_new_bank_has_no_index(store: MemoryStore) -> None:
+    with pytest.raises(BankNotFoundError):
+        store.bank("other", SPEC, search="index")
+    assert store.banks() == []
+
+
+def test_a_damaged_index_is_named_and_can_be_made_again(indexed: StoredBank, store: MemoryStore, folder: Path) -> None:
+    path = folder / "indexes" / "1.safetensors"
+    kept = path.read_bytes()
+    for place in (0, 9, 300, len(kept) - 1):
+        damaged = bytearray(kept)
+        damaged[place] ^= 0xFF
+        path.write_bytes(damaged)
+        with pytest.raises(StoreCorruptError, match=r"1\.safetensors.*longmem index"):
+            store.bank("notes", search="index")
+    path.write_bytes(b"")
+    with pytest.raises(StoreCorruptError, match="cannot be read"):
+        store.bank("notes", search="index")
+    path.write_bytes(kept.replace(b'"longmem_index":"1"', b'"longmem_index":"2"'))
+    with pytest.raises(StoreCorruptError, match="index format 2"):
+        store.bank("notes", search="index")
+    indexed.save_index(make_index(indexed))
+    assert store.bank("notes", search="index").index is not None
+
+
+def test_left_overs_of_indexes_are_swept(indexed: StoredBank, folder: Path) -> None:
+    indexes = folder / "indexes"
+    (indexes / "99.safetensors").write_bytes(b"of a bank that is gone")
+    (indexes / "old.tmp").write_bytes(b"")
+    os.utime(indexes / "old.tmp", (0, 0))
+    (indexes / "new.tmp").write_bytes(b"")
+    with MemoryStore.open(folder) as again:
+        assert sorted(path.name for path in indexes.iterdir()) == ["1.safetensors", "new.tmp"]
+        assert again.bank("notes", search="index").index is not None
+
+
+def test_an_index_of_a_full_disk_leaves_nothing_behind(
+    indexed: StoredBank, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (folder / "indexes" / "1.safetensors").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreNotWritableError, match=r"was not kept.*No space"):
+        indexed.save_index(make_index(indexed))
+    assert [path.read_bytes() for path in (folder / "indexes").iterdir()] == [before]

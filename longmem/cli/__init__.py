@@ -71,7 +71,16 @@ def _root(
 
 
 _REMEMBER, _TRAIN = "Remember and read", "Train and measure"
-for _command in (banks.write, banks.recall, talk.generate, talk.chat, banks.banks, banks.sources, banks.forget):
+for _command in (
+    banks.write,
+    banks.recall,
+    talk.generate,
+    talk.chat,
+    banks.banks,
+    banks.sources,
+    banks.forget,
+    banks.index,
+):
     app.command(rich_help_panel=_REMEMBER)(_command)
 for _command in (learn.setup, learn.tokenize, measure.probe, learn.train, learn.pack):
     app.command(rich_help_panel=_TRAIN)(_command)

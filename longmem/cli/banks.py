@@ -1,4 +1,4 @@
-"""`longmem write`, `recall`, `banks`, `sources`, `forget`."""
+"""`longmem write`, `recall`, `banks`, `sources`, `forget`, `index`."""
 
 from __future__ import annotations
 
@@ -139,18 +139,19 @@ def recall(
         float | None,
         typer.Option(help="Share of the word score: 0 is the memory heads alone, 1 words (BM25) alone."),
     ] = None,
+    search: common.Search = "exact",
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     as_json: common.Json = False,
 ) -> None:
     """Show the remembered passages that a query is about."""
-    from longmem import recall as search
+    from longmem import recall as passages
     from longmem.store import MemoryStore
 
     with MemoryStore.open(store, create=False) as opened:
-        remembered = opened.bank(bank, device=common.device_of(device))
+        remembered = opened.bank(bank, device=common.device_of(device), search=search)
         loaded = common.load_model(model, device)
-        hits = search.recall(loaded, remembered, query, top_k, words)
+        hits = passages.recall(loaded, remembered, query, top_k, words)
     if as_json:
         common.print_json([{"rank": rank, **dataclasses.asdict(hit)} for rank, hit in enumerate(hits, start=1)])
         return
@@ -214,3 +215,57 @@ def forget(
             typer.confirm(f"Forget {source} ({tokens[source]:,} tokens) for good?", abort=True, err=True)
         forgotten = remembered.forget(source)
     common.out.print(f"Forgot {source}: {forgotten:,} tokens.", markup=False, highlight=False)
+
+
+def index(
+    store: common.Store,
+    bank: common.Bank,
+    recall: Annotated[
+        float, typer.Option(help="Share of the nearest remembered tokens that each memory head should find.")
+    ] = 0.99,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure with queries recorded on this text; parts of the bank's own by default.", dir_okay=False
+        ),
+    ] = None,
+    drop: Annotated[bool, typer.Option("--drop", help="Remove the bank's index.")] = False,
+    model: common.Model = common.DEFAULT_MODEL,
+    as_json: common.Json = False,
+) -> None:
+    """Make a large bank fast to search on a CPU, for `--search index`, and say how much is found so."""
+    from longmem.store import MemoryStore
+
+    with MemoryStore.open(store, create=False) as opened:
+        target = opened.bank(bank)
+        if drop:
+            had = target.drop_index()
+            said = "It is searched exactly." if had else "There was none."
+            common.out.print(f"Bank {bank} has no index now. {said}", markup=False, highlight=False)
+            return
+        from longmem.data import read_text
+        from longmem.indexing import make_index, steps
+
+        read = None if text is None else read_text(text)
+        loaded = common.load_model(model, "cpu")
+        with common.counting("indexing", steps(loaded), "steps") as advance:
+            made = make_index(loaded, target, recall=recall, text=read, on_step=advance)
+        target.save_index(made)
+        heads = zip(target.spec.memory_heads, made.kinds, made.recall, strict=True)
+        rows = [{"layer": head.layer, "kv_head": head.kv_head, "index": kind, "recall": r} for head, kind, r in heads]
+    if as_json:
+        common.print_json({"bank": bank, "tokens": len(made), "top_k": made.top_k, "target": recall, "heads": rows})
+        return
+    table = Table("memory head", "index", "recall", box=None, header_style="dim")
+    for row in rows:
+        table.add_row(f"{row['layer']}.{row['kv_head']}", row["index"], f"{row['recall']:.3f}")
+    common.out.print(table)
+    worst = min(made.recall)
+    common.out.print(
+        f"Of the {made.top_k} nearest of {len(made):,} tokens, {worst:.1%} or more are found (measured on text that "
+        f"chose nothing). Search so with --search index.",
+        markup=False,
+        highlight=False,
+    )
+    if worst < recall:
+        typer.echo(f"warning: less than the {recall} asked for. Ask for more with --recall.", err=True)

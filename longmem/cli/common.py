@@ -45,6 +45,10 @@ Compile = Annotated[
         help="Faster on a CPU, after some seconds of compiling; needs a C++ compiler.",
     ),
 ]
+Search = Annotated[
+    Literal["exact", "index"],
+    typer.Option(help="index is faster in large banks, on a CPU, and finds nearly all (see `longmem index`)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 Documents = Annotated[
     list[Path],

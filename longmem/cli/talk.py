@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -50,13 +50,14 @@ def generate(
     memory: Memory = 1.0,
     remember: Annotated[bool, typer.Option(help="Write what leaves the local window to the bank.")] = True,
     attribute: Annotated[bool, typer.Option("--attribute", help="Say which remembered text it drew on.")] = False,
+    search: common.Search = "exact",
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     compile: common.Compile = False,
     as_json: common.Json = False,
 ) -> None:
     """Continue a text, with what a bank remembers."""
-    _check_bank(store, bank)
+    _check_bank(store, bank, search)
     if attribute and bank is None:
         raise typer.BadParameter("without --bank there is nothing to draw on.", param_hint="--attribute")
     from longmem import generation
@@ -74,7 +75,7 @@ def generate(
     )
     if prompt == "-":
         prompt = sys.stdin.read()
-    with _open_bank(store, bank, device) as remembered:
+    with _open_bank(store, bank, device, search) as remembered:
         loaded = common.load_model(model, device, compile=compile)
         pieces: list[Piece] = []
         for piece in generation.generate(loaded, prompt, bank=remembered, config=config):
@@ -111,12 +112,13 @@ def chat(
     seed: Seed = None,
     window: Window = None,
     memory: Memory = 1.0,
+    search: common.Search = "exact",
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     compile: common.Compile = False,
 ) -> None:
     """Talk to a model that remembers, in this conversation and the next. Ctrl-C stops a reply, Ctrl-D leaves."""
-    _check_bank(store, bank)
+    _check_bank(store, bank, search)
     from longmem.chat import ChatSession
     from longmem.generation import GenerationConfig
     from longmem.store import MemoryStore
@@ -141,7 +143,7 @@ def chat(
             _converse(conversation, None)
         return
     with MemoryStore.open(store) as opened:
-        remembered = opened.bank(bank, loaded.bank_spec, device=loaded.device)
+        remembered = opened.bank(bank, loaded.bank_spec, device=loaded.device, search=search)
         with ChatSession(loaded, remembered, name, config, system=system) as conversation:
             known = common.contents(remembered)
             typer.echo(f"Bank {bank} remembers {known}; this is {conversation.source}. /help lists commands.", err=True)
@@ -189,13 +191,17 @@ def _reply(conversation: ChatSession, line: str) -> list[Piece]:
     return pieces
 
 
-def _check_bank(store: Path | None, bank: str | None) -> None:
+def _check_bank(store: Path | None, bank: str | None, search: str) -> None:
     if bank is not None and store is None:
         raise typer.BadParameter("--bank needs --store, or LONGMEM_STORE in the environment.", param_hint="--store")
+    if bank is None and search == "index":
+        raise typer.BadParameter("without --bank there is nothing to search.", param_hint="--search")
 
 
 @contextmanager
-def _open_bank(store: Path | None, bank: str | None, device: str) -> Iterator[MemoryBank | None]:
+def _open_bank(
+    store: Path | None, bank: str | None, device: str, search: Literal["exact", "index"]
+) -> Iterator[MemoryBank | None]:
     """An existing bank, or None if none was asked for."""
     if store is None or bank is None:
         yield None
@@ -203,7 +209,7 @@ def _open_bank(store: Path | None, bank: str | None, device: str) -> Iterator[Me
     from longmem.store import MemoryStore
 
     with MemoryStore.open(store, create=False) as opened:
-        yield opened.bank(bank, device=common.device_of(device))
+        yield opened.bank(bank, device=common.device_of(device), search=search)
 
 
 # ---- footnotes ---------------------------------------------------------------------------------------------

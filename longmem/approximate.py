@@ -1,0 +1,183 @@
+"""The index of a bank: for each memory head, a small copy of the keys that is searched instead of all of them.
+
+An index is a cache. It says how much it finds, measured on queries that had no part in making it; scores are always
+those of the bank's own keys, and tokens that it does not know are searched exactly.
+
+H memory heads (K of a layer), N tokens that the index knows, Q queries, E head size, R retrieved.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longmem.errors import ConfigError
+from longmem.ivf import InvertedFile
+from longmem.sketch import Sketch
+
+# From so many tokens on, reading some lists is faster than reading a few numbers of every key (docs/search.md).
+LISTS_FROM = 1 << 17
+# An index of fewer tokens for each retrieved one would save nothing.
+LEAST = 16
+# The part of a bank that its index does not know may grow to this share of what it knows.
+TAIL = 0.25
+KINDS = {"sketch": Sketch, "lists": InvertedFile}
+
+
+@dataclass(frozen=True)
+class BankIndex:
+    """How a bank's first N tokens are searched without reading all of their keys.
+
+    Attributes:
+        heads: an index of one search for each memory head, in the order of the bank's spec.
+        top_k: R, what recall was measured at.
+        target: the recall that was asked for.
+        fingerprint: of the keys that it was made from (`fingerprint`).
+    """
+
+    heads: tuple[Sketch | InvertedFile, ...]
+    top_k: int
+    target: float
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Tokens that the index knows."""
+        return len(self.heads[0])
+
+    @classmethod
+    def choose(
+        cls,
+        keys_HNE: Tensor,
+        query_HQE: Tensor,
+        *,
+        top_k: int,
+        target: float = 0.99,
+        lists: bool | None = None,
+        on_head: Callable[[int], None] | None = None,
+    ) -> BankIndex:
+        """The least index of each head that reaches a target recall.
+
+        Args:
+            keys_HNE: of a bank, on the CPU.
+            query_HQE: recorded queries, at least two, better hundreds. The first half chooses, the second measures.
+            top_k: R, what recall is measured at.
+            target: recall among the R true nearest, of the queries that choose. What is then measured may fall short by
+                a per cent: ask for more than you need.
+            lists: inverted files or sketches; by default what is faster for so many keys, and installed.
+            on_head: called with 1 for each head that is done.
+
+        Raises:
+            ConfigError: too few keys, or a target that is no share.
+            MissingExtraError: inverted files were asked for, and faiss is not installed.
+        """
+        check(keys_HNE.shape[1], top_k, target)
+        if lists is None:
+            lists = keys_HNE.shape[1] >= LISTS_FROM and importlib.util.find_spec("faiss") is not None
+        heads = []
+        for head in range(len(keys_HNE)):
+            one = slice(head, head + 1)
+            heads.append(_choose(keys_HNE[one], query_HQE[one], top_k, target, lists))
+            if on_head is not None:
+                on_head(1)
+        return cls(tuple(heads), top_k, target, fingerprint(keys_HNE))
+
+    @property
+    def recall(self) -> tuple[float, ...]:
+        """Share of the true nearest keys that each head finds."""
+        return tuple(head.recall[0] for head in self.heads)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What each head's index is, in words."""
+        return tuple(
+            f"{head.size} coordinates"
+            if isinstance(head, Sketch)
+            else f"{head.size} coordinates, {head.probes[0]:,} of {head.lists[0].nlist:,} lists"
+            for head in self.heads
+        )
+
+    def outgrown(self, num_tokens: int) -> bool:
+        """Whether a bank of so many tokens deserves a new index: what was appended is read whole at every search."""
+        return num_tokens - len(self) > TAIL * len(self)
+
+    def search(self, heads: slice, query_KQE: Tensor, keys_KNE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        """The `top_k` keys of largest dot product for each query of some heads, but for the share that `recall` says.
+
+        Args:
+            heads: which of the memory heads.
+            query_KQE: their queries.
+            keys_KNE: the bank's keys of these heads: those indexed, and any that were appended since.
+            top_k: R.
+
+        Returns:
+            index_KQR and score_KQR as `ops.topk_scan` returns them.
+        """
+        found = [
+            index.search(query_KQE[k : k + 1], keys_KNE[k : k + 1], top_k) for k, index in enumerate(self.heads[heads])
+        ]
+        index_KQR, score_KQR = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return index_KQR, score_KQR
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `from_state` makes the same index of: tensors by name, and settings for JSON."""
+        tensors: dict[str, Tensor] = {}
+        heads = []
+        for head, index in enumerate(self.heads):
+            parts, settings = index.state()
+            tensors |= {f"{head}.{name}": part for name, part in parts.items()}
+            heads.append({"kind": "sketch" if isinstance(index, Sketch) else "lists", **settings})
+        settings = {"top_k": self.top_k, "target": self.target, "fingerprint": self.fingerprint, "heads": heads}
+        return tensors, settings
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], settings: dict[str, Any]) -> BankIndex:
+        """An index as `state` gave it; KeyError if something is missing.
+
+        Raises:
+            MissingExtraError: it has inverted files, and faiss is not installed.
+        """
+        heads = []
+        for head, its in enumerate(settings["heads"]):
+            prefix = f"{head}."
+            parts = {name.removeprefix(prefix): part for name, part in tensors.items() if name.startswith(prefix)}
+            heads.append(KINDS[its["kind"]].from_state(parts, its))
+        return cls(tuple(heads), settings["top_k"], settings["target"], settings["fingerprint"])
+
+
+def _choose(keys_1NE: Tensor, query_1QE: Tensor, top_k: int, target: float, lists: bool) -> Sketch | InvertedFile:
+    if not lists:
+        return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
+    # With every list read, an inverted file finds what a sketch does: that must be more than the target.
+    sketch = Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=(1 + target) / 2)
+    try:
+        return InvertedFile.choose(keys_1NE, query_1QE, top_k=top_k, target=target, size=sketch.size)
+    except ConfigError:
+        return sketch
+
+
+def check(num_tokens: int, top_k: int, target: float) -> None:
+    """Raise `ConfigError` unless so many tokens can have an index of such recall."""
+    if not 0.0 < target <= 1.0:
+        raise ConfigError(f"The recall of an index is a share, above 0 and at most 1; got {target}. 0.99 is usual.")
+    if num_tokens < LEAST * top_k:
+        raise ConfigError(
+            f"The bank remembers {num_tokens:,} tokens; an index is worth making from {LEAST * top_k:,} on. "
+            "Search it exactly."
+        )
+
+
+def fingerprint(keys_HNE: Tensor) -> str:
+    """sha256 of keys: an index fits a bank if it was made from these very keys in this order."""
+    digest = hashlib.sha256(str(tuple(keys_HNE.shape)).encode())
+    for keys_NE in keys_HNE:
+        digest.update(keys_NE.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+__all__ = ["BankIndex", "check", "fingerprint"]
