@@ -1,11 +1,13 @@
 """Tokens a second on a CPU, one at a time: transformers' `generate`, longmem, and longmem with compiled decoding.
 
     OMP_NUM_THREADS=1 python benchmarks/decode_cpu.py
+    OMP_NUM_THREADS=1 python benchmarks/decode_cpu.py --vectors real.safetensors     # with indexes; made if missing
 
 Every way continues the same random prompt greedily. Before anything is timed, the logits of compiled decoding are
 compared with eager ones, and the tokens chosen. Ways take turns, so that what else the machine does meets all alike;
 the processor's own time is given too, which leaves out waiting for a busy core. Banks hold random keys and values: they
-are for time, not for meaning.
+are for time, not for meaning. An index needs keys of text: with --vectors banks hold Python's documentation, repeated
+with slight noise, and the text that follows it is the prompt.
 """
 
 from __future__ import annotations
@@ -17,15 +19,18 @@ import os
 import platform
 import subprocess
 import time
+from operator import eq
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from longmem.bank import BankEntry, MemoryBank
 from longmem.model import LongMem
+from longmem.probe import default_documents
 
 RESULTS = Path(__file__).parent / "results" / "decode_cpu.csv"
 TOLERANCE = 1e-3
@@ -46,6 +51,32 @@ class Clock(BaseStreamer):
     @property
     def steps_S2(self) -> Tensor:
         return torch.tensor(self.times, dtype=torch.float64).diff(dim=0)[1:]
+
+
+def make_vectors(model_name: str, tokens: int) -> dict[str, Tensor]:
+    """Token ids (N,) of Python's documentation, keys and values (H, n, E) of all but the last of them."""
+    writer = LongMem.from_pretrained(model_name, device="cpu", dtype="bfloat16")  # in half the time
+    documents = default_documents(writer.tokenizer)
+    ids_N = torch.cat([torch.from_numpy(documents[i].astype("int64")) for i in range(len(documents))])[: tokens + 4096]
+    keys_HNE, values_HNE = writer.encode(ids_N[:tokens])
+    return {"ids": ids_N, "keys": keys_HNE.contiguous(), "values": values_HNE.contiguous()}
+
+
+def text_bank(model: LongMem, size: int, vectors: dict[str, Tensor]) -> MemoryBank:
+    """A bank of real text, repeated up to `size` tokens with noise of 2 % of a channel's spread."""
+    bank, generator = model.new_bank(), torch.Generator().manual_seed(0)
+    spreads = [0.02 * vectors[name][:, ::16].float().std(1, keepdim=True) for name in ("keys", "values")]
+    while len(bank) < size:
+        part = slice(0, min(size - len(bank), vectors["keys"].shape[1]))
+        keys_HnE, values_HnE = (
+            (rows + torch.randn(rows.shape, generator=generator).mul_(spread)).bfloat16()
+            for rows, spread in zip((vectors["keys"][:, part], vectors["values"][:, part]), spreads, strict=True)
+        )
+        count = part.stop
+        offsets_n2 = torch.stack([torch.arange(count), torch.arange(1, count + 1)], dim=1)
+        source = f"text/{len(bank)}"
+        bank.append(BankEntry(source, "x" * count, 0, vectors["ids"][part], offsets_n2, keys_HnE, values_HnE))
+    return bank
 
 
 def random_bank(model: LongMem, size: int) -> MemoryBank:
@@ -116,6 +147,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=25, help="generated a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--banks", type=int, nargs="*", default=[0, 1 << 16, 1 << 20], help="tokens in each bank")
+    parser.add_argument("--vectors", type=Path, help="keys of text, a file; also measure banks that have an index")
+    parser.add_argument("--encode", type=int, default=98_304, help="tokens to encode where that file is missing")
+    parser.add_argument("--recall", type=float, default=0.99, help="asked of an index")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a CSV that rows are added to")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -135,10 +169,24 @@ def main() -> None:
     ids_T = torch.randint(
         eager.backbone.config.vocab_size, (arguments.prompt,), generator=torch.Generator().manual_seed(0)
     )
+    vectors = None
+    if arguments.vectors is not None:
+        if not arguments.vectors.exists():
+            save_file(make_vectors(arguments.model, arguments.encode), arguments.vectors)
+        vectors = load_file(arguments.vectors)
+        ids_T = vectors["ids"][vectors["keys"].shape[1] :][: arguments.prompt]
     for size in [None, *arguments.banks]:
         bank, name, memory = None, "none: backbone alone (memory=0)", 0.0
         if size is not None:
             bank, name, memory = random_bank(eager, size), f"{size} tokens", 1.0
+            if vectors is not None:
+                bank, name = text_bank(eager, size, vectors), f"{size} tokens of text" if size else "0 tokens"
+        index, way = None, ""
+        if bank is not None and vectors is not None and size:
+            started = time.perf_counter()
+            index = eager.make_index(bank, recall=arguments.recall)
+            print(f"{name}: index made in {time.perf_counter() - started:.0f} s", *index.kinds, flush=True)
+            way = f"longmem compiled, index (recall {min(index.recall):.3f} – {max(index.recall):.3f})"
         tokens = arguments.tokens if (size or 0) < 1 << 19 else 10
         steps: dict[str, list[Tensor]] = {}
         worst = 0.0
@@ -152,6 +200,13 @@ def main() -> None:
             if turn:  # the first round is for checking, and warms everything up
                 steps.setdefault("longmem eager", []).append(eager_S2)
                 steps.setdefault("longmem compiled", []).append(compiled_S2)
+            if bank is not None and index is not None:
+                bank.use_index(index)
+                chosen, _, indexed_S2 = greedy(compiled, ids_T, bank, memory, tokens)
+                bank.use_index(None)
+                print(f"{sum(map(eq, chosen, expected))} of {tokens} tokens as with exact search", flush=True)
+                if turn:
+                    steps.setdefault(way, []).append(indexed_S2)
             if size is None:
                 chosen, seconds_S2 = transformers_greedy(eager, ids_T, tokens)
                 if chosen != expected:

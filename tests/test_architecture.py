@@ -25,7 +25,7 @@ LAYERS = (
     {"sidenet"},
     {"checkpoint"},
     {"model"},
-    {"generation", "recall", "indexing", "evals"},
+    {"generation", "recall", "indexing", "bench", "evals"},
     {"batch"},
     {"chat", "train"},
     {"cli"},

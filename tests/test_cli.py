@@ -129,6 +129,7 @@ def test_banks_loads_no_model(notes):
         (measure.perplexity, "longmem.evals.perplexity.PerplexityConfig", {"conditions", "context"}),
         (measure.recall, "longmem.evals.recall.RecallConfig", {"remembered", "tasks"}),
         (measure.facts, "longmem.evals.facts.FactsConfig", set()),
+        (measure.bench, "longmem.bench.BenchConfig", {"sizes"}),
         (measure.probe, "longmem.probe.ProbeConfig", {"top_k", "max_pair", "max_current"}),
     ],
 )
@@ -351,6 +352,32 @@ def test_what_an_index_needs(notes, tiny_model_dir, other_tiny_model_dir):
     assert "expected at least 136" in fails("index", *at("notes"), "--text", "short.txt", *model)
     words = ("chat", *at("new"), "--search", "index", *model, *CPU)
     assert "No bank 'new'" in fails(*words)
+
+
+BENCH = ("--size", 0, "--size", 40, "--write", 30, "--prompt", 8, "--tokens", 5)
+
+
+def test_bench_shows_what_memory_costs(notes, tiny_model_dir):
+    model = ("--model", tiny_model_dir, *CPU)
+    shown = ok("bench", *BENCH, *at("notes"), *model)
+    for words in ("backbone alone", "empty", "random", "notes, exact", "tokens/s", "of it, search", "Writing: "):
+        assert words in shown
+    assert "GB" not in shown and "torch" in shown
+    figures = json.loads(ok("bench", *BENCH, "--json", "-", *model))
+    assert [cost["size"] for cost in figures["costs"]] == [None, 0, 40] and figures["machine"]["processor"]
+    ok("bench", *BENCH, "--json", "made/figures.json", "--plot", "made/cost.png", *model)
+    assert json.loads(Path("made/figures.json").read_text())["config"]["sizes"] == [0, 40]
+    assert Path("made/cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bench_that_cannot_run_says_why(notes, tiny_model_dir, monkeypatch):
+    model = ("--model", tiny_model_dir, *CPU)
+    assert "tokens of a bench must be at least 5" in fails("bench", *BENCH[:-1], 4, *model)
+    assert "needs a window of" in fails("bench", "--prompt", 2000, *model)
+    assert "LONGMEM_STORE" in fails("bench", "--bank", "notes", *model, code=2)
+    assert "has no index" in fails("bench", *at("notes"), "--search", "index", *model)
+    monkeypatch.setattr(measure.importlib.util, "find_spec", lambda name: None)
+    assert "longmem[plot]" in fails("bench", "--plot", "a.png", *model)
 
 
 # ---- bad input changes nothing -----------------------------------------------------------------------------

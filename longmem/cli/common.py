@@ -69,12 +69,6 @@ def print_json(value: Any) -> None:
 # ---- models ------------------------------------------------------------------------------------------------
 
 
-def contents(bank: MemoryBank) -> str:
-    """How much a bank holds, in words."""
-    sources = len(bank.sources)
-    return f"{len(bank):,} tokens of {sources} source{'' if sources == 1 else 's'}"
-
-
 def load_model(name: str, device: str, dtype: DType = "auto", *, compile: bool = False) -> LongMem:
     _quiet_transformers()
     from longmem.model import LongMem
@@ -105,6 +99,37 @@ def _quiet_transformers() -> None:
     logging.disable_progress_bar()
     # Texts longer than the backbone's window are the whole point.
     logging.set_verbosity_error()
+
+
+# ---- banks ---------------------------------------------------------------------------------------------------
+
+
+def contents(bank: MemoryBank) -> str:
+    """How much a bank holds, in words."""
+    sources = len(bank.sources)
+    return f"{len(bank):,} tokens of {sources} source{'' if sources == 1 else 's'}"
+
+
+def check_bank(store: Path | None, bank: str | None, search: str) -> None:
+    """Raise `BadParameter` where options of a bank do not go together."""
+    if bank is not None and store is None:
+        raise typer.BadParameter("--bank needs --store, or LONGMEM_STORE in the environment.", param_hint="--store")
+    if bank is None and search == "index":
+        raise typer.BadParameter("without --bank there is nothing to search.", param_hint="--search")
+
+
+@contextmanager
+def open_bank(
+    store: Path | None, bank: str | None, device: str, search: Literal["exact", "index"]
+) -> Iterator[MemoryBank | None]:
+    """An existing bank, or None if none was asked for."""
+    if store is None or bank is None:
+        yield None
+        return
+    from longmem.store import MemoryStore
+
+    with MemoryStore.open(store, create=False) as opened:
+        yield opened.bank(bank, device=device_of(device), search=search)
 
 
 # ---- documents ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`longmem probe` and `longmem eval`."""
+"""`longmem probe`, `longmem bench` and `longmem eval`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from longmem.cli import common
 from longmem.errors import MissingExtraError
 
 if TYPE_CHECKING:
+    from longmem.bench import BenchResult
     from longmem.data import TokenizedDocuments
     from longmem.evals.answers import Group
     from longmem.evals.facts import FactsResult
@@ -61,8 +62,7 @@ def probe(
     as_json: common.Json = False,
 ) -> None:
     """Find the heads of a backbone whose keys and values are worth remembering."""
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("--plot needs matplotlib, which is not installed. Run: pip install 'longmem[plot]'.")
+    _check_plot(plot)
     from longmem.probe import ProbeConfig, default_documents
     from longmem.probe import probe as run
 
@@ -91,6 +91,81 @@ def probe(
     common.out.print(result.heat_map())
     listed = " ".join(f"{layer}.{head}" for layer, head in result.memory_heads)
     typer.echo(f"Memory heads of {result.backbone}: {listed}" if listed else "No head can be chosen.")
+
+
+# As above, for `BenchConfig`.
+def bench(
+    context: typer.Context,
+    model: common.Model = common.DEFAULT_MODEL,
+    sizes: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--size",
+            help="Tokens in the bank; several times for several sizes. 0, 4096, 65536 and 262144 by default.",
+            show_default=False,
+        ),
+    ] = None,
+    store: common.MaybeStore = None,
+    bank: Annotated[
+        str | None, typer.Option(help="Measure with this bank, too, as --search says.", show_default=False)
+    ] = None,
+    search: common.Search = "exact",
+    write: Annotated[int, typer.Option(help="Tokens written.")] = 2304,
+    prompt: Annotated[int, typer.Option(help="Tokens in the local window before any is generated.")] = 256,
+    tokens: Annotated[int, typer.Option(help="Most tokens generated with a bank.")] = 24,
+    seconds: Annotated[float, typer.Option(help="Go on to the next bank after so many (and five tokens).")] = 8.0,
+    seed: Annotated[int, typer.Option(help="Of random tokens, keys and values.")] = 0,
+    compile: common.Compile = False,
+    as_json: Figures = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw cost against the size of the bank into this image.", dir_okay=False)
+    ] = None,
+    device: common.Device = "auto",
+    dtype: common.Precision = "auto",
+) -> None:
+    """Measure what memory costs on this machine: writing, and generating with larger and larger banks."""
+    common.check_bank(store, bank, search)
+    _check_file(as_json)
+    _check_plot(plot)
+    from longmem.bench import BenchConfig, steps
+    from longmem.bench import bench as run
+
+    names = {field.name for field in dataclasses.fields(BenchConfig)} & set(context.params) - {"sizes"}
+    settings: dict[str, Any] = {name: context.params[name] for name in names}
+    if sizes:
+        settings["sizes"] = tuple(sizes)
+    config = BenchConfig(**settings)
+    with common.open_bank(store, bank, device, search) as remembered:
+        loaded = common.load_model(model, device, dtype, compile=compile)
+        banks = [] if remembered is None else [(f"{bank}, {search}", remembered)]
+        with common.counting("measuring", steps(config, banks), "steps") as advance:
+            result = run(loaded, config, banks=banks, on_step=advance)
+    if plot is not None:
+        result.plot(plot)
+    if _is_told(result, as_json):
+        return
+    common.out.print(bench_table(result))
+    machine = "; ".join(f"{name} {value}" for name, value in result.machine.items())
+    common.out.print(f"{result.model} on {machine}", markup=False, highlight=False)
+    ratio = result.write_tokens_per_second / result.prefill_tokens_per_second
+    common.out.print(
+        f"Writing: {result.write_tokens_per_second:,.0f} tokens/s, {ratio:.2f} times as fast as the backbone reads "
+        f"({result.prefill_tokens_per_second:,.0f}).",
+        markup=False,
+        highlight=False,
+    )
+
+
+def bench_table(result: BenchResult) -> Table:
+    """Each bank, and what a token costs with it."""
+    table = Table(
+        "bank", "tokens", "tokens/s", "ms a token", "p95", "of it, search", "p95", box=None, header_style="dim"
+    )
+    for cost in result.costs:
+        times = (cost.ms_p50, cost.ms_p95, cost.search_ms_p50, cost.search_ms_p95)
+        size = "" if cost.size is None else f"{cost.size:,}"
+        table.add_row(cost.bank, size, f"{cost.tokens_per_second:.1f}", *(f"{ms:.1f}" for ms in times))
+    return table
 
 
 # As above, for `PerplexityConfig`.
@@ -283,7 +358,12 @@ def _check_file(as_json: Path | None) -> None:
         raise typer.BadParameter(f"{as_json} is a folder, expected a file.", param_hint="--json")
 
 
-def _is_told(result: PerplexityResult | RecallResult | FactsResult, as_json: Path | None) -> bool:
+def _check_plot(plot: Path | None) -> None:
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("--plot needs matplotlib, which is not installed. Run: pip install 'longmem[plot]'.")
+
+
+def _is_told(result: PerplexityResult | RecallResult | FactsResult | BenchResult, as_json: Path | None) -> bool:
     """Write figures to where --json says; True if that was standard output, which takes nothing else."""
     if as_json is None:
         return False

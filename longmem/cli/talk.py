@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -57,7 +56,7 @@ def generate(
     as_json: common.Json = False,
 ) -> None:
     """Continue a text, with what a bank remembers."""
-    _check_bank(store, bank, search)
+    common.check_bank(store, bank, search)
     if attribute and bank is None:
         raise typer.BadParameter("without --bank there is nothing to draw on.", param_hint="--attribute")
     from longmem import generation
@@ -75,7 +74,7 @@ def generate(
     )
     if prompt == "-":
         prompt = sys.stdin.read()
-    with _open_bank(store, bank, device, search) as remembered:
+    with common.open_bank(store, bank, device, search) as remembered:
         loaded = common.load_model(model, device, compile=compile)
         pieces: list[Piece] = []
         for piece in generation.generate(loaded, prompt, bank=remembered, config=config):
@@ -118,7 +117,7 @@ def chat(
     compile: common.Compile = False,
 ) -> None:
     """Talk to a model that remembers, in this conversation and the next. Ctrl-C stops a reply, Ctrl-D leaves."""
-    _check_bank(store, bank, search)
+    common.check_bank(store, bank, search)
     from longmem.chat import ChatSession
     from longmem.generation import GenerationConfig
     from longmem.store import MemoryStore
@@ -189,27 +188,6 @@ def _reply(conversation: ChatSession, line: str) -> list[Piece]:
         getattr(stream, "close", lambda: None)()
     typer.echo()
     return pieces
-
-
-def _check_bank(store: Path | None, bank: str | None, search: str) -> None:
-    if bank is not None and store is None:
-        raise typer.BadParameter("--bank needs --store, or LONGMEM_STORE in the environment.", param_hint="--store")
-    if bank is None and search == "index":
-        raise typer.BadParameter("without --bank there is nothing to search.", param_hint="--search")
-
-
-@contextmanager
-def _open_bank(
-    store: Path | None, bank: str | None, device: str, search: Literal["exact", "index"]
-) -> Iterator[MemoryBank | None]:
-    """An existing bank, or None if none was asked for."""
-    if store is None or bank is None:
-        yield None
-        return
-    from longmem.store import MemoryStore
-
-    with MemoryStore.open(store, create=False) as opened:
-        yield opened.bank(bank, device=common.device_of(device), search=search)
 
 
 # ---- footnotes ---------------------------------------------------------------------------------------------
