@@ -129,7 +129,7 @@ class BenchResult:
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         costs = sorted((cost for cost in self.costs if cost.size is not None), key=lambda cost: cost.size or 0)
-        sizes = [cost.size for cost in costs]
+        sizes = [cost.size or 0 for cost in costs]
         axes.plot(sizes, [cost.ms_p50 for cost in costs], "o-", label="a token")
         axes.plot(sizes, [cost.search_ms_p50 for cost in costs], "o-", label="of it, search")
         for cost in self.costs:
