@@ -153,12 +153,14 @@ class BankIndex:
 def _choose(keys_1NE: Tensor, query_1QE: Tensor, top_k: int, target: float, lists: bool) -> Sketch | InvertedFile:
     if not lists:
         return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
-    # With every list read, an inverted file finds what a sketch does: that must be more than the target.
-    sketch = Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=(1 + target) / 2)
+    # With every list read, an inverted file finds what a sketch does: that must be more than the target. How many
+    # coordinates it takes depends little on how many keys there are, and trying them on all takes minutes.
+    some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // LISTS_FROM)]
+    size = Sketch.choose(some_1nE, query_1QE, top_k=top_k, target=(1 + target) / 2).size
     try:
-        return InvertedFile.choose(keys_1NE, query_1QE, top_k=top_k, target=target, size=sketch.size)
+        return InvertedFile.choose(keys_1NE, query_1QE, top_k=top_k, target=target, size=size)
     except ConfigError:
-        return sketch
+        return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
 
 
 def check(num_tokens: int, top_k: int, target: float) -> None:
