@@ -140,3 +140,35 @@ def test_blocks_of_keys_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in (64, 1000):
         monkeypatch.setattr(cpu, "BLOCK", block)
         assert torch.equal(cpu.topk_scan(query_XQE, keys_XNE, 6)[0], whole[0])
+
+
+@settings(max_examples=60)
+@given(
+    searches=st.integers(1, 3),
+    queries=st.integers(0, 20),
+    retrieved=st.integers(0, 9),
+    missing=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 99),
+)
+def test_attention_over_rows_is_the_reference_s(
+    searches: int, queries: int, retrieved: int, missing: bool, dtype: torch.dtype, seed: int
+) -> None:
+    """With gradients to the queries, and pools that are views of larger ones."""
+    random = torch.Generator().manual_seed(seed)
+    keys_PNE, values_PNE = normal(2, 4, 30, 5, seed=seed)[:, :, 3:20].bfloat16()
+    pool_X = torch.randint(4, (searches,), generator=random)
+    slot_XQR = torch.randint(17, (searches, queries, retrieved), generator=random)
+    valid_XQR = torch.ones_like(slot_XQR, dtype=torch.bool)
+    if missing:
+        valid_XQR = torch.rand(slot_XQR.shape, generator=random) < 0.5
+    results = []
+    for ops in (cpu, reference):
+        query_XQE = normal(searches, queries, 5, seed=seed + 1).to(dtype).requires_grad_()
+        output_XQE, sum_XQ = ops.attend_rows(query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, 0.7)
+        (output_XQE.float().sum() + sum_XQ.masked_fill(sum_XQ == -torch.inf, 0.0).sum()).backward()
+        results.append((output_XQE, sum_XQ, query_XQE.grad))
+    for mine, its in zip(*results, strict=True):
+        assert mine.dtype == its.dtype
+        tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+        torch.testing.assert_close(mine, its, atol=tolerance, rtol=tolerance)

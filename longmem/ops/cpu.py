@@ -1,4 +1,5 @@
 """Exact search on a CPU: keys are ranked in bfloat16, the best are scored again in float32, a bound proves the rest.
+And attention over what was found.
 
 A search of one token is bound by how fast keys can be read, so they are read once and as they are stored.
 
@@ -118,6 +119,50 @@ def rescore(
         score_QC.masked_fill_(~valid_QC, -torch.inf)
     score_QR, among_QR = score_QC.topk(top_k, dim=-1)
     return candidate_QC.gather(-1, among_QR), score_QR
+
+
+def attend_rows(
+    query_XQE: Tensor,
+    keys_PNE: Tensor,
+    values_PNE: Tensor,
+    pool_X: Tensor,
+    slot_XQR: Tensor,
+    valid_XQR: Tensor,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """`reference.attend_rows`, for the few queries of one token in fewer operations: each costs more than its numbers.
+
+    More than `FEW` queries a search, and searches that found too little, are left to the reference.
+    """
+    if not 0 < query_XQE.shape[1] <= FEW or not valid_XQR.numel():
+        return reference.attend_rows(query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling)
+    outputs, logsumexps = [], []
+    # Each search by itself: what one found changes nothing for the others.
+    for query_QE, pool, slot_QR, valid_QR in zip(query_XQE, pool_X.tolist(), slot_XQR, valid_XQR, strict=True):
+        pools = keys_PNE[pool], values_PNE[pool]
+        output_QE, logsumexp_Q = _attend(query_QE, *pools, slot_QR, valid_QR, scaling)
+        outputs.append(output_QE)
+        logsumexps.append(logsumexp_Q)
+    return torch.stack(outputs), torch.stack(logsumexps)
+
+
+def _attend(
+    query_QE: Tensor, keys_NE: Tensor, values_NE: Tensor, slot_QR: Tensor, valid_QR: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    if not valid_QR.all():
+        one_1 = torch.zeros(1, dtype=torch.int64)
+        output_1QE, logsumexp_1Q = reference.attend_rows(
+            query_QE[None], keys_NE[None], values_NE[None], one_1, slot_QR[None], valid_QR[None], scaling
+        )
+        return output_1QE[0], logsumexp_1Q[0]
+    key_QRE, value_QRE = (
+        rows_NE.index_select(0, slot_QR.flatten()).to(query_QE.dtype).unflatten(0, slot_QR.shape)
+        for rows_NE in (keys_NE, values_NE)
+    )
+    score_QR = torch.bmm(key_QRE, query_QE[..., None]).squeeze(-1).float() * scaling
+    logsumexp_Q1 = score_QR.logsumexp(-1, keepdim=True)
+    weight_QR = (score_QR - logsumexp_Q1).exp().to(value_QRE.dtype)
+    return torch.bmm(weight_QR[:, None], value_QRE).squeeze(1), logsumexp_Q1.squeeze(-1)
 
 
 def int8_products(query_QE: Tensor, keys_NE: Tensor) -> Tensor:

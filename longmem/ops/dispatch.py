@@ -1,5 +1,5 @@
-"""Which implementation runs: Triton kernels for tensors on a CUDA device, on a CPU a search for bfloat16 keys, plain
-PyTorch elsewhere."""
+"""Which implementation runs: Triton kernels for tensors on a CUDA device, on a CPU what suits one token at a time,
+plain PyTorch elsewhere."""
 
 from __future__ import annotations
 
@@ -45,6 +45,10 @@ def attend_rows(
         from longmem.ops.triton import attention
 
         return attention.attend_rows(*inputs)
+    if query_XQE.device.type == "cpu":
+        from longmem.ops import cpu
+
+        return cpu.attend_rows(*inputs)
     return reference.attend_rows(*inputs)
 
 
