@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from longmem.approximate import BankIndex
 from longmem.bank import BankEntry, MemoryBank
 from longmem.model import LongMem
 from longmem.probe import default_documents
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--banks", type=int, nargs="*", default=[0, 1 << 16, 1 << 20], help="tokens in each bank")
     parser.add_argument("--vectors", type=Path, help="keys of text, a file; also measure banks that have an index")
     parser.add_argument("--encode", type=int, default=98_304, help="tokens to encode where that file is missing")
-    parser.add_argument("--recall", type=float, default=0.99, help="asked of an index")
+    parser.add_argument("--recall", type=float, nargs="*", default=[0.99], help="asked of indexes")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a CSV that rows are added to")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -181,12 +182,13 @@ def main() -> None:
             bank, name, memory = random_bank(eager, size), f"{size} tokens", 1.0
             if vectors is not None:
                 bank, name = text_bank(eager, size, vectors), f"{size} tokens of text" if size else "0 tokens"
-        index, way = None, ""
-        if bank is not None and vectors is not None and size:
+        indexes: dict[str, BankIndex] = {}
+        for target in arguments.recall if bank is not None and vectors is not None and size else []:
             started = time.perf_counter()
-            index = eager.make_index(bank, recall=arguments.recall)
+            index = eager.make_index(bank, recall=target)
             print(f"{name}: index made in {time.perf_counter() - started:.0f} s", *index.kinds, flush=True)
-            way = f"longmem compiled, index (recall {min(index.recall):.3f} – {max(index.recall):.3f})"
+            told = f"recall {min(index.recall):.3f} – {max(index.recall):.3f}"
+            indexes[f"longmem compiled, index for {target} ({told})"] = index
         tokens = arguments.tokens if (size or 0) < 1 << 19 else 10
         steps: dict[str, list[Tensor]] = {}
         worst = 0.0
@@ -200,7 +202,8 @@ def main() -> None:
             if turn:  # the first round is for checking, and warms everything up
                 steps.setdefault("longmem eager", []).append(eager_S2)
                 steps.setdefault("longmem compiled", []).append(compiled_S2)
-            if bank is not None and index is not None:
+            for way, index in indexes.items():
+                assert bank is not None
                 bank.use_index(index)
                 chosen, _, indexed_S2 = greedy(compiled, ids_T, bank, memory, tokens)
                 bank.use_index(None)
