@@ -179,11 +179,13 @@ def main() -> None:
     for size in [None, *arguments.banks]:
         bank, name, memory = None, "none: backbone alone (memory=0)", 0.0
         if size is not None:
-            bank, name, memory = random_bank(eager, size), f"{size} tokens", 1.0
-            if vectors is not None:
-                bank, name = text_bank(eager, size, vectors), f"{size} tokens of text" if size else "0 tokens"
+            of_text = vectors is not None and size > 0
+            bank = text_bank(eager, size, vectors) if vectors is not None else random_bank(eager, size)
+            name, memory = f"{size} tokens{' of text' * of_text}", 1.0
         indexes: dict[str, BankIndex] = {}
-        for target in arguments.recall if bank is not None and vectors is not None and size else []:
+        for target in arguments.recall:
+            if bank is None or vectors is None or not size:
+                break
             started = time.perf_counter()
             index = eager.make_index(bank, recall=target)
             print(f"{name}: index made in {time.perf_counter() - started:.0f} s", *index.kinds, flush=True)
