@@ -22,10 +22,18 @@ TEXT_SUFFIXES = {".txt", ".md", ".rst", ".text"}
 
 @dataclass(frozen=True)
 class Document:
-    """One text and its name."""
+    """One text.
+
+    Attributes:
+        name: of the text.
+        text: of the document.
+        answers: [start, end) in characters of what can only be known from earlier in the text, in order. Training may
+            count it for more.
+    """
 
     name: str
     text: str
+    answers: tuple[tuple[int, int], ...] = ()
 
 
 def read_text(path: Path) -> str:
@@ -66,8 +74,8 @@ def decode_text(raw: bytes, name: str) -> str:
 
 
 def read_documents(paths: Iterable[Path]) -> Iterator[Document]:
-    """Documents of text files, JSONL files (a `text` field a line, `name` optional) and folders of them, in sorted
-    order.
+    """Documents of text files, JSONL files (a `text` field a line, `name` and `answers` optional) and folders of them,
+    in sorted order.
 
     Raises:
         SourceError: names the file, and in JSONL the line, that cannot be used.
@@ -97,17 +105,45 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
             ) from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise SourceError(f"{path}, line {number}: expected a JSON object with a `text` string, got {line[:60]!r}.")
-        yield Document(str(row.get("name", f"{path}:{number}")), row["text"])
+        answers = row.get("answers", [])
+        if not _are_spans(answers, len(row["text"])):
+            raise SourceError(
+                f"{path}, line {number}: expected `answers` as [start, end] pairs of characters inside the text, in "
+                f"order; got {str(answers)[:60]}."
+            )
+        yield Document(str(row.get("name", f"{path}:{number}")), row["text"], tuple((a, b) for a, b in answers))
+
+
+def _are_spans(spans: Any, length: int) -> bool:
+    """Whether these are [start, end) pairs, none empty, one after the other, up to `length`."""
+    if not isinstance(spans, list) or not all(isinstance(span, list) and len(span) == 2 for span in spans):
+        return False
+    bounds = [0, *(bound for span in spans for bound in span), length]
+    whole = all(isinstance(bound, int) for bound in bounds)
+    return whole and bounds == sorted(bounds) and all(start < end for start, end in spans)
 
 
 class TokenizedDocuments:
     """Token ids of many documents in one array, with their names: what training and evaluation read.
 
-    On disk it is a folder with `tokens.npy` (uint16 or uint32, memory-mapped) and `documents.json`.
+    On disk it is a folder with `tokens.npy` (uint16 or uint32, memory-mapped), `documents.json` and, where answers are
+    marked, `answers.npy` (uint8, memory-mapped).
+
+    Args:
+        tokens: of all documents, one after the other.
+        names, lengths: of each document; lengths in tokens.
+        answers: uint8, 1 for each token of an answer (see `Document`); None if none is marked.
     """
 
-    def __init__(self, tokens: np.ndarray, names: Sequence[str], lengths: Sequence[int]) -> None:
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        names: Sequence[str],
+        lengths: Sequence[int],
+        answers: np.ndarray | None = None,
+    ) -> None:
         self.tokens = tokens
+        self.answers = answers
         self.names = list(names)
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.starts = np.concatenate(([0], np.cumsum(self.lengths)))[:-1]
@@ -132,19 +168,45 @@ class TokenizedDocuments:
             SourceError: there is no document.
         """
         dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
-        arrays, names = [], []
+        arrays, marks, names = [], [], []
         for document in documents:
-            arrays.append(np.asarray(tokenizer(document.text, add_special_tokens=False).input_ids, dtype=dtype))
+            asked = {"return_offsets_mapping": True} if document.answers else {}
+            encoded = tokenizer(document.text, add_special_tokens=False, **asked)
+            arrays.append(np.asarray(encoded.input_ids, dtype=dtype))
+            marks.append(np.zeros(len(arrays[-1]), dtype=np.uint8))
+            if document.answers:
+                starts, ends = np.asarray(encoded.offset_mapping, dtype=np.int64).reshape(-1, 2).T
+                for start, end in document.answers:
+                    marks[-1][np.searchsorted(ends, start, side="right") : np.searchsorted(starts, end)] = 1
             names.append(document.name)
             if on_document is not None:
                 on_document(document.name)
         if not arrays:
             raise SourceError("No documents were given. Expected text files, .jsonl files or folders of them.")
-        return cls(np.concatenate(arrays), names, [len(array) for array in arrays])
+        answers = np.concatenate(marks)
+        return cls(np.concatenate(arrays), names, [len(a) for a in arrays], answers if answers.any() else None)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[TokenizedDocuments]) -> TokenizedDocuments:
+        """The documents of all parts, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        answers = None
+        if any(part.answers is not None for part in parts):
+            marks = (np.zeros(len(p.tokens), dtype=np.uint8) if p.answers is None else p.answers for p in parts)
+            answers = np.concatenate(list(marks))
+        names = [name for part in parts for name in part.names]
+        lengths = [int(length) for part in parts for length in part.lengths]
+        return cls(np.concatenate([part.tokens for part in parts]), names, lengths, answers)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "tokens.npy", self.tokens)
+        if self.answers is not None:
+            np.save(folder / "answers.npy", self.answers)
+        else:
+            # Of documents that were there before.
+            (folder / "answers.npy").unlink(missing_ok=True)
         rows = [{"name": n, "tokens": int(t)} for n, t in zip(self.names, self.lengths, strict=True)]
         (folder / "documents.json").write_text(json.dumps(rows))
 
@@ -158,6 +220,8 @@ class TokenizedDocuments:
         try:
             rows = json.loads((folder / "documents.json").read_text())
             tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
+            marked = (folder / "answers.npy").exists()
+            answers = np.load(folder / "answers.npy", mmap_mode="r", allow_pickle=False) if marked else None
             names, lengths = [row["name"] for row in rows], [int(row["tokens"]) for row in rows]
         except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
             raise SourceError(
@@ -167,11 +231,43 @@ class TokenizedDocuments:
             raise SourceError(
                 f"{folder} is damaged: documents.json counts {sum(lengths)} tokens, tokens.npy holds {len(tokens)}."
             )
-        return cls(tokens, names, lengths)
+        if answers is not None and answers.shape != tokens.shape:
+            raise SourceError(
+                f"{folder} is damaged: answers.npy marks {len(answers)} tokens, tokens.npy holds {len(tokens)}. "
+                "Make the folder again."
+            )
+        return cls(tokens, names, lengths, answers)
 
     @staticmethod
     def is_saved(folder: Path) -> bool:
         return (folder / "tokens.npy").exists()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Documents of several kinds, and how much of the training text each kind gives.
+
+    Attributes:
+        sources: the kinds.
+        shares: of the segments read, one a kind; they add up to 1.
+
+    Raises:
+        ConfigError: a share is missing, one too many, or not above 0, or they do not add up to 1.
+    """
+
+    sources: tuple[TokenizedDocuments, ...]
+    shares: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.shares) != len(self.sources) or min(self.shares) <= 0 or abs(sum(self.shares) - 1) > 1e-6:
+            raise ConfigError(
+                f"A mixture of {len(self.sources)} kinds of documents needs as many shares above 0 that add up to 1; "
+                f"got {', '.join(map(str, self.shares)) or 'none'}. Leave out what is to have no share."
+            )
+
+    def __len__(self) -> int:
+        """Documents of all kinds."""
+        return sum(map(len, self.sources))
 
 
 @dataclass(frozen=True)
@@ -181,38 +277,53 @@ class Segments:
     Attributes:
         tokens_BS: the segment of each row, int64. It continues the row's segment of the step before, unless:
         starts_B: True where a row begins a new document, so that its bank must be emptied first.
+        answers_BS: True for tokens of answers (see `Document`); None where no document has marked any.
     """
 
     tokens_BS: Tensor
     starts_B: Tensor
+    answers_BS: Tensor | None = None
 
 
 class Streams:
     """B endless streams of consecutive segments; row b of the next batch continues row b.
 
     Documents come in a shuffled order without repetition until all were read. One that is longer than `max_segments`
-    is entered at a random place and left after that many segments, so that one long book does not fill a row.
+    is entered at a random place and left after that many segments, so that one long book does not fill a row. Of a
+    mixture, a row that needs a document gets one of the kind that is furthest behind its share of the segments read.
 
     The state is a few numbers (`state`), so that training resumes to the bit.
     """
 
     def __init__(
-        self, documents: TokenizedDocuments, rows: int, segment: int, *, max_segments: int = 64, seed: int = 0
+        self,
+        documents: TokenizedDocuments | Mixture,
+        rows: int,
+        segment: int,
+        *,
+        max_segments: int = 64,
+        seed: int = 0,
     ) -> None:
         self.documents = documents
+        self.mixture = documents if isinstance(documents, Mixture) else Mixture((documents,), (1.0,))
         self.rows = rows
         self.segment = segment
         self.max_segments = max_segments
-        self.usable = np.flatnonzero(documents.lengths >= 2 * segment)
-        if not len(self.usable):
-            raise ConfigError(
-                f"No document has two segments of {segment} tokens; the longest has {int(documents.lengths.max())} "
-                "tokens. "
-                "Training needs documents that span memory operations: give longer ones, or a smaller --segment."
-            )
+        self.usable = [np.flatnonzero(source.lengths >= 2 * segment) for source in self.mixture.sources]
+        for number, (source, usable) in enumerate(zip(self.mixture.sources, self.usable, strict=True), start=1):
+            if not len(usable):
+                kind = f" of kind {number} of the mixture" if len(self.usable) > 1 else ""
+                raise ConfigError(
+                    f"No document{kind} has two segments of {segment} tokens; the longest has "
+                    f"{int(source.lengths.max())} tokens. "
+                    "Training needs documents that span memory operations: give longer ones, or a smaller --segment."
+                )
+        self.marked = any(source.answers is not None for source in self.mixture.sources)
         self.rng = np.random.default_rng(seed)
-        self.order: list[int] = []
+        self.orders: list[list[int]] = [[] for _ in self.mixture.sources]
+        self.read = [0] * len(self.mixture.sources)
         self.left = [0] * rows
+        self.source = [0] * rows
         self.document = [0] * rows
         self.position = [0] * rows
 
@@ -223,23 +334,33 @@ class Streams:
     def next(self) -> Segments:
         batch = np.empty((self.rows, self.segment), dtype=np.int64)
         starts = np.zeros(self.rows, dtype=bool)
+        answers = np.zeros((self.rows, self.segment), dtype=bool) if self.marked else None
         for row in range(self.rows):
             if not self.left[row]:
                 self._open_document(row)
                 starts[row] = True
-            position = self.position[row]
-            batch[row] = self.documents[self.document[row]][position : position + self.segment]
+            documents = self.mixture.sources[self.source[row]]
+            first = int(documents.starts[self.document[row]]) + self.position[row]
+            batch[row] = documents.tokens[first : first + self.segment]
+            if answers is not None and documents.answers is not None:
+                answers[row] = documents.answers[first : first + self.segment]
             self.position[row] += self.segment
             self.left[row] -= 1
-        return Segments(torch.from_numpy(batch), torch.from_numpy(starts))
+            self.read[self.source[row]] += 1
+        marks = None if answers is None else torch.from_numpy(answers)
+        return Segments(torch.from_numpy(batch), torch.from_numpy(starts), marks)
 
     def _open_document(self, row: int) -> None:
-        if not self.order:
-            self.order = [int(i) for i in self.rng.permutation(self.usable)]
-        index = self.order.pop()
-        length = int(self.documents.lengths[index])
+        total = sum(self.read) + 1
+        behind = [share * total - read for share, read in zip(self.mixture.shares, self.read, strict=True)]
+        source = behind.index(max(behind))
+        if not self.orders[source]:
+            self.orders[source] = [int(i) for i in self.rng.permutation(self.usable[source])]
+        index = self.orders[source].pop()
+        length = int(self.mixture.sources[source].lengths[index])
         segments = min(length // self.segment, self.max_segments)
         spare = length - segments * self.segment
+        self.source[row] = source
         self.document[row] = index
         self.position[row] = int(self.rng.integers(spare + 1)) if segments == self.max_segments else 0
         self.left[row] = segments
@@ -247,8 +368,10 @@ class Streams:
     @property
     def state(self) -> dict[str, Any]:
         return {
-            "order": list(self.order),
+            "orders": [list(order) for order in self.orders],
+            "read": list(self.read),
             "left": list(self.left),
+            "source": list(self.source),
             "document": list(self.document),
             "position": list(self.position),
             "rng": self.rng.bit_generator.state,
@@ -256,8 +379,10 @@ class Streams:
 
     @state.setter
     def state(self, state: dict[str, Any]) -> None:
-        self.order = list(state["order"])
+        self.orders = [list(order) for order in state["orders"]]
+        self.read = list(state["read"])
         self.left = list(state["left"])
+        self.source = list(state["source"])
         self.document = list(state["document"])
         self.position = list(state["position"])
         self.rng.bit_generator.state = state["rng"]

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from longmem.attention import MemoryRead
 from longmem.bank import DTYPES
 from longmem.config import SideNetConfig, read_json
-from longmem.data import Streams, TokenizedDocuments
+from longmem.data import Mixture, Segments, Streams, TokenizedDocuments
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evals.perplexity import PerplexityConfig, PerplexityResult, perplexity
 from longmem.index import StreamBanks, StreamReader
 from longmem.model import LongMem
-from longmem.ops import linear_cross_entropy
+from longmem.ops import linear_cross_entropy, linear_nll
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class TrainConfig:
         wrong_fraction: share of streams that read another stream's bank in a step, so that a wrong one costs little.
         lookup_weight: of the memory regulariser: attention among retrieved tokens should fall on those that are the
             next token.
+        answer_weight: of marked answers (see `longmem.data.Document`), beside 1 for any other token, in rows that read
+            their own bank. Elsewhere nothing could tell the answers, so there they are left out of the loss.
         memory: False trains the memory-free twin: the same network, data, steps and seed without any bank.
         max_segments: segments read of one document before the stream moves on.
         dtype: precision of the forward pass; master weights are float32.
@@ -73,6 +75,7 @@ class TrainConfig:
     empty_weight: float = 0.5
     wrong_fraction: float = 0.1
     lookup_weight: float = 0.0
+    answer_weight: float = 1.0
     memory: bool = True
     max_segments: int = 64
     dtype: str = "bfloat16"
@@ -89,6 +92,8 @@ class TrainConfig:
             raise ConfigError(f"wrong_fraction is a share of the batch, from 0 to 1; got {self.wrong_fraction}.")
         if self.empty_weight < 0:
             raise ConfigError(f"empty_weight must not be negative; got {self.empty_weight}.")
+        if self.answer_weight < 0:
+            raise ConfigError(f"answer_weight must be at least 0; got {self.answer_weight}.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}.")
 
@@ -105,11 +110,11 @@ class Trainer:
 
     Args:
         model: its SideNet is trained in float32, its backbone is left alone.
-        documents: tokenised training text.
+        documents: tokenised training text, of one kind or a mixture.
         config: settings.
     """
 
-    def __init__(self, model: LongMem, documents: TokenizedDocuments, config: TrainConfig) -> None:
+    def __init__(self, model: LongMem, documents: TokenizedDocuments | Mixture, config: TrainConfig) -> None:
         self.model = model
         self.config = config
         self.device = model.device
@@ -161,14 +166,17 @@ class Trainer:
         reader, right_B = self._reader()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             hidden_BTD, reads = self.model.correct(seen, reader)
-            loss = self._language_loss(hidden_BTD[:, :-1], tokens_BS)
+            factor_BS = self._factors(segments, right_B if reader is not None else torch.zeros_like(right_B))
+            loss = self._language_loss(hidden_BTD[:, :-1], tokens_BS, factor_BS)
+            answers = self._answer_loss(hidden_BTD[:, :-1], segments, right_B) if reader is not None else {}
             lookup = self._lookup_loss(reads, reader, right_B, tokens_BS) if reader is not None else loss.new_zeros(())
         (loss + self.config.lookup_weight * lookup).backward()
         # The difference form has nothing to learn from an empty bank: there it is the backbone.
         if reader is not None and self.config.empty_weight and self.sidenet.config.update == "alpha":
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
                 hidden_BTD, _ = self.model.correct(seen, None)
-                empty = self._language_loss(hidden_BTD[:, :-1], tokens_BS)
+                factor_BS = self._factors(segments, torch.zeros_like(right_B))
+                empty = self._language_loss(hidden_BTD[:, :-1], tokens_BS, factor_BS)
             (self.config.empty_weight * empty).backward()
 
         norm = nn.utils.clip_grad_norm_(self.sidenet.parameters(), self.config.clip)
@@ -180,7 +188,7 @@ class Trainer:
             self._write(seen, tokens_BS)
         self.done += 1
         self.tokens += tokens_BS.numel()
-        return self._figures(loss, lookup, norm, reads)
+        return self._figures(loss, lookup, answers, norm, reads)
 
     def _reader(self) -> tuple[StreamReader | None, Tensor]:
         """The banks as this step sees them, and which rows see their own."""
@@ -194,11 +202,33 @@ class Trainer:
             return None, right_B
         return self.banks.reader(torch.from_numpy(source_B).to(self.device)), right_B
 
-    def _language_loss(self, hidden_BSD: Tensor, tokens_BS: Tensor) -> Tensor:
+    def _factors(self, segments: Segments, told_B: Tensor) -> Tensor | None:
+        """Weight of each token, (B, S) float32, given which rows read what tells their answers; None is 1 for all."""
+        if segments.answers_BS is None:
+            return None
+        weight_B1 = (told_B.float() * self.config.answer_weight)[:, None]
+        return torch.where(segments.answers_BS.to(self.device), weight_B1, 1.0)
+
+    def _language_loss(self, hidden_BSD: Tensor, tokens_BS: Tensor, factor_BS: Tensor | None) -> Tensor:
         normed_XD = self.model.backbone.final_norm(hidden_BSD).flatten(0, 1)
         target_X = tokens_BS.flatten()
+        # By the number of tokens, not by the sum of weights: what else is in a batch does not change a token's weight.
         weight_X = torch.full_like(target_X, 1 / target_X.numel(), dtype=torch.float32)
+        if factor_BS is not None:
+            weight_X = weight_X * factor_BS.flatten()
         return linear_cross_entropy(normed_XD, self.model.backbone.output_weight_VD, target_X, weight_X)
+
+    @torch.no_grad()
+    def _answer_loss(self, hidden_BSD: Tensor, segments: Segments, right_B: Tensor) -> dict[str, float]:
+        """Mean loss of answers in rows that read their own bank, in nats a token, in steps that are logged."""
+        if segments.answers_BS is None or not self._logs(self.done + 1):
+            return {}
+        counted_BS = segments.answers_BS.to(self.device) & right_B[:, None]
+        if not counted_BS.any():
+            return {}
+        normed_XD = self.model.backbone.final_norm(hidden_BSD[counted_BS])
+        target_X = segments.tokens_BS.to(self.device)[counted_BS]
+        return {"answer_loss": float(linear_nll(normed_XD, self.model.backbone.output_weight_VD, target_X).mean())}
 
     def _lookup_loss(self, reads: list[MemoryRead], reader: StreamReader, right_B: Tensor, tokens_BS: Tensor) -> Tensor:
         """−log of the attention, among retrieved tokens, that falls on those which are the next token.
@@ -224,14 +254,20 @@ class Trainer:
         keys_HBTE, values_HBTE = self.model.keys_values(seen)
         self.banks.append(keys_HBTE[:, :, 1:], values_HBTE[:, :, 1:], tokens_BS)
 
-    def _figures(self, loss: Tensor, lookup: Tensor, norm: Tensor, reads: list[MemoryRead]) -> dict[str, float]:
-        if self.done % self.config.log_every and self.done != self.config.steps:
+    def _logs(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.config.steps
+
+    def _figures(
+        self, loss: Tensor, lookup: Tensor, answers: dict[str, float], norm: Tensor, reads: list[MemoryRead]
+    ) -> dict[str, float]:
+        if not self._logs(self.done):
             return {}
         figures = {
             "step": self.done,
             "tokens": self.tokens,
             "loss": float(loss.detach()),
             "lookup": float(lookup.detach()),
+            **answers,
             "gradient_norm": float(norm),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
@@ -256,6 +292,7 @@ class Trainer:
             "done": self.done,
             "tokens": self.tokens,
             "streams": self.streams.state,
+            "shares": list(self.streams.mixture.shares),
             "rng": self.rng.bit_generator.state,
             "config": dataclasses.asdict(self.config),
             "sidenet": self.sidenet.config.to_dict(),
@@ -288,6 +325,12 @@ class Trainer:
                 f"{', '.join(f'{n} {a} (now {b})' for n, (a, b) in changed.items())}. "
                 "Resume with the same ones, or begin a new run with --warm-from."
             )
+        shares = list(self.streams.mixture.shares)
+        if numbers.get("shares") != shares:
+            raise CheckpointError(
+                f"The run saved in {folder} read its kinds of documents in shares of {numbers.get('shares')}, now "
+                f"{shares}. Resume with the same mixture, or begin a new run with --warm-from."
+            )
         try:
             tensors = load_file(folder / "state.safetensors")
         except (OSError, SafetensorError) as error:
@@ -317,7 +360,7 @@ class Trainer:
 
 def train(
     model: LongMem,
-    documents: TokenizedDocuments,
+    documents: TokenizedDocuments | Mixture,
     config: TrainConfig,
     out: Path,
     *,
@@ -385,6 +428,8 @@ def train(
             trainer.save_state(out / "state")
             clock = time.perf_counter()
     training = {"train": dataclasses.asdict(config), "tokens": trainer.tokens, "documents": len(documents)}
+    if isinstance(documents, Mixture):
+        training["shares"] = list(documents.shares)
     model.save(out, training=training)
     draw_curves(log, out / "curves.png")
     return result

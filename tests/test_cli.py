@@ -524,6 +524,8 @@ def test_tokenize_train_evaluate(texts):
     )
     ok(*train("tokens", "texts/a.txt", "--out", "runs/x", "--steps", 3, "--save-every", 2, "--resume", *shape))
     ok(*train("tokens", "--out", "runs/warm", "--steps", 1, "--warm-from", "runs/x", *texts))
+    ok(*train("tokens", "texts/a.txt", "--mix", "0.75 0.25", "--out", "runs/mix", "--steps", 1, *shape))
+    assert json.loads(Path("runs/mix/config.json").read_text())["training"]["shares"] == [0.75, 0.25]
 
     sizes = ("--segment", 16, "--segments", 2, "--prefill", 32, "--context", 16, "--stride", 16)
     words = ("eval", "perplexity", "tokens", "--model", "runs/x", *sizes, *CPU)
@@ -597,6 +599,8 @@ def test_training_refuses_what_cannot_work(texts, notes):
 
     assert "longmem probe" in refused("texts")
     assert "expected layer.head pairs" in refused("texts", "--heads", "17,1", code=2)
+    assert "expected 1 shares such as" in refused("texts", *heads, "--mix", "0.8 0.2", code=2)
+    assert "add up to 1; got 0.8" in refused("texts", *heads, "--mix", "0.8")
     assert "give one of them" in refused("texts", *heads, "--recipe", "paper", code=2)
     assert "Memory heads [(9, 0)] do not exist" in refused("texts", "--heads", "1.0 9.0")
     assert "holds no state to resume from" in refused("texts", *heads, "--resume")

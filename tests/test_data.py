@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from longmem.data import Document, Streams, TokenizedDocuments, read_documents, read_text
+from longmem.data import Document, Mixture, Streams, TokenizedDocuments, read_documents, read_text
 from longmem.errors import ConfigError, SourceError
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -94,6 +95,20 @@ def test_any_text_survives_jsonl(tmp_path_factory: pytest.TempPathFactory, texts
     assert [document.text for document in read_documents([path])] == texts
 
 
+def test_answers_are_read_from_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text('{"text": "Ada has bees.", "answers": [[0, 3], [8, 12]]}\n{"text": "Nothing."}\n')
+    assert [document.answers for document in read_documents([path])] == [((0, 3), (8, 12)), ()]
+
+
+@pytest.mark.parametrize("answers", ["[[0]]", "[[2, 1]]", "[[3, 3]]", "[[0, 14]]", "[[4, 6], [0, 2]]", '"0-3"', "[3]"])
+def test_answers_that_are_no_spans_of_the_text_are_named(answers: str, tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text('{"text": "Ada has bees.", "answers": ' + answers + "}\n")
+    with pytest.raises(SourceError, match=r"line 1: expected `answers` as \[start, end\] pairs"):
+        list(read_documents([path]))
+
+
 # ---- tokenised documents -----------------------------------------------------------------------------------
 
 
@@ -135,6 +150,38 @@ def test_documents_come_back_token_by_token(
     assert again.tokens.dtype == (np.uint16 if vocabulary == 256 else np.uint32)
     for i, text in enumerate(given_texts):
         assert again[i].tolist() == documents[i].tolist() == [ord(character) for character in text]
+
+
+class Words:
+    """A tokenizer of one token a word with the space before it, which says where its tokens stand."""
+
+    def __len__(self) -> int:
+        return 1 << 10
+
+    def __call__(self, text: str, *, add_special_tokens: bool, return_offsets_mapping: bool = False) -> Words:
+        self.offset_mapping = [match.span() for match in re.finditer(r" ?\S+", text)]
+        self.input_ids = list(range(len(self.offset_mapping)))
+        return self
+
+
+def test_tokens_of_answers_are_marked_and_kept(tmp_path: Path) -> None:
+    plain, told = Document("plain", "a b c"), Document("told", "My dog is Rex the Third. Yes", ((10, 23), (25, 28)))
+    assert TokenizedDocuments.from_documents([plain], Words()).answers is None
+    documents = TokenizedDocuments.from_documents([plain, told], Words())
+    assert documents.answers is not None and documents.answers.dtype == np.uint8
+    assert documents.answers.tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 1, 1]
+    documents.save(tmp_path)
+    again = TokenizedDocuments.load(tmp_path)
+    assert again.answers is not None and again.answers.tolist() == documents.answers.tolist()
+    both = TokenizedDocuments.concatenate([numbered([2]), again])
+    assert both.answers is not None and both.answers.tolist() == [0, 0, *documents.answers.tolist()]
+    assert both.lengths.tolist() == [2, 3, 7] and both.names == ["0", "plain", "told"]
+    assert TokenizedDocuments.concatenate([numbered([2]), numbered([3])]).answers is None
+    np.save(tmp_path / "answers.npy", documents.answers[1:])
+    with pytest.raises(SourceError, match=r"damaged: answers\.npy marks 9 tokens"):
+        TokenizedDocuments.load(tmp_path)
+    numbered([4]).save(tmp_path)
+    assert TokenizedDocuments.load(tmp_path).answers is None
 
 
 def test_no_documents_are_an_error() -> None:
@@ -276,3 +323,65 @@ def test_the_order_is_the_seeds() -> None:
 def test_documents_too_short_for_memory_are_named() -> None:
     with pytest.raises(ConfigError, match="two segments of 11 tokens; the longest has 21 tokens"):
         Streams(numbered([5, 21]), 1, 11)
+
+
+# ---- mixtures ----------------------------------------------------------------------------------------------
+
+
+def mixed(*shares: float) -> Mixture:
+    """Kinds of long and short documents; the kind of a token is its number // 1000."""
+    lengths = ([80] * 6, [24] * 9, [40] * 3)
+    sources = [
+        TokenizedDocuments(
+            np.arange(sum(some), dtype=np.uint32) + 1000 * kind, [str(i) for i in range(len(some))], some
+        )
+        for kind, some in enumerate(lengths[: len(shares)])
+    ]
+    return Mixture(tuple(sources), shares)
+
+
+@pytest.mark.parametrize("shares", [(0.9, 0.1), (0.75, 0.25), (0.2, 0.3, 0.5)])
+@pytest.mark.parametrize("rows", [1, 3, 16])
+def test_each_kind_gives_its_share(shares: tuple[float, ...], rows: int) -> None:
+    stream = Streams(mixed(*shares), rows, 4)
+    steps = 400
+    kinds = np.concatenate([tokens_BS[:, 0] // 1000 for tokens_BS, _ in take(stream, steps)])
+    counts = np.bincount(kinds)
+    # What is behind its share is read next, so what is ahead is at most the documents that are being read.
+    assert np.abs(counts - np.array(shares) * steps * rows).max() <= 20 * rows
+    assert counts.tolist() == stream.read
+    early = np.bincount(kinds[: 4 * rows], minlength=len(shares)) / (4 * rows)
+    assert rows < 16 or np.abs(early - shares).max() < 0.1
+
+
+def test_the_state_of_a_mixture_is_its_whole_future() -> None:
+    stream = Streams(mixed(0.7, 0.3), 3, 4, seed=3)
+    list(take(stream, 17))
+    state = json.loads(json.dumps(stream.state))
+    expected = list(take(stream, 60))
+    resumed = Streams(mixed(0.7, 0.3), 3, 4, seed=12345)
+    resumed.state = state
+    for mine, theirs in zip(take(resumed, 60), expected, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_answers_go_with_their_tokens() -> None:
+    plain, marked = mixed(0.5, 0.5).sources
+    marked.answers = (marked.tokens % 3 == 0).astype(np.uint8)
+    stream = Streams(Mixture((plain, marked), (0.5, 0.5)), 4, 4)
+    for segments in islice(stream, 50):
+        assert segments.answers_BS is not None
+        tokens_BS = segments.tokens_BS.numpy()
+        assert np.array_equal(segments.answers_BS.numpy(), (tokens_BS >= 1000) & (tokens_BS % 3 == 0))
+    assert Streams(plain, 4, 4).next().answers_BS is None
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (0.5, 0.4), (1.0, 0.0), (1.2, -0.2), (0.5, 0.3, 0.2)])
+def test_shares_that_make_no_mixture_are_named(shares: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="mixture of 2 kinds of documents needs as many shares above 0"):
+        Mixture((numbered([9]), numbered([9])), shares)
+
+
+def test_a_kind_too_short_for_memory_is_named() -> None:
+    with pytest.raises(ConfigError, match="No document of kind 2 of the mixture has two segments of 11 tokens"):
+        Streams(Mixture((numbered([40]), numbered([21])), (0.5, 0.5)), 1, 11)

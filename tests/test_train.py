@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from longmem.config import SideNetConfig
+from longmem.data import Mixture, TokenizedDocuments
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evals.perplexity import PerplexityConfig
 from longmem.index import Retrieved
@@ -267,6 +268,7 @@ def test_documents_too_short_leave_no_folder(tmp_path: Path) -> None:
         {"log_every": 0},
         {"wrong_fraction": 1.2},
         {"empty_weight": -0.1},
+        {"answer_weight": -1.0},
         {"dtype": "float16"},
     ],
 )
@@ -307,3 +309,74 @@ def test_a_sidenet_that_reads_nothing_is_trained_all_the_same(tmp_path: Path) ->
     model = LongMem(tiny.backbone("llama"), SideNetConfig(((0, 2), (2, 4)), ()))
     train(model, REPETITIVE, dataclasses.replace(SMALL, memory=False, steps=2), tmp_path)
     assert all(math.isfinite(row["loss"]) for row in log_of(tmp_path))
+
+
+# ---- mixtures and answers ------------------------------------------------------------------------------------
+
+
+def marked(every: int, *lengths: int, seed: int = 1) -> TokenizedDocuments:
+    """Documents with every so many tokens an answer."""
+    documents = tiny.documents(*lengths, seed=seed)
+    documents.answers = (np.arange(len(documents.tokens)) % every == 0).astype(np.uint8)
+    return documents
+
+
+def gradients(trainer: Trainer, steps: int = 3) -> list[float]:
+    return [trainer.step()["gradient_norm"] for _ in range(steps)]
+
+
+def test_documents_without_answers_train_as_ever() -> None:
+    weighted = dataclasses.replace(SMALL, answer_weight=5.0)
+    assert gradients(Trainer(fresh(), REPETITIVE, SMALL)) == gradients(Trainer(fresh(), REPETITIVE, weighted))
+    alone = Mixture((REPETITIVE,), (1.0,))
+    assert gradients(Trainer(fresh(), REPETITIVE, SMALL)) == gradients(Trainer(fresh(), alone, SMALL))
+
+
+def test_answers_weigh_what_they_are_said_to_where_a_row_reads_its_own_bank() -> None:
+    config = dataclasses.replace(SMALL, answer_weight=4.0)
+    trainer = Trainer(fresh(), marked(5, 100, 100), config)
+    segments = trainer.streams.next()
+    assert segments.answers_BS is not None
+    factor_BS = trainer._factors(segments, torch.tensor([True, False]))
+    assert factor_BS is not None
+    for row, weight in ((0, 4.0), (1, 0.0)):
+        marks_S = segments.answers_BS[row]
+        assert (factor_BS[row][marks_S] == weight).all() and (factor_BS[row][~marks_S] == 1).all()
+
+
+def test_weights_of_answers_are_weights_of_their_losses() -> None:
+    """All tokens answers: everything is the same but for the factor, and without it for the empty bank's loss."""
+    plain, all_answers = tiny.documents(100, 100, seed=1), marked(1, 100, 100)
+    config = dataclasses.replace(SMALL, empty_weight=0.5, wrong_fraction=0.0)
+    (without,) = gradients(Trainer(fresh(), plain, dataclasses.replace(config, empty_weight=0.0)), 1)
+    for weight in (0.0, 1.0, 3.0):
+        trainer = Trainer(fresh(), all_answers, dataclasses.replace(config, answer_weight=weight))
+        assert gradients(trainer, 1) == pytest.approx([weight * without], rel=1e-4)
+
+
+def test_the_loss_of_answers_is_logged() -> None:
+    trainer = Trainer(fresh(), marked(5, 100, 100), dataclasses.replace(SMALL, wrong_fraction=0.0, answer_weight=3.0))
+    figures = [trainer.step() for _ in range(3)]
+    assert all(0 < row["answer_loss"] < 20 for row in figures)
+    twin = Trainer(fresh(), marked(5, 100, 100), dataclasses.replace(SMALL, memory=False))
+    assert "answer_loss" not in twin.step() and "answer_loss" not in Trainer(fresh(), REPETITIVE, SMALL).step()
+
+
+def test_a_mixture_resumes_to_the_bit(tmp_path: Path) -> None:
+    mixture = Mixture((REPETITIVE, marked(4, 100, 60)), (0.7, 0.3))
+    config = dataclasses.replace(SMALL, steps=9, save_every=4, answer_weight=2.0)
+    train(fresh(), mixture, config, tmp_path / "whole")
+    assert json.loads((tmp_path / "whole/config.json").read_text())["training"]["shares"] == [0.7, 0.3]
+
+    def interrupt(figures: dict[str, Any]) -> None:
+        if figures["step"] == 6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(fresh(), mixture, config, tmp_path / "parts", on_figures=interrupt)
+    with pytest.raises(CheckpointError, match=r"shares of \[0\.7, 0\.3\], now \[0\.5, 0\.5\]"):
+        train(fresh(), Mixture(mixture.sources, (0.5, 0.5)), config, tmp_path / "parts", resume=True)
+    train(fresh(), mixture, config, tmp_path / "parts", resume=True)
+    assert log_of(tmp_path / "parts") == log_of(tmp_path / "whole")
+    whole, parts = (load_file(tmp_path / name / "state/state.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)

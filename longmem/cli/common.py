@@ -142,8 +142,6 @@ def load_documents(paths: Sequence[Path], backbone: Backbone) -> TokenizedDocume
         SourceError: a path holds no text.
         ConfigError: token ids on disk are not this backbone's.
     """
-    import numpy as np
-
     from longmem.data import TokenizedDocuments, read_documents
 
     parts = [TokenizedDocuments.load(path) for path in paths if TokenizedDocuments.is_saved(path)]
@@ -161,11 +159,7 @@ def load_documents(paths: Sequence[Path], backbone: Backbone) -> TokenizedDocume
                 read_documents(texts), backbone.tokenizer, on_document=lambda name: advance(1)
             )
         parts.append(found)
-    if len(parts) == 1:
-        return parts[0]
-    names = [name for part in parts for name in part.names]
-    lengths = [int(length) for part in parts for length in part.lengths]
-    return TokenizedDocuments(np.concatenate([part.tokens for part in parts]), names, lengths)
+    return TokenizedDocuments.concatenate(parts)
 
 
 def check_long_enough(documents: TokenizedDocuments, config: PerplexityConfig) -> int:

@@ -79,6 +79,9 @@ def train(
     documents: common.Documents,
     out: Out,
     backbone: common.BackboneName = common.DEFAULT_MODEL,
+    mix: Annotated[
+        str | None, typer.Option(help="Share of the training text of each of DOCUMENTS, in order: '0.8 0.2'.")
+    ] = None,
     heldout: Annotated[list[Path] | None, typer.Option(help="Documents to evaluate on; may be repeated.")] = None,
     recipe: Annotated[
         Literal["default", "paper"], _shape("paper: one layer, all its heads, mean keys of 4 tokens, a static gate.")
@@ -105,6 +108,7 @@ def train(
     empty_weight: Annotated[float, _setting("Of the loss of the same text with an empty bank.")] = 0.5,
     wrong_fraction: Annotated[float, _setting("Share of streams that read another's bank in a step.")] = 0.1,
     lookup_weight: Annotated[float, _setting("Of the memory regulariser.")] = 0.0,
+    answer_weight: Annotated[float, _setting("Of tokens that documents mark as answers; of all others 1.")] = 1.0,
     memory: Annotated[bool, _setting("--no-memory trains the memory-free twin.")] = True,
     max_segments: Annotated[int, _setting("Segments read of one document.")] = 64,
     dtype: Annotated[
@@ -140,7 +144,8 @@ def train(
         given.append("--recipe paper")
     if len(given) > 1:
         raise typer.BadParameter(f"{' and '.join(given)} each decide the memory heads: give one of them.")
-    from longmem.data import Streams
+    shares = None if mix is None else parse_shares(mix, len(documents))
+    from longmem.data import Mixture, Streams
     from longmem.evals.perplexity import PerplexityConfig
     from longmem.model import LongMem
     from longmem.train import TrainConfig, train
@@ -165,7 +170,10 @@ def train(
                 frozen, _memory_heads(heads, probe, backbone), below=below, above=above, update=update, top_k=top_k
             )
         model = LongMem(frozen, layout)
-    texts = common.load_documents(documents, frozen)
+    if shares is None:
+        texts = common.load_documents(documents, frozen)
+    else:
+        texts = Mixture(tuple(common.load_documents([path], frozen) for path in documents), shares)
     scored = common.load_documents(heldout, frozen) if heldout else None
     # Before anything is written, and before hours have passed:
     Streams(texts, config.rows, config.segment)
@@ -263,6 +271,17 @@ def parse_heads(text: str) -> tuple[MemoryHead, ...]:
         raise typer.BadParameter(f"expected layer.head pairs such as '17.1 18.2', got {text!r}.", param_hint="--heads")
     pairs = (word.split(".") for word in words)
     return tuple(sorted({MemoryHead(int(layer), int(head)) for layer, head in pairs}))
+
+
+def parse_shares(text: str, count: int) -> tuple[float, ...]:
+    """Shares of a mixture of `count` kinds of documents: "0.8 0.2"."""
+    words = text.replace(",", " ").split()
+    if len(words) != count or not all(re.fullmatch(r"\d*\.?\d+", word) for word in words):
+        raise typer.BadParameter(
+            f"expected {count} shares such as '0.8 0.2', one for each of the documents given; got {text!r}.",
+            param_hint="--mix",
+        )
+    return tuple(float(word) for word in words)
 
 
 def _check_out(out: Path, *, resume: bool) -> None:
