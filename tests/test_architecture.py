@@ -27,7 +27,7 @@ LAYERS = (
     {"model"},
     {"generation", "recall", "indexing", "bench", "evals"},
     {"batch"},
-    {"chat", "train"},
+    {"chat", "histories", "train"},
     {"cli"},
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -126,6 +126,7 @@ def test_banks_loads_no_model(notes):
     ("command", "name", "without"),
     [
         (learn.train, "longmem.train.TrainConfig", set()),
+        (learn.histories, "longmem.histories.HistoryConfig", set()),
         (measure.perplexity, "longmem.evals.perplexity.PerplexityConfig", {"conditions", "context"}),
         (measure.recall, "longmem.evals.recall.RecallConfig", {"remembered", "tasks"}),
         (measure.facts, "longmem.evals.facts.FactsConfig", set()),
@@ -589,6 +590,24 @@ def test_probe_writes_what_train_reads(texts):
     Path("probe.json").write_text(json.dumps(found))
     ok(*train("texts", "--out", "runs/p", "--steps", 1, "--probe", "probe.json", *texts))
     assert json.loads(Path("runs/p/config.json").read_text())["sidenet"]["memory_heads"] == [[2, 1]]
+
+
+def test_histories_are_written_tokenised_and_trained_on(texts):
+    lengths = ("--tokens", 3000, "--shortest", 1500, "--longest", 1600, "--distance", 100)
+    told = ok("histories", "texts", "--out", "told", *lengths, *texts)
+    assert "histories" in told and "of them answers" in told
+    assert ok("histories", "texts", "--out", "told.jsonl", *lengths, *texts).startswith(
+        "told.jsonl: histories of 3,000"
+    )
+    ok("tokenize", "told.jsonl", "--out", "again", *texts)
+    for name in ("tokens.npy", "answers.npy", "documents.json"):
+        assert (Path("told") / name).read_bytes() == (Path("again") / name).read_bytes()
+    options = ("--heads", "1.0", "--mix", "0.5 0.5", "--answer-weight", 5, "--steps", 3)
+    ok(*train("texts", "told", "--out", "runs/told", *options, *texts))
+    training = json.loads(Path("runs/told/config.json").read_text())["training"]
+    assert training["train"]["answer_weight"] == 5 and training["shares"] == [0.5, 0.5]
+    assert "longer than the distance" in fails("histories", "texts", "--out", "x", "--distance", 20000, *texts)
+    assert "is a file" in fails("histories", "texts", "--out", "texts/a.txt", *lengths, *texts)
 
 
 def test_training_refuses_what_cannot_work(texts, notes):

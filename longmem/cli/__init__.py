@@ -82,7 +82,15 @@ for _command in (
     banks.index,
 ):
     app.command(rich_help_panel=_REMEMBER)(_command)
-for _command in (learn.setup, learn.tokenize, measure.probe, learn.train, learn.pack, measure.bench):
+for _command in (
+    learn.setup,
+    learn.tokenize,
+    learn.histories,
+    measure.probe,
+    learn.train,
+    learn.pack,
+    measure.bench,
+):
     app.command(rich_help_panel=_TRAIN)(_command)
 app.add_typer(measure.evaluations, name="eval", rich_help_panel=_TRAIN)
 

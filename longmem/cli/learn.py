@@ -1,9 +1,11 @@
-"""`longmem setup`, `tokenize`, `train`."""
+"""`longmem setup`, `tokenize`, `histories`, `train`, `pack`."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,6 +20,7 @@ from longmem.errors import CheckpointError, ConfigError
 if TYPE_CHECKING:
     from longmem.backbone import Backbone
     from longmem.config import MemoryHead, SideNetConfig
+    from longmem.data import Document
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.", show_default=False)]
 
@@ -60,6 +63,51 @@ def tokenize(
     tokenized = common.load_documents(documents, loaded)
     tokenized.save(out)
     typer.echo(f"{out}: {tokenized.num_tokens:,} tokens of {len(tokenized):,} documents")
+
+
+# Options named like a field of `HistoryConfig` have its default, as below.
+def histories(
+    context: typer.Context,
+    documents: common.Documents,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder to write tokens to, or a .jsonl file for texts.", show_default=False)
+    ],
+    backbone: common.BackboneName = common.DEFAULT_MODEL,
+    tokens: Annotated[int, typer.Option(help="Of all histories together.")] = 20_000_000,
+    shortest: Annotated[int, typer.Option(help="Least tokens of a history.")] = 16384,
+    longest: Annotated[int, typer.Option(help="Most tokens of a history.")] = 32768,
+    distance: Annotated[
+        int, typer.Option(help="Least tokens between a thing and a question for it; at least a training --segment.")
+    ] = 2048,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+) -> None:
+    """Write training text in which things are told and asked for much later, between passages of DOCUMENTS."""
+    from longmem.data import TokenizedDocuments
+    from longmem.histories import HistoryConfig, generate_histories
+
+    config = HistoryConfig(**{field.name: context.params[field.name] for field in dataclasses.fields(HistoryConfig)})
+    if out.suffix != ".jsonl" and out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file, expected a folder or a .jsonl file to write to. Give another --out.")
+    loaded = common.load_backbone(backbone, "cpu", "bfloat16")
+    filler = common.load_documents(documents, loaded)
+
+    def written() -> Iterator[Document]:
+        with common.counting("writing", None, "histories") as advance:
+            for history in generate_histories(filler, loaded.tokenizer, config):
+                yield history.document
+                advance(1)
+
+    if out.suffix == ".jsonl":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w", encoding="utf-8") as file:
+            for document in written():
+                file.write(json.dumps(dataclasses.asdict(document), ensure_ascii=False) + "\n")
+        typer.echo(f"{out}: histories of {config.tokens:,} tokens or more")
+        return
+    tokenized = TokenizedDocuments.from_documents(written(), loaded.tokenizer)
+    tokenized.save(out)
+    share = 0.0 if tokenized.answers is None else float(tokenized.answers.mean())
+    typer.echo(f"{out}: {tokenized.num_tokens:,} tokens of {len(tokenized):,} histories, {share:.1%} of them answers")
 
 
 _LEARN, _SHAPE, _RUN = "Training", "Shape of the SideNet", "Run"
