@@ -68,6 +68,15 @@ class EncodeConfig:
                 f"Encoding windows need stride >= 1 and overlap >= 0; got stride={self.stride}, overlap={self.overlap}."
             )
 
+    def windows(self, start: int, total: int) -> list[tuple[int, int, int]]:
+        """The windows in which tokens [start, total) of a source are encoded, one for each cell: first token of the
+        window, first one to keep, and end."""
+        found = []
+        for cell in range(start // self.stride, -(-total // self.stride)):
+            begin, end = cell * self.stride, min((cell + 1) * self.stride, total)
+            found.append((max(0, begin - self.overlap), max(begin, start), end))
+        return found
+
 
 @dataclass(frozen=True)
 class SideNetConfig:

@@ -313,15 +313,10 @@ class LongMem(nn.Module):
             batch_size: windows a batch; 16 on a GPU, 1 elsewhere.
             on_tokens: called with the number of tokens just encoded.
         """
-        encode, device = self.config.encode, self.device
+        device = self.device
         batch_size = batch_size or (16 if device.type == "cuda" else 1)
         tokens_N = token_ids_N.to("cpu", torch.int64)
-        total = tokens_N.numel()
-        # (first token of the window, first token to keep, end), one for each cell of `stride` tokens
-        windows = []
-        for cell in range(start // encode.stride, -(-total // encode.stride)):
-            begin, end = cell * encode.stride, min((cell + 1) * encode.stride, total)
-            windows.append((max(0, begin - encode.overlap), max(begin, start), end))
+        windows = self.config.encode.windows(start, tokens_N.numel())
         keys, values = [], []
         while windows:
             size = windows[0][2] - windows[0][0]

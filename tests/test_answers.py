@@ -14,11 +14,12 @@ from conftest import TINY_TEXT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longmem.backbone import BackboneOutput
 from longmem.data import Document, TokenizedDocuments
 from longmem.errors import ConfigError, SourceError
 from longmem.evals import answers
-from longmem.evals.answers import CONDITIONS, Outcome, Question, ask, score_group, wilson
-from longmem.model import LongMem, LongMemOutput
+from longmem.evals.answers import CONDITIONS, Ask, Outcome, Question, ask, ask_all, score_group, wilson
+from longmem.model import LongMem
 
 
 @pytest.fixture(scope="module")
@@ -46,33 +47,38 @@ class Letters:
 
 
 class Scripted:
-    """Says a script behind a prompt, letter by letter."""
+    """Model and backbone in one: says a script behind a prompt, letter by letter."""
 
     device = torch.device("cpu")
-    backbone = SimpleNamespace(name="script", prefix_token_id=0, max_positions=500)
     tokenizer = Letters()
+
+    sidenet = SimpleNamespace(boundaries=())
 
     def __init__(self, prompt: str, script: str) -> None:
         self.script, self.begin = script, 1 + len(prompt)
-        self.steps = 0
+        self.backbone = self
+        self.passes = 0
 
-    def with_prefix(self, ids_N: torch.Tensor) -> torch.Tensor:
-        return torch.cat((ids_N.new_zeros(1), ids_N))
+    name, prefix_token_id, max_positions, num_layers = "script", 0, 500, 7
 
-    def new_cache(self) -> dict[str, int]:
-        return {"read": 0}
+    def __call__(self, ids_BT: torch.Tensor, *, boundaries: set[int]) -> BackboneOutput:
+        """Logits; they pass for hidden states."""
+        assert boundaries == {7}
+        self.passes += 1
+        logits_BTV = torch.zeros(*ids_BT.shape, 128)
+        for t in range(self.begin - 1, ids_BT.shape[1]):
+            said = t + 1 - self.begin
+            logits_BTV[:, t, ord(self.script[said]) if said < len(self.script) else 1] = 20
+        return BackboneOutput({7: logits_BTV}, ids_BT)
 
-    def __call__(
-        self, ids_BT: torch.Tensor, bank: Any, *, memory: float, cache: dict[str, int], last_only=False
-    ) -> Any:
-        self.steps += 1
-        logits_1TV = torch.zeros(1, ids_BT.shape[1], 128)
-        for t in range(ids_BT.shape[1]):
-            said = cache["read"] + t + 1 - self.begin
-            if said >= 0:
-                logits_1TV[0, t, ord(self.script[said]) if said < len(self.script) else 1] = 20
-        cache["read"] += ids_BT.shape[1]
-        return LongMemOutput(logits_1TV[:, -1:] if last_only else logits_1TV)
+    def reader(self, banks: Any, *, rows: int) -> None:
+        assert banks == [None] * rows
+
+    def correct(self, seen: BackboneOutput, retrieve: Any, *, memory: float) -> tuple[torch.Tensor, list[Any]]:
+        return seen.hidden_states[7], []
+
+    def logits(self, hidden_BTV: torch.Tensor) -> torch.Tensor:
+        return hidden_BTV
 
 
 LABELS = {"Biscuit": "answer", "12": "stale", "12 March": "wrong"}
@@ -103,7 +109,17 @@ def test_what_a_script_answers(script: str, label: str | None) -> None:
 def test_nothing_is_said_beyond_what_decides() -> None:
     scripted = Scripted("My dog is", " Xenia and many more words")
     ask(scripted, Question("", "Biscuit", LABELS), "My dog is")  # type: ignore[arg-type]
-    assert scripted.steps == 3  # the prompt, the answer's tokens, and the space before the X
+    assert scripted.passes == 1  # the X is no beginning of an answer
+
+
+@pytest.mark.parametrize(
+    ("script", "passes"), [(" Biscuit.", 1), (" Biscuits", 1), (" 12 March.", 3), (" biscuit.", 2 + len("iscuit"))]
+)
+def test_a_pass_reads_as_far_as_its_guess_is_right(script: str, passes: int) -> None:
+    """The right answer is guessed first; then what may still come; letter by letter what no candidate is spelt like."""
+    scripted = Scripted("My dog is", script)
+    ask(scripted, Question("", "Biscuit", LABELS), "My dog is")  # type: ignore[arg-type]
+    assert scripted.passes == passes
 
 
 @torch.no_grad()
@@ -129,10 +145,72 @@ def test_probability_and_greedy_text_are_what_a_loop_by_hand_gives(
     assert answers.undecided(said, [said.strip()])
 
 
+@torch.no_grad()
+def token_by_token(model: LongMem, each: Ask) -> Outcome:
+    """`ask` as one would write it: the prompt, the answer behind it, and what the model says, token by token."""
+    prompt, answer = answers.prompt_and_answer(model, each.text, each.question.answer)
+    options: dict[str, Any] = {"memory": each.memory}
+    ids_1T = model.with_prefix(torch.tensor(prompt))[None]
+    logits_1TV = model(torch.cat((ids_1T, torch.tensor([answer])), dim=1), each.bank, **options).logits_BTV
+    behind_AV = logits_1TV[0, len(prompt) : len(prompt) + len(answer)].log_softmax(-1)
+    probability = float(behind_AV.gather(-1, torch.tensor(answer)[:, None]).sum())
+    cache, said, spoken = model.new_cache(), [], ""
+    labels = each.question.labels
+    step_1T = ids_1T
+    while len(said) < 2 + max(map(len, labels)):
+        said.append(int(model(step_1T, each.bank, cache=cache, last_only=True, **options).logits_BTV[0, -1].argmax()))
+        step_1T = torch.tensor([said[-1:]])
+        spoken = model.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if said[-1] == model.tokenizer.eos_token_id or not answers.undecided(spoken, list(labels)):
+            break
+    given = answers.answer_in(spoken, list(labels))
+    return Outcome(None if given is None else labels[given], probability)
+
+
+def test_batches_give_what_one_question_at_a_time_gives(model: LongMem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of many lengths, with banks of many sizes, whose labels the model comes near to."""
+    entries = answers.encode_texts(model, [TINY_TEXT, TINY_TEXT[:90], "Boats are green."])
+    banks = [None, model.new_bank(), *(answers.bank_of(model, [each]) for each in entries)]
+    asks = []
+    for number, prompt in enumerate(
+        ("Ada", "Ada keeps", "Her brother paints boats in", TINY_TEXT, "The bees sleep until")
+    ):
+        for bank in banks:
+            pieces = model.generate(prompt, bank=bank, max_new_tokens=6, remember=False)
+            said = "".join(piece.text for piece in pieces).strip() or "nothing"
+            labels = {said: "said", said[: 2 + number]: "begun", said[:-1] + "?": "near", "March": "answer"}
+            question = Question(prompt, "March" if number % 2 else said, labels)
+            asks += [Ask(question, prompt, bank), Ask(question, prompt, bank, memory=0.0)]
+    alone = [token_by_token(model, each) for each in asks]
+    assert len({outcome.given for outcome in alone}) >= 3
+    for budget in (64, 4096):
+        monkeypatch.setitem(answers._BATCH, "cpu", budget)
+        for mine, theirs in zip(ask_all(model, asks), alone, strict=True):
+            assert mine.given == theirs.given
+            assert mine.log_probability == pytest.approx(theirs.log_probability, abs=1e-3)
+
+
+def test_texts_are_encoded_in_batches_as_each_by_itself(model: LongMem, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [TINY_TEXT, "Ada", TINY_TEXT[:70], "", "Ada", TINY_TEXT[5:]]
+    progress: list[int] = []
+    for budget in (16, 4096):
+        monkeypatch.setitem(answers._BATCH, "cpu", budget)
+        entries = answers.encode_texts(model, texts, on_text=progress.append)
+        for text, entry in zip(texts, entries, strict=True):
+            by_itself = model.encode_text(text, source="")
+            assert (entry.source, entry.text, entry.char_start) == ("", text, 0)
+            assert torch.equal(entry.token_ids_N, by_itself.token_ids_N)
+            assert torch.equal(entry.offsets_N2, by_itself.offsets_N2)
+            for name in ("keys_HNE", "values_HNE"):
+                # Stored in bfloat16: a rounding may fall to the other side.
+                torch.testing.assert_close(getattr(entry, name), getattr(by_itself, name), atol=2e-2, rtol=1e-2)
+    assert sum(progress) == 2 * 5  # an empty text has nothing to encode
+
+
 def test_the_bank_and_the_dial_matter(model: LongMem) -> None:
     question = Question("Ada keeps", "bees", {"bees": "answer"}, evidence=TINY_TEXT)
     on, wrong = ([model.encode_text(text, source="a")] for text in (TINY_TEXT, "Boats are green and quiet."))
-    found = answers.ask_everywhere(model, question, on, wrong)
+    (found,) = answers.ask_everywhere(model, [answers.under_all_conditions(model, question, on, wrong)])
     assert tuple(found) == CONDITIONS
     assert len({round(outcome.log_probability, 4) for outcome in found.values()}) == len(CONDITIONS)
 
@@ -184,13 +262,16 @@ def test_passages_are_repeated_only_if_they_must(model: LongMem) -> None:
         answers.passages(texts, model.tokenizer, tokens=5000, size=4096, rng=rng)
 
 
-def test_repeated_filler_is_encoded_once(model: LongMem, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoded: list[int] = []
-    original = LongMem.encode
-    monkeypatch.setattr(LongMem, "encode", lambda *args, **more: (encoded.append(1), original(*args, **more))[1])
+def test_repeated_filler_is_encoded_once(model: LongMem) -> None:
     entries = answers.encode_filler(model, ["Ada", "bees", "Ada"])
-    assert len(encoded) == 2 and [each.text for each in entries] == ["Ada", "bees", "Ada"]
+    assert [each.text for each in entries] == ["Ada", "bees", "Ada"]
+    assert entries[0].keys_HNE is entries[2].keys_HNE
     assert len(answers.bank_of(model, entries).sources) == 3
+
+
+def test_fewer_cases_are_held_with_larger_banks(model: LongMem) -> None:
+    sizes = [answers.cases_at_once(model, tokens) for tokens in (0, 4096, 16384, 65536, 10**7)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 64 and sizes[-1] == 1
 
 
 def test_intervals() -> None:

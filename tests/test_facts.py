@@ -193,7 +193,8 @@ def test_sharing_the_filler_equals_writing_everything_anew(model: LongMem, fille
             for number, text in enumerate(order):
                 model.write_text(bank, text, source=str(number))
             anew = answers.ask(model, question, question.opening + question.prompt, bank)
-            assert row["outcomes"][name] == dataclasses.asdict(anew)
+            assert row["outcomes"][name]["given"] == anew.given
+            assert row["outcomes"][name]["log_probability"] == pytest.approx(anew.log_probability, abs=1e-3)
 
 
 def test_results_add_up(
@@ -208,7 +209,11 @@ def test_results_add_up(
         value = min(found, key=lambda value: places[value], default=None)
         return Outcome(None if value is None else question.labels[value], -1.0)
 
-    monkeypatch.setattr(answers, "ask", first_told)
+    monkeypatch.setattr(
+        answers,
+        "ask_all",
+        lambda model, asks: [first_told(model, a.question, a.text, a.bank, memory=a.memory) for a in asks],
+    )
     progress: list[int] = []
     config = dataclasses.replace(SMALL, cases=12, facts=0)
     result = facts.facts(model, filler, config, on_case=progress.append)

@@ -4,28 +4,30 @@ The same question is asked under five conditions: the bank holds the evidence (`
 same with other values (`bank_wrong`); the bank is empty and the evidence stands in the local window, with the SideNet
 (`window`, the ceiling) and without (`backbone_window`).
 
-T tokens of a prompt, A tokens of an answer, V vocabulary, N tokens of a source.
+B rows of a batch, T tokens of a window, A tokens of an answer, N tokens of a source, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+from longmem.backbone import BackboneOutput
 from longmem.bank import BankEntry, MemoryBank
 from longmem.data import TokenizedDocuments
 from longmem.errors import ConfigError, SourceError
 from longmem.model import LongMem
 
+Item = TypeVar("Item")
 CONDITIONS = ("bank_on", "bank_off", "bank_wrong", "window", "backbone_window")
 RIGHT = "answer"
 
@@ -62,77 +64,217 @@ class Outcome:
     log_probability: float
 
 
+@dataclass(frozen=True)
+class Ask:
+    """A question under one condition.
+
+    Attributes:
+        question: what is asked.
+        text: of the local window; ends with the question's prompt.
+        bank: what is remembered; None is nothing.
+        memory: 0 asks the backbone alone.
+    """
+
+    question: Question
+    text: str
+    bank: MemoryBank | None = None
+    memory: float = 1.0
+
+
 # ---- asking --------------------------------------------------------------------------------------------------
 
+# Tokens of a batch, padding included. On a CPU larger batches are no faster.
+_BATCH = {"cpu": 1024, "cuda": 16384}
+# Tokens of all banks that are held at once. One is 1.5 kB for SmolLM2-135M with six memory heads.
+_BANKS = {"cpu": 1 << 17, "cuda": 1 << 22}
 
-def ask_everywhere(
+
+def under_all_conditions(
     model: LongMem, question: Question, on: Sequence[BankEntry], wrong: Sequence[BankEntry]
-) -> dict[str, Outcome]:
-    """A question's outcome under every condition.
+) -> dict[str, Ask]:
+    """A question under every condition.
 
     Args:
         on: sources of the bank that holds the evidence.
         wrong: sources of the bank that holds other values in its place.
-
-    Raises:
-        ConfigError: evidence and question do not fit the backbone's window.
     """
     alone = question.opening + question.prompt
     window = question.opening + question.evidence + question.prompt
     return {
-        "bank_on": ask(model, question, alone, bank_of(model, on)),
-        "bank_off": ask(model, question, alone),
-        "bank_wrong": ask(model, question, alone, bank_of(model, wrong)),
-        "window": ask(model, question, window),
-        "backbone_window": ask(model, question, window, memory=0.0),
+        "bank_on": Ask(question, alone, bank_of(model, on)),
+        "bank_off": Ask(question, alone),
+        "bank_wrong": Ask(question, alone, bank_of(model, wrong)),
+        "window": Ask(question, window),
+        "backbone_window": Ask(question, window, memory=0.0),
     }
 
 
+def ask_everywhere(model: LongMem, cases: Sequence[Mapping[str, Ask]]) -> list[dict[str, Outcome]]:
+    """The outcomes of questions under every condition, all of them asked together (see `ask_all`)."""
+    outcomes = iter(ask_all(model, [each for case in cases for each in case.values()]))
+    return [{name: next(outcomes) for name in case} for case in cases]
+
+
+def cases_at_once(model: LongMem, bank_tokens: int) -> int:
+    """How many cases, of two banks of so many tokens each, are asked together."""
+    return max(1, min(64, _BANKS.get(model.device.type, _BANKS["cpu"]) // (2 * bank_tokens + 1)))
+
+
+class _Kind(NamedTuple):
+    """What can be asked in one go: the strength of memory, and whether there is any."""
+
+    memory: float
+    banked: bool
+
+
+@dataclass
+class _Row:
+    """An ask on its way.
+
+    Attributes:
+        ask: what is asked.
+        prompt, answer: token ids.
+        guess: token ids that may follow what was said; right guesses save passes.
+        said: what the model says, token by token.
+        log_probability: of the answer.
+        outcome: once what is said decides.
+    """
+
+    ask: Ask
+    prompt: list[int]
+    answer: list[int]
+    guess: list[int]
+    said: list[int] = dataclasses.field(default_factory=list)
+    log_probability: float = 0.0
+    outcome: Outcome | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        return [*self.prompt, *self.said, *self.guess]
+
+    @property
+    def kind(self) -> _Kind:
+        return _Kind(self.ask.memory, bool(self.ask.bank))
+
+
 @torch.no_grad()
+def ask_all(model: LongMem, asks: Sequence[Ask]) -> list[Outcome]:
+    """Continue every text greedily, and measure how probable the right answers were.
+
+    One pass reads a prompt and the right answer behind it: it tells the answer's probability, and what the model would
+    say as far as it says the answer. Where it says something else that may still become one of the labels, another pass
+    reads that. Rows are padded behind their end, where causal attention does not look, so that batches change nothing
+    but rounding.
+
+    Raises:
+        ConfigError: the window is too small for a text.
+    """
+    rows = []
+    for ask in asks:
+        prompt, answer = prompt_and_answer(model, ask.text, ask.question.answer)
+        if (needed := 1 + len(prompt) + len(answer)) > model.backbone.max_positions:
+            raise ConfigError(
+                f"Evidence, question and answer take {needed} tokens, but the window of backbone "
+                f"{model.backbone.name!r} has {model.backbone.max_positions}. Make passages or sessions shorter."
+            )
+        rows.append(_Row(ask, prompt, answer, answer))
+    while waiting := [row for row in rows if row.outcome is None]:
+        # Conditions that share a window share the backbone's work.
+        alike: dict[tuple[int, ...], list[_Row]] = {}
+        for row in waiting:
+            alike.setdefault(tuple(row.tokens), []).append(row)
+        for batch in _batches(model, list(alike.items()), lambda each: 1 + len(each[0])):
+            _read_on(model, dict(batch))
+    return [row.outcome for row in rows if row.outcome is not None]
+
+
 def ask(
     model: LongMem, question: Question, text: str, bank: MemoryBank | None = None, *, memory: float = 1.0
 ) -> Outcome:
-    """Continue `text` greedily, and measure how probable the right answer was.
+    """`ask_all` of a single question."""
+    return ask_all(model, [Ask(question, text, bank, memory)])[0]
 
-    Args:
-        text: of the local window; ends with the question's prompt.
-        memory: 0 asks the backbone alone.
 
-    Raises:
-        ConfigError: the window is too small for the text.
-    """
-    prompt, answer = prompt_and_answer(model, text, question.answer)
-    if 1 + len(prompt) + len(answer) > model.backbone.max_positions:
-        raise ConfigError(
-            f"Evidence, question and answer take {1 + len(prompt) + len(answer)} tokens, but the window of backbone "
-            f"{model.backbone.name!r} has {model.backbone.max_positions}. Make passages or sessions shorter."
-        )
-    input_ids_1T = model.with_prefix(torch.tensor(prompt))[None].to(model.device)
-    answer_1A = torch.tensor([answer], device=model.device)
-    cache = model.new_cache()
-    first_11V = model(input_ids_1T, bank, memory=memory, cache=cache, last_only=True).logits_BTV
-    # Two ways lead on from the prompt: what the answer says, and what the model would say.
-    branch = copy.deepcopy(cache)
-    rest_1AV = first_11V[:, :0]
-    if len(answer) > 1:
-        rest_1AV = model(answer_1A[:, :-1], bank, memory=memory, cache=branch).logits_BTV
-    log_probability_1AV = torch.cat((first_11V, rest_1AV), dim=1).float().log_softmax(-1)
-    log_probability = float(log_probability_1AV.gather(-1, answer_1A[..., None]).sum())
+def _batches(model: LongMem, items: Sequence[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Items in batches of similar lengths, shortest first."""
+    budget = _BATCH.get(model.device.type, _BATCH["cpu"])
+    batch: list[Item] = []
+    for item in sorted(items, key=length):
+        if batch and (len(batch) + 1) * length(item) > budget:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
 
-    said: list[int] = []
-    next_id = int(first_11V[0, -1].argmax())
-    candidates = list(question.labels)
-    for _ in range(2 + max(map(len, candidates), default=0)):
-        said.append(next_id)
-        ended = next_id == model.tokenizer.eos_token_id
-        spoken = model.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if ended or not undecided(spoken, candidates):
+
+def _read_on(model: LongMem, rows_of: Mapping[tuple[int, ...], Sequence[_Row]]) -> None:
+    """One pass over windows, given by their tokens: what rows say behind their prompts, as far as it was guessed."""
+    top = model.backbone.num_layers
+    seen = model.backbone(_padded(model, list(rows_of)), boundaries={*model.sidenet.boundaries, top})
+    places = [(place, row) for place, rows in enumerate(rows_of.values()) for row in rows]
+    # An empty bank is read apart from others, so that nothing of memory runs for it.
+    for kind in sorted({row.kind for _, row in places}):
+        some = [(place, row) for place, row in places if row.kind == kind]
+        where = torch.tensor([place for place, _ in some], device=model.device)
+        hidden_states = {boundary: hidden_BTD[where] for boundary, hidden_BTD in seen.hidden_states.items()}
+        hidden_BTD = hidden_states[top]
+        if kind.memory:
+            retrieve = model.reader([row.ask.bank for _, row in some], rows=len(some))
+            part = BackboneOutput(hidden_states, seen.positions_BT[where])
+            hidden_BTD, _ = model.correct(part, retrieve, memory=kind.memory)
+        _hear(model, [row for _, row in some], hidden_BTD)
+
+
+def _hear(model: LongMem, rows: Sequence[_Row], hidden_BTD: torch.Tensor) -> None:
+    """What rows say, from the hidden states of their windows."""
+    # Logits of the last known token of each row and of what was guessed: a vocabulary for each token would be a lot.
+    wanted = []
+    for row, hidden_TD in zip(rows, hidden_BTD, strict=True):
+        last = len(row.prompt) + len(row.said)
+        wanted.append(hidden_TD[last : last + 1 + len(row.guess)])
+    logits_XV = model.backbone.logits(torch.cat(wanted)[None])[0].float()
+    for row, logits_AV in zip(rows, logits_XV.split([len(hidden_AD) for hidden_AD in wanted]), strict=True):
+        if not row.said:
+            log_probability_AV = logits_AV[: len(row.answer)].log_softmax(-1)
+            answer_A1 = torch.tensor(row.answer, device=logits_AV.device)[:, None]
+            row.log_probability = float(log_probability_AV.gather(-1, answer_A1).sum())
+        _say(model, row, logits_AV.argmax(-1).tolist())
+
+
+def _say(model: LongMem, row: _Row, next_ids: Sequence[int]) -> None:
+    """Take over what follows the row's tokens and each of its guesses, up to the first wrong guess or to a decision."""
+    labels = row.ask.question.labels
+    most = 2 + max(map(len, labels), default=0)
+    spoken = ""
+    for place, next_id in enumerate(next_ids):
+        row.said.append(next_id)
+        spoken = model.tokenizer.decode(row.said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ended = next_id == model.tokenizer.eos_token_id or len(row.said) == most
+        if ended or not undecided(spoken, list(labels)):
+            given = answer_in(spoken, list(labels))
+            row.outcome = Outcome(None if given is None else labels[given], row.log_probability)
+            return
+        if row.guess[place : place + 1] != [next_id]:
             break
-        step_11 = torch.tensor([[next_id]], device=model.device)
-        logits_11V = model(step_11, bank, memory=memory, cache=cache, last_only=True).logits_BTV
-        next_id = int(logits_11V[0, -1].argmax())
-    given = answer_in(spoken, candidates)
-    return Outcome(None if given is None else question.labels[given], log_probability)
+    row.guess = _guess(model, row.said, spoken, list(labels))
+
+
+def _guess(model: LongMem, said: list[int], spoken: str, candidates: Sequence[str]) -> list[int]:
+    """Token ids that would make a candidate of what was said; none if its tokens are unlike any candidate's."""
+    for candidate in candidates:
+        if candidate.lower().startswith(spoken.lstrip().lower()):
+            ids = model.tokenizer(f" {candidate}", add_special_tokens=False)["input_ids"]
+            if ids[: len(said)] == said:
+                return ids[len(said) :]
+    return []
+
+
+def _padded(model: LongMem, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Token ids (B, T) behind the prefix token, with anything behind the end of shorter rows."""
+    longest = max(map(len, token_ids))
+    rows = [[model.backbone.prefix_token_id, *ids, *[0] * (longest - len(ids))] for ids in token_ids]
+    return torch.tensor(rows, device=model.device)
 
 
 def prompt_and_answer(model: LongMem, text: str, answer: str) -> tuple[list[int], list[int]]:
@@ -202,18 +344,54 @@ def passages(
     return texts, count / max(1, len(starts))
 
 
-def encode_filler(model: LongMem, texts: Sequence[str], on_passage: Any = None) -> list[BankEntry]:
+def encode_filler(
+    model: LongMem, texts: Sequence[str], on_passage: Callable[[int], None] | None = None
+) -> list[BankEntry]:
     """One source a passage, each different text encoded once."""
-    encoded: dict[str, BankEntry] = {}
-    entries = []
-    for number, text in enumerate(texts):
-        source = f"filler/{number}"
-        if text not in encoded:
-            encoded[text] = model.encode_text(text, source=source)
-        entries.append(dataclasses.replace(encoded[text], source=source))
-        if on_passage is not None:
-            on_passage(1)
-    return entries
+    entries = encode_texts(model, texts, on_text=on_passage)
+    return [dataclasses.replace(each, source=f"filler/{number}") for number, each in enumerate(entries)]
+
+
+@torch.no_grad()
+def encode_texts(
+    model: LongMem, texts: Sequence[str], *, on_text: Callable[[int], None] | None = None
+) -> list[BankEntry]:
+    """Texts as `LongMem.encode_text` encodes each, but for rounding: their windows in batches, padded at the end.
+
+    Equal texts are encoded once. Sources are still to be named.
+
+    Args:
+        on_text: progress, called with how many of the texts are encoded.
+    """
+    different = list(dict.fromkeys(texts))
+    found = [model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True) for text in different]
+    windows = [
+        (number, window)
+        for number, encoded in enumerate(found)
+        for window in model.config.encode.windows(0, len(encoded["input_ids"]))
+    ]
+    # Windows that a text still lacks.
+    left = Counter(number for number, _ in windows)
+    parts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    for batch in _batches(model, windows, lambda each: 1 + each[1][2] - each[1][0]):
+        ids = [found[number]["input_ids"][first:end] for number, (first, _, end) in batch]
+        seen = model.backbone(_padded(model, ids), boundaries=model.config.memory_layers)
+        keys_HBTE, values_HBTE = model.keys_values(seen)
+        for row, (number, (first, kept, end)) in enumerate(batch):
+            # +1: the prefix is never remembered.
+            places = slice(1 + kept - first, 1 + end - first)
+            parts[number, kept] = keys_HBTE[:, row, places].clone(), values_HBTE[:, row, places].clone()
+            left[number] -= 1
+            if on_text is not None and not left[number]:
+                on_text(texts.count(different[number]))
+    entries = {}
+    for number, (text, encoded) in enumerate(zip(different, found, strict=True)):
+        ids_N = torch.tensor(encoded["input_ids"], dtype=torch.int64)
+        pieces = [parts[number, kept] for _, kept, _ in model.config.encode.windows(0, len(ids_N))]
+        keys_values = [torch.cat(some, dim=1) for some in zip(*pieces, strict=True)] if pieces else model.encode(ids_N)
+        offsets_N2 = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
+        entries[text] = BankEntry("", text, 0, ids_N, offsets_N2, *keys_values)
+    return [entries[text] for text in texts]
 
 
 # ---- counting ------------------------------------------------------------------------------------------------

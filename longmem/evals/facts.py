@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,13 @@ from longmem.evals.answers import (
     Outcome,
     Question,
     ask_everywhere,
+    cases_at_once,
     encode_filler,
+    encode_texts,
     passages,
     save_json,
     score_group,
+    under_all_conditions,
 )
 from longmem.evals.chats import ATTRIBUTES, KINDS, Chat, ChatConfig, Split, Turn, generate_chats
 from longmem.model import LongMem
@@ -125,13 +128,14 @@ def facts(
     entries = encode_filler(model, texts, advance)
     outcomes: dict[str, list[dict[str, Outcome]]] = {kind: [] for kind in KINDS}
     rows = []
-    for chat in generate_chats(config.cases, config.wording, config.chats):
-        found = _outcomes(model, chat, entries)
-        outcomes[chat.kind].append(found)
-        given = {name: dataclasses.asdict(outcome) for name, outcome in found.items()}
-        names = ("kind", "attribute", "question", "begun", "answer", "stale", "wrong")
-        rows.append({**{name: getattr(chat, name) for name in names}, "outcomes": given})
-        advance(1)
+    chats = generate_chats(config.cases, config.wording, config.chats)
+    while some := list(islice(chats, cases_at_once(model, sum(map(len, entries))))):
+        for chat, found in zip(some, _outcomes(model, some, entries), strict=True):
+            outcomes[chat.kind].append(found)
+            given = {name: dataclasses.asdict(outcome) for name, outcome in found.items()}
+            names = ("kind", "attribute", "question", "begun", "answer", "stale", "wrong")
+            rows.append({**{name: getattr(chat, name) for name in names}, "outcomes": given})
+            advance(1)
     groups = {kind: score_group(some, LABELS, config.seed) for kind, some in outcomes.items()}
     return FactsResult(groups, sum(map(len, entries)), repeats, rows, dataclasses.asdict(config))
 
@@ -162,15 +166,23 @@ def labels_of(chat: Chat) -> dict[str, str]:
     return labels
 
 
-def _outcomes(model: LongMem, chat: Chat, filler: Sequence[BankEntry]) -> dict[str, Outcome]:
-    on, wrong = (
-        between(
-            filler,
-            [model.encode_text(session_text(model.tokenizer, s), source=f"chat/{i}") for i, s in enumerate(sessions)],
+def _outcomes(model: LongMem, chats: Sequence[Chat], filler: Sequence[BankEntry]) -> list[dict[str, Outcome]]:
+    texts = [
+        [
+            [session_text(model.tokenizer, session) for session in sessions]
+            for sessions in (c.sessions, c.wrong_sessions)
+        ]
+        for c in chats
+    ]
+    encoded = iter(encode_texts(model, [text for both in texts for sessions in both for text in sessions]))
+    cases = []
+    for chat, both in zip(chats, texts, strict=True):
+        on, wrong = (
+            between(filler, [dataclasses.replace(next(encoded), source=f"chat/{i}") for i in range(len(sessions))])
+            for sessions in both
         )
-        for sessions in (chat.sessions, chat.wrong_sessions)
-    )
-    return ask_everywhere(model, question_of(chat, model.tokenizer), on, wrong)
+        cases.append(under_all_conditions(model, question_of(chat, model.tokenizer), on, wrong))
+    return ask_everywhere(model, cases)
 
 
 def between(filler: Sequence[BankEntry], sessions: Sequence[BankEntry]) -> list[BankEntry]:

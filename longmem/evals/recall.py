@@ -8,13 +8,14 @@ positions, so depth matters only where keys are averaged in chunks.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from longmem.bank import BankEntry
 from longmem.data import TokenizedDocuments
 from longmem.errors import ConfigError
 from longmem.evals.answers import (
@@ -23,10 +24,13 @@ from longmem.evals.answers import (
     Outcome,
     Question,
     ask_everywhere,
+    cases_at_once,
     encode_filler,
+    encode_texts,
     passages,
     save_json,
     score_group,
+    under_all_conditions,
 )
 from longmem.model import LongMem
 
@@ -191,12 +195,15 @@ def recall(
         count = remembered // config.passage
         for task in config.tasks:
             outcomes = []
-            for needle in needles(task, config):
-                index = int(needle.depth * count)
-                outcomes.append(_outcomes(model, needle, entries[:count], index))
-                advance(1)
-                given = {name: dataclasses.asdict(outcome) for name, outcome in outcomes[-1].items()}
-                rows.append({"remembered": remembered, **dataclasses.asdict(needle), "outcomes": given})
+            hidden = needles(task, config)
+            size = cases_at_once(model, remembered)
+            for first in range(0, len(hidden), size):
+                some = hidden[first : first + size]
+                for needle, found in zip(some, _outcomes(model, some, entries[:count]), strict=True):
+                    outcomes.append(found)
+                    given = {name: dataclasses.asdict(outcome) for name, outcome in found.items()}
+                    rows.append({"remembered": remembered, **dataclasses.asdict(needle), "outcomes": given})
+                    advance(1)
             groups[task][remembered] = score_group(outcomes, LABELS, config.seed)
     bank_tokens = {n: sum(len(each) for each in entries[: n // config.passage]) for n in config.remembered}
     return RecallResult(groups, bank_tokens, repeats, rows, dataclasses.asdict(config))
@@ -207,12 +214,18 @@ def steps(config: RecallConfig) -> int:
     return max(config.remembered) // config.passage + len(config.remembered) * len(config.tasks) * config.cases
 
 
-def _outcomes(model: LongMem, needle: Needle, filler: list[Any], index: int) -> dict[str, Outcome]:
-    hidden = needle.hidden_in(filler[index].text, needle.evidence)
-    question = Question(needle.prompt, needle.answer, needle.labels, evidence=hidden + "\n\n")
-    source = filler[index].source
-    wrong = needle.hidden_in(filler[index].text, needle.wrong)
-    on_and_wrong = [
-        [*filler[:index], model.encode_text(text, source=source), *filler[index + 1 :]] for text in (hidden, wrong)
+def _outcomes(model: LongMem, some: Sequence[Needle], filler: Sequence[BankEntry]) -> list[dict[str, Outcome]]:
+    places = [int(needle.depth * len(filler)) for needle in some]
+    texts = [
+        needle.hidden_in(filler[place].text, evidence)
+        for needle, place in zip(some, places, strict=True)
+        for evidence in (needle.evidence, needle.wrong)
     ]
-    return ask_everywhere(model, question, *on_and_wrong)
+    encoded = iter(encode_texts(model, texts))
+    cases = []
+    for needle, place in zip(some, places, strict=True):
+        on, wrong = (dataclasses.replace(next(encoded), source=filler[place].source) for _ in range(2))
+        question = Question(needle.prompt, needle.answer, needle.labels, evidence=on.text + "\n\n")
+        banks = [[*filler[:place], each, *filler[place + 1 :]] for each in (on, wrong)]
+        cases.append(under_all_conditions(model, question, *banks))
+    return ask_everywhere(model, cases)
