@@ -6,10 +6,10 @@
 #   benchmarks/ablate_histories.sh NAME TEXTS HISTORIES HELDOUT OUT [OPTION of `longmem train` …]
 #   benchmarks/ablate_histories.sh table OUT
 #
-# NAME: texts (no histories), share-10, share-25 (percent of the segments), share-10-weighted, share-25-weighted (a token of an
-# answer weighs 10), or evaluate-NAME, which trains nothing.
-# Without a GPU give CPU=1, which compiles nothing, and other sizes. Environment: CASES (500; recall asks a fifth as often), REMEMBERED (16384), PREFILL (65536),
-# SEGMENTS (16).
+# NAME: texts (no histories), share-10, share-25 (percent of the segments), share-10-weighted, share-25-weighted (a token
+# of an answer weighs 10), or evaluate-NAME, which trains nothing.
+# Environment: CASES (500; recall asks a fifth as often), REMEMBERED (16384), PREFILL (65536), SEGMENTS (16); CPU=1
+# compiles nothing, for a trial without a GPU.
 set -euo pipefail
 here=$(dirname "$0") name=$1
 longmem=(python3 -m longmem)

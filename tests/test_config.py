@@ -85,6 +85,14 @@ def test_settings_that_do_not_go_together_are_named(settings: dict[str, Any], wo
         SideNetConfig(**{"spans": ((0, 2), (2, 4)), "memory_heads": (MemoryHead(2, 0),), **settings})
 
 
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(0, 60), st.integers(0, 60))
+def test_each_token_is_kept_in_the_window_of_its_cell(stride: int, overlap: int, start: int, total: int) -> None:
+    windows = EncodeConfig(stride, overlap).windows(start, total)
+    assert [token for _, kept, end in windows for token in range(kept, end)] == list(range(start, total))
+    for first, kept, end in windows:
+        assert first == max(0, kept // stride * stride - overlap) and kept // stride == (end - 1) // stride
+
+
 @pytest.mark.parametrize(("stride", "overlap"), [(0, 8), (-1, 8), (8, -1)])
 def test_windows_have_a_stride_and_no_negative_overlap(stride: int, overlap: int) -> None:
     with pytest.raises(ConfigError, match=f"stride={stride}, overlap={overlap}"):
