@@ -13,6 +13,7 @@ so a head that finds nothing (g = 0) leaves local attention exactly as it was.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -41,6 +42,12 @@ def local_attention(
         return F.scaled_dot_product_attention(query_BHTE, key_BHSE, value_BHSE, is_causal=True, scale=scaling)
     mask_TS = None if plain and queries == 1 else causal_mask(queries, keys, window, query_BHTE.device)
     return F.scaled_dot_product_attention(query_BHTE, key_BHSE, value_BHSE, attn_mask=mask_TS, scale=scaling)
+
+
+def pick_heads(heads_BHTE: Tensor, picked: Sequence[int]) -> Tensor:
+    """Some of the heads (dimension 1). A list as an index would be copied to the device, which waits for all it has to
+    do, and cannot be recorded."""
+    return torch.stack([heads_BHTE[:, head] for head in picked], dim=1)
 
 
 @dataclass(frozen=True)

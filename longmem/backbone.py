@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from longmem.decoding import KeyValueBuffer, LayerStep, RowDecoder, RowLayer
 from longmem.families import Rotary, family_of
@@ -178,7 +179,10 @@ class Backbone(nn.Module):
         trunk = self._trunk(highest)
         with _captured(getattr(trunk, self.family.layers_name), boundaries) as hidden_states:
             output = trunk(
-                input_ids=input_ids_BT, past_key_values=cache, use_cache=cache is not None, position_ids=positions_BT
+                input_ids=input_ids_BT,
+                past_key_values=_Unkept() if cache is None else cache,
+                use_cache=cache is not None,
+                position_ids=positions_BT,
             )
         hidden_states[highest] = output.last_hidden_state
         return BackboneOutput(hidden_states, positions_BT)
@@ -257,6 +261,19 @@ class Backbone(nn.Module):
             setattr(trunk, self.family.norm_name, nn.Identity())
             self._trunks[depth] = trunk
         return self._trunks[depth]
+
+
+class _Unkept(Cache):
+    """Keeps nothing. Without any cache transformers looks whether the rows are packed sequences, and to know the answer
+    waits for everything that the device has to do."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=[DynamicLayer()])
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longmem.attention import MemoryRead
 from longmem.bank import MemoryBank
+from longmem.data import to_device
 from longmem.decoding import KeyValueBuffer
 from longmem.errors import ConfigError
 from longmem.generation import (
@@ -123,7 +124,7 @@ class BatchDecoder:
             BankMismatchError: a bank was written by another model.
         """
         self._check(tokens, banks)
-        self._token_B1.copy_(torch.tensor([[token or 0] for token in tokens]), non_blocking=True)
+        self._token_B1.copy_(to_device(torch.tensor([[token or 0] for token in tokens]), self.model.device))
         on_device = all(bank is None or bank.device == self.model.device for bank in banks)
         if self.model.device.type == "cuda" and on_device:
             places = PlacedReader.places(banks)
@@ -133,7 +134,7 @@ class BatchDecoder:
         else:
             logits_BV, reads = self.run(self.model.reader(banks, self.rows))
         taken = [int(token is not None) for token in tokens]
-        self._cache.length_B += torch.tensor(taken).to(self.model.device, non_blocking=True)
+        self._cache.length_B += to_device(torch.tensor(taken), self.model.device)
         self._lengths = [length + one for length, one in zip(self._lengths, taken, strict=True)]
         return logits_BV, reads
 

@@ -284,6 +284,16 @@ class Segments:
     starts_B: Tensor
     answers_BS: Tensor | None = None
 
+    def to(self, device: torch.device) -> Segments:
+        answers_BS = None if self.answers_BS is None else to_device(self.answers_BS, device)
+        return Segments(to_device(self.tokens_BS, device), to_device(self.starts_B, device), answers_BS)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on the CPU, copied to a device without waiting for what the device has still to do."""
+    # Only from pinned memory: from elsewhere a copy waits for all that was begun before it.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
 
 class Streams:
     """B endless streams of consecutive segments; row b of the next batch continues row b.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from longmem.bank import MemoryBank
 from longmem.config import SideNetConfig
+from longmem.data import to_device
 from longmem.ops import attend_rows, gather_rows, row_scores, topk_scan
 
 
@@ -193,7 +194,7 @@ class PlacedReader(BankReader):
         """From now on read these banks, which lie where the first ones did."""
         self.banks = banks
         lengths = [0 if bank is None else len(bank) for bank in banks]
-        self._length_B.copy_(torch.tensor(lengths), non_blocking=True)
+        self._length_B.copy_(to_device(torch.tensor(lengths), self._length_B.device))
 
     def _search(
         self, row: int, bank: MemoryBank, heads: slice, query_KQE: Tensor

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from longmem.attention import MemoryRead
+from longmem.attention import MemoryRead, pick_heads
 from longmem.backbone import Backbone, BackboneOutput
 from longmem.bank import DTYPES, BankEntry, MemoryBank
 from longmem.checkpoint import Precision, load_sidenet, new_sidenet, read_config, save_sidenet
@@ -348,8 +348,8 @@ class LongMem(nn.Module):
         for layer in self.config.memory_layers:
             kv_heads = [head.kv_head for head in self.config.memory_heads if head.layer == layer]
             key_BKTE, value_BKTE = self.backbone.keys_values(layer, seen.hidden_states[layer])
-            keys.append(key_BKTE[:, kv_heads].transpose(0, 1))
-            values.append(value_BKTE[:, kv_heads].transpose(0, 1))
+            keys.append(pick_heads(key_BKTE, kv_heads).transpose(0, 1))
+            values.append(pick_heads(value_BKTE, kv_heads).transpose(0, 1))
         dtype = DTYPES["bfloat16"]
         return torch.cat(keys).to(dtype), torch.cat(values).to(dtype)
 

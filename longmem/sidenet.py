@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longmem.attention import MemoryAttention, MemoryRead, local_attention
+from longmem.attention import MemoryAttention, MemoryRead, local_attention, pick_heads
 from longmem.config import SideNetConfig
 from longmem.decoding import KeyValueBuffer, LayerStep, RowDecoder, RowLayer
 from longmem.families import Family, Rotary
@@ -170,7 +170,7 @@ class SideNetLayer(nn.Module):
             projected_BTD,
             branch_BTD,
             logsumexp=lambda: causal_logsumexp(
-                self._memory_heads(rotated_BHTE), key_BKSE[:, self.kv_heads], scaling, window
+                self._memory_heads(rotated_BHTE), pick_heads(key_BKSE, self.kv_heads), scaling, window
             ),
             output=lambda: family.finish(decoder, x_BTD, branch_BTD),
         )
@@ -202,9 +202,7 @@ class SideNetLayer(nn.Module):
         self._rows = None if decoder is None else decoder.layer(self.decoder)
 
     def _memory_heads(self, heads_BHTE: Tensor) -> Tensor:
-        heads_BKGTE = heads_BHTE.unflatten(1, (-1, self.group))
-        # Not by a list: that would be copied to the device each time, which a recorded step cannot.
-        return torch.stack([heads_BKGTE[:, head] for head in self.kv_heads], dim=1)
+        return pick_heads(heads_BHTE.unflatten(1, (-1, self.group)), self.kv_heads)
 
 
 class CompiledFamily:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from longmem.attention import MemoryRead
 from longmem.bank import DTYPES
 from longmem.config import SideNetConfig, read_json
-from longmem.data import Mixture, Segments, Streams, TokenizedDocuments
+from longmem.data import Mixture, Segments, Streams, TokenizedDocuments, to_device
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evals.perplexity import PerplexityConfig, PerplexityResult, perplexity
 from longmem.index import StreamBanks, StreamReader
@@ -156,9 +156,9 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One optimiser step; returns what there is to log."""
-        segments = self.streams.next()
-        tokens_BS = segments.tokens_BS.to(self.device, non_blocking=True)
-        self.banks.reset(segments.starts_B.to(self.device))
+        segments = self.streams.next().to(self.device)
+        tokens_BS = segments.tokens_BS
+        self.banks.reset(segments.starts_B)
         prefix_B1 = tokens_BS.new_full((tokens_BS.shape[0], 1), self.model.backbone.prefix_token_id)
         boundaries = {*self.sidenet.boundaries, *self.model.config.memory_layers, self.model.backbone.num_layers}
         seen = self.model.backbone(torch.cat((prefix_B1, tokens_BS), dim=1), boundaries=boundaries)
@@ -197,17 +197,17 @@ class Trainer:
         source_B, shift = np.arange(rows), int(self.rng.integers(1, max(2, rows)))
         wrong_B = draw_B < config.wrong_fraction
         source_B = np.where(wrong_B, (source_B + shift) % rows, source_B)
-        right_B = torch.from_numpy(~wrong_B).to(self.device)
+        right_B = to_device(torch.from_numpy(~wrong_B), self.device)
         if not config.memory:
             return None, right_B
-        return self.banks.reader(torch.from_numpy(source_B).to(self.device)), right_B
+        return self.banks.reader(to_device(torch.from_numpy(source_B), self.device)), right_B
 
     def _factors(self, segments: Segments, told_B: Tensor) -> Tensor | None:
         """Weight of each token, (B, S) float32, given which rows read what tells their answers; None is 1 for all."""
         if segments.answers_BS is None:
             return None
         weight_B1 = (told_B.float() * self.config.answer_weight)[:, None]
-        return torch.where(segments.answers_BS.to(self.device), weight_B1, 1.0)
+        return torch.where(segments.answers_BS, weight_B1, 1.0)
 
     def _language_loss(self, hidden_BSD: Tensor, tokens_BS: Tensor, factor_BS: Tensor | None) -> Tensor:
         normed_XD = self.model.backbone.final_norm(hidden_BSD).flatten(0, 1)
@@ -223,11 +223,11 @@ class Trainer:
         """Mean loss of answers in rows that read their own bank, in nats a token, in steps that are logged."""
         if segments.answers_BS is None or not self._logs(self.done + 1):
             return {}
-        counted_BS = segments.answers_BS.to(self.device) & right_B[:, None]
+        counted_BS = segments.answers_BS & right_B[:, None]
         if not counted_BS.any():
             return {}
         normed_XD = self.model.backbone.final_norm(hidden_BSD[counted_BS])
-        target_X = segments.tokens_BS.to(self.device)[counted_BS]
+        target_X = segments.tokens_BS[counted_BS]
         return {"answer_loss": float(linear_nll(normed_XD, self.model.backbone.output_weight_VD, target_X).mean())}
 
     def _lookup_loss(self, reads: list[MemoryRead], reader: StreamReader, right_B: Tensor, tokens_BS: Tensor) -> Tensor:
