@@ -20,6 +20,7 @@ LABELS = {
     "bank_off": "bank empty",
     "bank_on": "bank on",
     "bank_wrong": "bank wrong",
+    "bank_crowded": "bank among others",
 }
 
 
@@ -47,6 +48,7 @@ def main() -> None:
         *LABELS.values(),
         "memory: on against empty",
         "wrong against empty",
+        "among others against empty",
         "empty against twin",
         "on against twin",
     ]
@@ -57,8 +59,8 @@ def main() -> None:
         cells = [f"{np.exp(losses[name].mean()):.2f}" if name in losses else "–" for name in LABELS]
         twin_path = path.with_name("-".join([args.twin or "", *path.stem.split("-")[-2:]]) + ".json")
         twin = chosen_losses(twin_path, args.documents)["bank_off"] if args.twin and twin_path.exists() else None
-        off, on, wrong = (losses.get(name) for name in ("bank_off", "bank_on", "bank_wrong"))
-        for before, after in ((off, on), (off, wrong), (twin, off), (twin, on)):
+        off, on, wrong, crowded = (losses.get(f"bank_{name}") for name in ("off", "on", "wrong", "crowded"))
+        for before, after in ((off, on), (off, wrong), (off, crowded), (twin, off), (twin, on)):
             cells.append("–" if before is None or after is None else change(before, after))
         print(f"| {path.stem} | {len(some)} | " + " | ".join(cells) + " |")
 

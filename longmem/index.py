@@ -254,40 +254,79 @@ class StreamBanks:
         """Empty the banks of the rows where `rows_B` (bool) is True."""
         self.written_B.masked_fill_(rows_B, 0)
 
-    def reader(self, source_B: Tensor | None = None) -> StreamReader:
-        """A retrieve callable in which row b reads the bank of row `source_B[b]`; its own if None."""
-        return StreamReader(self, source_B)
+    def reader(
+        self, source_B: Tensor | None = None, crowded: Sequence[int] = (), crowd: int = 1, filled: int | None = None
+    ) -> StreamReader:
+        """A retrieve callable in which row b reads the bank of row `source_B[b]`; its own if None.
+
+        Args:
+            crowded: rows that read their own bank together with those of the other rows of their crowd.
+            crowd: rows of a crowd: the first so many are one, the next so many another.
+            filled: tokens that every ring holds, at least; all its capacity if None. Crowds are read so far.
+        """
+        return StreamReader(self, source_B, crowded, crowd, self.capacity if filled is None else filled)
 
 
 class StreamReader:
-    """Reads `StreamBanks`, possibly with banks swapped between rows (for the regulariser)."""
+    """Reads `StreamBanks`, possibly with banks swapped between rows, or many read as one (for the regulariser).
 
-    def __init__(self, streams: StreamBanks, source_B: Tensor | None) -> None:
-        self.streams = streams
-        rows = streams.written_B.shape[0]
-        self.source_B = torch.arange(rows, device=streams.written_B.device) if source_B is None else source_B
+    `Retrieved.index_BKGTR` counts positions in the rings of all rows, one ring after another.
+    """
+
+    def __init__(
+        self, streams: StreamBanks, source_B: Tensor | None, crowded: Sequence[int], crowd: int, filled: int
+    ) -> None:
+        rows, device = streams.written_B.shape[0], streams.written_B.device
+        if rows % crowd or filled % streams.config.chunk_size:
+            raise ValueError(
+                f"{rows} rows are not whole crowds of {crowd}, or {filled} tokens not whole chunks of "
+                f"{streams.config.chunk_size}"
+            )
+        self.streams, self.crowd, self.filled = streams, crowd, filled
+        self.source_B = torch.arange(rows, device=device) if source_B is None else source_B
         self.length_B = streams.length_B[self.source_B]
+        self.crowded_M = to_device(torch.tensor(crowded, dtype=torch.int64), device) if crowded else None
+        self.size_B = self.length_B.float()
+        if self.crowded_M is not None:
+            self.size_B = self.size_B.index_fill(0, self.crowded_M, crowd * filled)
 
     @torch.no_grad()
     def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
-        config, streams = self.streams.config, self.streams
-        batch, kv_heads, group, tokens, _ = query_BKGTE.shape
-        keys_PNE, values_PNE = streams.keys_HBNE.flatten(0, 1), streams.values_HBNE.flatten(0, 1)
-        head_K = torch.arange(kv_heads, device=self.source_B.device) + config.heads_of(layer).start
-        pool_BK = head_K * batch + self.source_B[:, None]
-        index_XQR, valid_XQR = search_tokens(
+        streams, heads = self.streams, self.streams.config.heads_of(layer)
+        batch, kv_heads = query_BKGTE.shape[:2]
+        keys_KBNE, values_KBNE = streams.keys_HBNE[heads], streams.values_HBNE[heads]
+        length_BK = self.length_B[:, None].expand(batch, kv_heads)
+        slot, valid = self._search(query_BKGTE, keys_KBNE, self.source_B, length_BK)
+        slot = slot + (self.source_B * streams.capacity).view(-1, 1, 1, 1, 1)
+        if self.crowded_M is not None:
+            # Rows of a crowd lie side by side: to a search they are one long pool.
+            crowds_KCNE = keys_KBNE[:, :, : self.filled].unflatten(1, (-1, self.crowd)).flatten(2, 3)
+            crowd_M = self.crowded_M // self.crowd
+            at, real = self._search(query_BKGTE[self.crowded_M], crowds_KCNE, crowd_M, None)
+            first = (crowd_M * self.crowd).view(-1, 1, 1, 1, 1)
+            at = (first + at // self.filled) * streams.capacity + at % self.filled
+            slot, valid = slot.index_copy(0, self.crowded_M, at), valid.index_copy(0, self.crowded_M, real)
+        pool_BK = torch.arange(kv_heads, device=slot.device).expand(batch, kv_heads)
+        rows = keys_KBNE.flatten(1, 2), values_KBNE.flatten(1, 2)
+        return Retrieved(*rows, pool_BK, slot, valid, slot, self.size_B)
+
+    def _search(
+        self, query_BKGTE: Tensor, keys_KPNE: Tensor, pool_B: Tensor, length_BK: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Where in its pool each query found what, and whether it is real; each (B, K, G, T, R)."""
+        config, (kv_heads, pools) = self.streams.config, keys_KPNE.shape[:2]
+        pool_BK = torch.arange(kv_heads, device=pool_B.device) * pools + pool_B[:, None]
+        found = search_tokens(
             _flat(query_BKGTE),
-            keys_PNE,
+            keys_KPNE.flatten(0, 1),
             config.top_k,
             config.chunk_size,
-            self.length_B.repeat_interleave(kv_heads),
+            None if length_BK is None else length_BK.flatten(),
             pool_BK.flatten(),
         )
-        shape = (batch, kv_heads, group, tokens, config.top_k)
-        index, valid = index_XQR.view(shape), valid_XQR.view(shape)
-        return Retrieved(keys_PNE, values_PNE, pool_BK, index, valid, index, self.length_B.float())
+        slot, valid = (part_XQR.view(*query_BKGTE.shape[:-1], config.top_k) for part_XQR in found)
+        return slot, valid
 
     def token_ids(self, index_BKGTR: Tensor) -> Tensor:
         """Which token each retrieved position holds."""
-        rows_B = self.source_B.view(-1, *[1] * (index_BKGTR.ndim - 1))
-        return self.streams.token_ids_BN[rows_B, index_BKGTR]
+        return self.streams.token_ids_BN.flatten()[index_BKGTR]

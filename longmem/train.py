@@ -49,6 +49,8 @@ class TrainConfig:
         empty_weight: of a second loss, that of the same segments with an empty bank, so that one costs nothing. The
             backbone runs once for both.
         wrong_fraction: share of streams that read another stream's bank in a step, so that a wrong one costs little.
+        crowded_fraction: share of streams that read their bank among others' in a step, as one `crowd` times as large.
+        crowd: streams whose banks are one to those that are crowded.
         lookup_weight: of the memory regulariser: attention among retrieved tokens should fall on those that are the
             next token.
         answer_weight: of marked answers (see `longmem.data.Document`), beside 1 for any other token, in rows that read
@@ -74,6 +76,8 @@ class TrainConfig:
     seed: int = 0
     empty_weight: float = 0.5
     wrong_fraction: float = 0.1
+    crowded_fraction: float = 0.0
+    crowd: int = 4
     lookup_weight: float = 0.0
     answer_weight: float = 1.0
     memory: bool = True
@@ -90,6 +94,10 @@ class TrainConfig:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if not 0 <= self.wrong_fraction <= 1:
             raise ConfigError(f"wrong_fraction is a share of the batch, from 0 to 1; got {self.wrong_fraction}.")
+        if not 0 <= self.crowded_fraction <= 1:
+            raise ConfigError(f"crowded_fraction is a share of the batch, from 0 to 1; got {self.crowded_fraction}.")
+        if self.crowded_fraction and (self.crowd < 1 or self.rows % self.crowd):
+            raise ConfigError(f"crowd must divide the {self.rows} rows; got {self.crowd}.")
         if self.empty_weight < 0:
             raise ConfigError(f"empty_weight must not be negative; got {self.empty_weight}.")
         if self.answer_weight < 0:
@@ -196,11 +204,17 @@ class Trainer:
         draw_B = self.rng.random(rows)
         source_B, shift = np.arange(rows), int(self.rng.integers(1, max(2, rows)))
         wrong_B = draw_B < config.wrong_fraction
+        crowded = np.zeros(0, dtype=np.int64)
+        # What was never written must not be read: until every ring is full, nobody is crowded.
+        if config.crowded_fraction and self.done * config.segment >= config.bank_tokens:
+            crowded = np.sort(self.rng.permutation(rows)[: round(config.crowded_fraction * rows)])
+            wrong_B[crowded] = False
         source_B = np.where(wrong_B, (source_B + shift) % rows, source_B)
         right_B = to_device(torch.from_numpy(~wrong_B), self.device)
         if not config.memory:
             return None, right_B
-        return self.banks.reader(to_device(torch.from_numpy(source_B), self.device)), right_B
+        source_B = to_device(torch.from_numpy(source_B), self.device)
+        return self.banks.reader(source_B, crowded.tolist(), config.crowd if len(crowded) else 1), right_B
 
     def _factors(self, segments: Segments, told_B: Tensor) -> Tensor | None:
         """Weight of each token, (B, S) float32, given which rows read what tells their answers; None is 1 for all."""

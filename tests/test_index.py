@@ -144,6 +144,35 @@ def test_rows_may_read_each_others_banks(source: list[int]) -> None:
         assert torch.equal(found.rows(found.values_PNE)[row], plain.rows(plain.values_PNE)[other])
 
 
+@given(st.lists(st.integers(0, 3), unique=True), st.sampled_from([1, 2, 4]), st.sampled_from([4, 6, 8]))
+def test_a_crowd_is_read_as_one_bank(crowded: list[int], crowd: int, filled: int) -> None:
+    rings = StreamBanks(4, 8, config(4), 4, dtype=torch.float32, device=torch.device("cpu"))
+    ids_BT = torch.arange(4 * filled).view(4, filled)
+    keys_HBTE, values_HBTE = normal(3, 4, filled, 4), normal(3, 4, filled, 4, seed=1)
+    rings.append(keys_HBTE, values_HBTE, ids_BT)
+    query_BKGTE = normal(4, 2, 2, 3, 4, seed=2)
+    reader = rings.reader(None, crowded, crowd, filled)
+    found = reader(1, query_BKGTE)
+    ids_BKGTR = reader.token_ids(found.index_BKGTR)
+    for row in range(4):
+        first = row // crowd * crowd if row in crowded else row
+        others = slice(first, first + (crowd if row in crowded else 1))
+        assert found.bank_size_B[row] == filled * (others.stop - others.start)
+        for k, g, t in ((0, 0, 0), (1, 1, 2), (0, 1, 1)):
+            keys_NE = keys_HBTE[k, others].flatten(0, 1)
+            best = naive_search(query_BKGTE[row, k, g, t], keys_NE, 4, 1)
+            assert found.valid_BKGTR[row, k, g, t].all()
+            assert ids_BKGTR[row, k, g, t].tolist() == ids_BT[others].flatten()[best].tolist()
+            assert torch.equal(found.rows(found.keys_PNE)[row, k, g, t], keys_NE[best])
+            assert torch.equal(found.rows(found.values_PNE)[row, k, g, t], values_HBTE[k, others].flatten(0, 1)[best])
+
+
+def test_rows_that_are_no_whole_crowds_are_named() -> None:
+    rings = StreamBanks(4, 8, config(4), 4, dtype=torch.float32, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="4 rows are not whole crowds of 3"):
+        rings.reader(None, [0], 3)
+
+
 def test_a_reader_of_places_reads_what_banks_hold_now() -> None:
     one, other, device = make_bank(12), make_bank(30, seed=1), torch.device("cpu")
     query_BKGTE = normal(3, 2, 2, 1, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,7 @@ from longmem.bank import BankEntry, MemoryBank
 from longmem.config import SideNetConfig
 from longmem.data import TokenizedDocuments
 from longmem.errors import ConfigError, SourceError
-from longmem.evals.perplexity import CONDITIONS, PerplexityConfig, perplexity
+from longmem.evals.perplexity import CONDITIONS, USUAL_CONDITIONS, PerplexityConfig, perplexity
 from longmem.model import LongMem
 
 BLOCKS = PerplexityConfig("blocks", segment=16, prefill=32, segments=3)
@@ -31,20 +32,19 @@ def tokens_of(document: int) -> Tensor:
     return torch.from_numpy(DOCUMENTS[document].astype(np.int64))
 
 
-def bank_of(model: LongMem, ids_N: Tensor, size: int) -> MemoryBank:
-    """The document's first `size` tokens."""
-    keys_HNE, values_HNE = model.encode(ids_N[:size])
-    offsets_N2 = torch.stack([torch.arange(size), torch.arange(size) + 1], dim=1)
+def bank_of(model: LongMem, texts: list[Tensor], size: int) -> MemoryBank:
+    """The first `size` tokens of each text."""
     bank = model.new_bank()
-    bank.append(BankEntry("document", "x" * size, 0, ids_N[:size], offsets_N2, keys_HNE, values_HNE))
+    for number, ids_N in enumerate(texts):
+        keys_HNE, values_HNE = model.encode(ids_N[:size])
+        offsets_N2 = torch.stack([torch.arange(size), torch.arange(size) + 1], dim=1)
+        bank.append(BankEntry(f"{number}", "x" * size, 0, ids_N[:size], offsets_N2, keys_HNE, values_HNE))
     return bank
 
 
 @torch.no_grad()
-def by_hand(
-    model: LongMem, document: int, config: PerplexityConfig, remembers: int | None, memory: float = 1.0
-) -> float:
-    """Mean loss of a document's scored tokens, the bank holding what document `remembers` says before the window."""
+def by_hand(model: LongMem, document: int, config: PerplexityConfig, *remembers: int, memory: float = 1.0) -> float:
+    """Mean loss of a document's scored tokens, the bank holding what documents `remembers` say before the window."""
     ids_N = tokens_of(document)
     losses = []
     step, local = (config.segment, 0) if config.protocol == "blocks" else (config.stride, config.context)
@@ -52,7 +52,9 @@ def by_hand(
         window, last = first - local, first + step
         prefix_1 = torch.tensor([model.backbone.prefix_token_id])
         input_ids_BT = torch.cat((prefix_1, ids_N[window : last - 1]))[None]
-        bank = None if remembers is None else bank_of(model, tokens_of(remembers), window)
+        # Whole chunks of each, as rings side by side are read.
+        size = window if len(remembers) == 1 else window // model.config.chunk_size * model.config.chunk_size
+        bank = bank_of(model, [tokens_of(other) for other in remembers], size) if remembers else None
         logits_TV = model(input_ids_BT, bank, memory=memory).logits_BTV[0, -step:]
         losses.append(F.cross_entropy(logits_TV.float(), ids_N[first:last], reduction="none"))
     return float(torch.cat(losses).mean())
@@ -64,14 +66,15 @@ def by_hand(
 )
 def test_every_condition_is_what_a_loop_by_hand_gives(config: PerplexityConfig, form: dict[str, Any]) -> None:
     model = tiny.model("llama", **form)
-    result = perplexity(model, DOCUMENTS, config)
+    result = perplexity(model, DOCUMENTS, dataclasses.replace(config, conditions=CONDITIONS))
     assert result.documents == DOCUMENTS.names and result.tokens == 3 * config.scored
     # Three documents in batches of two at least: one batch, in which each reads its neighbour's bank.
     expected = {
         "bank_on": [by_hand(model, i, config, i) for i in range(3)],
-        "bank_off": [by_hand(model, i, config, None) for i in range(3)],
+        "bank_off": [by_hand(model, i, config) for i in range(3)],
         "bank_wrong": [by_hand(model, i, config, (i - 1) % 3) for i in range(3)],
-        "backbone_local": [by_hand(model, i, config, None, memory=0.0) for i in range(3)],
+        "bank_crowded": [by_hand(model, i, config, 0, 1, 2) for i in range(3)],
+        "backbone_local": [by_hand(model, i, config, memory=0.0) for i in range(3)],
     }
     for condition, losses in expected.items():
         assert result.losses[condition] == pytest.approx(losses, abs=2e-4), condition
@@ -114,7 +117,7 @@ def test_figures_fit_together() -> None:
     on, off = result.perplexity["bank_on"], result.perplexity["bank_off"]
     assert on is not None and off is not None and result.gain_percent == pytest.approx(100 * (1 - on / off), rel=1e-4)
     assert result.gain_interval is not None and result.gain_interval[0] <= result.gain_interval[1]
-    for condition in CONDITIONS:
+    for condition in USUAL_CONDITIONS:
         interval, value = result.intervals[condition], result.perplexity[condition]
         assert interval is not None and value is not None and interval[0] <= value <= interval[1]
         assert len(result.by_position[condition]) == BLOCKS.segments
@@ -133,7 +136,7 @@ def test_only_what_is_asked_for_is_measured() -> None:
     config = PerplexityConfig("blocks", segment=16, prefill=32, segments=2, conditions=("bank_off",))
     result = perplexity(MODEL, DOCUMENTS, config)
     assert list(result.perplexity) == list(result.losses) == ["bank_off"] and result.gain_percent is None
-    assert result.losses["bank_off"] == pytest.approx([by_hand(MODEL, i, config, None) for i in range(3)], abs=1e-4)
+    assert result.losses["bank_off"] == pytest.approx([by_hand(MODEL, i, config) for i in range(3)], abs=1e-4)
 
 
 def test_a_model_without_memory_heads_is_measured_without_bank() -> None:
@@ -172,7 +175,7 @@ def test_a_result_survives_json(tmp_path: Path) -> None:
     result = perplexity(MODEL, DOCUMENTS, BLOCKS)
     result.save(tmp_path / "new" / "perplexity.json")
     row = json.loads((tmp_path / "new" / "perplexity.json").read_text())
-    assert {condition: row[condition] for condition in CONDITIONS} == result.perplexity
+    assert {condition: row[condition] for condition in USUAL_CONDITIONS} == result.perplexity
     assert row["documents"] == 3 and row["config"]["protocol"] == "blocks"
 
 

@@ -178,7 +178,8 @@ def test_a_segment_reads_what_came_before_it_and_never_itself() -> None:
     def look(_module: Any, args: tuple[Any, ...]) -> None:
         found: Retrieved = args[3]
         sizes.append(found.bank_size_B)
-        assert (found.index_BKGTR[found.valid_BKGTR] < found.bank_size_B.max()).all()
+        place_BKGTR = found.index_BKGTR % config.bank_tokens
+        assert (place_BKGTR[found.valid_BKGTR] < found.bank_size_B.max()).all()
 
     memory_layer = next(layer for layer in model.sidenet.layers if layer.kv_heads)
     memory_layer.memory.register_forward_pre_hook(look)
@@ -216,6 +217,23 @@ def test_wrong_banks_are_as_many_as_asked() -> None:
         assert (reader.length_B == 16).all()
         assert sorted(reader.source_B.tolist()) == [0, 1, 2]
         assert ((reader.source_B != torch.arange(3)) == bool(fraction)).all()
+
+
+def test_crowded_rows_are_as_many_as_asked_once_every_ring_is_full() -> None:
+    config = dataclasses.replace(
+        SMALL, wrong_fraction=1.0, crowded_fraction=0.5, crowd=2, rows=4, segment=16, bank_tokens=32, steps=9
+    )
+    trainer = Trainer(fresh(), tiny.documents(*[400] * 4), config)
+    for step in range(5):
+        reader, right_B = trainer._reader()
+        assert reader is not None
+        full = step * 16 >= 32
+        assert (reader.crowded_M is not None) == full
+        assert int(right_B.sum()) == (2 if full else 0)  # who is crowded sees its own bank too
+        if full:
+            assert reader.size_B[right_B].tolist() == [64.0, 64.0]
+            assert reader.crowded_M is not None and torch.equal(right_B.nonzero()[:, 0], reader.crowded_M)
+        trainer.step()
 
 
 def test_the_lookup_loss_counts_attention_on_the_next_token_alone() -> None:
@@ -267,6 +285,7 @@ def test_documents_too_short_leave_no_folder(tmp_path: Path) -> None:
         {"bank_tokens": 0},
         {"log_every": 0},
         {"wrong_fraction": 1.2},
+        {"crowded_fraction": 1.2},
         {"empty_weight": -0.1},
         {"answer_weight": -1.0},
         {"dtype": "float16"},

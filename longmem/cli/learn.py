@@ -155,6 +155,8 @@ def train(
     seed: Annotated[int, _setting("Of everything drawn.")] = 0,
     empty_weight: Annotated[float, _setting("Of the loss of the same text with an empty bank.")] = 0.5,
     wrong_fraction: Annotated[float, _setting("Share of streams that read another's bank in a step.")] = 0.1,
+    crowded_fraction: Annotated[float, _setting("Share of streams that read their bank among others'.")] = 0.0,
+    crowd: Annotated[int, _setting("Streams whose banks are one to those that are crowded.")] = 4,
     lookup_weight: Annotated[float, _setting("Of the memory regulariser.")] = 0.0,
     answer_weight: Annotated[float, _setting("Of tokens that documents mark as answers; of all others 1.")] = 1.0,
     memory: Annotated[bool, _setting("--no-memory trains the memory-free twin.")] = True,

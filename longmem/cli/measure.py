@@ -186,7 +186,8 @@ def perplexity(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Of backbone_local, backbone_window, bank_off, bank_on, bank_wrong; with commas. All by default."
+            help="Of backbone_local, backbone_window, bank_off, bank_on, bank_wrong, bank_crowded; with commas. "
+            "By default all but the last, in which a document's memory is among that of all --rows."
         ),
     ] = None,
     rows: Annotated[int, typer.Option(help="Documents side by side; 0 chooses.")] = 0,
@@ -196,13 +197,13 @@ def perplexity(
     dtype: common.Precision = "auto",
 ) -> None:
     """Perplexity of documents with the bank on, empty, and filled with another document."""
-    from longmem.evals.perplexity import CONDITIONS, PerplexityConfig
+    from longmem.evals.perplexity import USUAL_CONDITIONS, PerplexityConfig
     from longmem.evals.perplexity import perplexity as run
 
     names = {field.name for field in dataclasses.fields(PerplexityConfig)} & set(context.params)
     settings: dict[str, Any] = {name: context.params[name] for name in names}
     settings["context"] = context_tokens
-    conditions = CONDITIONS if only is None else tuple(filter(None, (name.strip() for name in only.split(","))))
+    conditions = USUAL_CONDITIONS if only is None else tuple(filter(None, (name.strip() for name in only.split(","))))
     config = PerplexityConfig(**settings, conditions=conditions)
     _check_file(as_json)
     loaded = common.load_model(model, device, dtype)
@@ -227,6 +228,7 @@ def perplexity_table(result: PerplexityResult) -> Table:
         "bank_off": "bank empty",
         "bank_on": "bank on",
         "bank_wrong": "bank wrong",
+        "bank_crowded": "bank among others",
     }
     for name, value in result.perplexity.items():
         shown = "not measured" if value is None else f"{value:.3f}"

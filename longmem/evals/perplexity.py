@@ -27,7 +27,9 @@ from longmem.index import Retrieve, StreamBanks
 from longmem.model import LongMem
 from longmem.ops import linear_nll
 
-CONDITIONS = ("backbone_local", "backbone_window", "bank_off", "bank_on", "bank_wrong")
+CONDITIONS = ("backbone_local", "backbone_window", "bank_off", "bank_on", "bank_wrong", "bank_crowded")
+# All but the crowd, whose search is as many times as large as there are documents side by side.
+USUAL_CONDITIONS = CONDITIONS[:-1]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class PerplexityConfig:
         context: local tokens before each scored stride (sliding).
         stride: tokens scored at a time (sliding).
         conditions: any of `backbone_local` (the frozen model, same local window), `backbone_window` (its whole
-            trained window), `bank_off`, `bank_on`, `bank_wrong` (another document's memory).
+            trained window), `bank_off`, `bank_on`, `bank_wrong` (another document's memory), `bank_crowded` (the
+            document's own memory among those of all documents beside it; only if asked for).
         rows: documents side by side; 0 chooses.
         seed: of the bootstrap.
     """
@@ -53,7 +56,7 @@ class PerplexityConfig:
     segments: int = 16
     context: int = 1024
     stride: int = 512
-    conditions: tuple[str, ...] = CONDITIONS
+    conditions: tuple[str, ...] = USUAL_CONDITIONS
     rows: int = 0
     seed: int = 0
 
@@ -163,7 +166,7 @@ def _score(model: LongMem, tokens_BN: Tensor, config: PerplexityConfig) -> dict[
     """Losses (B, scored) of a batch of documents under each condition."""
     tokens_BN = tokens_BN.to(model.device)
     rows = tokens_BN.shape[0]
-    reads_bank = {"bank_on", "bank_wrong"} & set(config.conditions) and model.config.memory_heads
+    reads_bank = {"bank_on", "bank_wrong", "bank_crowded"} & set(config.conditions) and model.config.memory_heads
     banks = None
     if reads_bank:
         encoded = [model.encode(row_N[: config.needed]) for row_N in tokens_BN]
@@ -219,6 +222,8 @@ def _score_step(
         readers["bank_on"] = banks.reader()
         if rows > 1:
             readers["bank_wrong"] = banks.reader(torch.arange(rows, device=tokens_BN.device).roll(1))
+            filled = window // model.config.chunk_size * model.config.chunk_size
+            readers["bank_crowded"] = banks.reader(None, range(rows), rows, filled)
     losses = {name: nll(model.correct(seen, readers[name])[0]) for name in config.conditions if name in readers}
     if "backbone_local" in config.conditions:
         losses["backbone_local"] = nll(seen.hidden_states[top])
