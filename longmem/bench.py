@@ -24,6 +24,7 @@ from longmem.index import Retrieve, Retrieved
 from longmem.model import LongMem
 
 _BLOCK = 1 << 14  # tokens whose keys and values are drawn; larger banks repeat them, their channels moved on
+_RANDOM = ("empty", "random")  # what such banks are called
 _WARM = 2  # tokens generated before any is timed
 
 
@@ -128,15 +129,17 @@ class BenchResult:
             ) from error
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
-        costs = sorted((cost for cost in self.costs if cost.size is not None), key=lambda cost: cost.size or 0)
-        sizes = [cost.size or 0 for cost in costs]
-        axes.plot(sizes, [cost.ms_p50 for cost in costs], "o-", label="a token")
-        axes.plot(sizes, [cost.search_ms_p50 for cost in costs], "o-", label="of it, search")
+        grown = sorted((cost for cost in self.costs if cost.bank in _RANDOM), key=lambda cost: cost.size or 0)
+        sizes = [cost.size or 0 for cost in grown]
+        axes.plot(sizes, [cost.ms_p50 for cost in grown], "o-", label="a token")
+        axes.plot(sizes, [cost.search_ms_p50 for cost in grown], "o-", label="of it, search")
         for cost in self.costs:
             if cost.size is None:
                 axes.axhline(cost.ms_p50, color="grey", linestyle=":", label=cost.bank)
+            elif cost.bank not in _RANDOM:
+                axes.plot([cost.size], [cost.ms_p50], "*", markersize=12, label=cost.bank)
         axes.set_xscale("symlog", linthresh=1024)
-        axes.set(xlabel="tokens in the bank", ylabel="milliseconds (median)", ylim=(0, None))
+        axes.set(xlabel="tokens in the bank", ylabel="milliseconds (median)", xlim=(0, None), ylim=(0, None))
         axes.set_title(f"{self.model}\n{self.machine['processor']}", fontsize=9)
         axes.legend()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -174,7 +177,7 @@ def bench(
     advance(1)
     for size in config.sizes:
         bank = random_bank(model, size, config.seed)
-        costs.append(cost_of(model, "random" if size else "empty", bank, config))
+        costs.append(cost_of(model, _RANDOM[size > 0], bank, config))
         advance(1)
     for name, bank in banks:
         costs.append(cost_of(model, name, bank, config))
