@@ -1,13 +1,14 @@
 """Tokens a second on a CPU, one at a time: transformers' `generate`, longmem, and longmem with compiled decoding.
 
     OMP_NUM_THREADS=1 python benchmarks/decode_cpu.py
-    OMP_NUM_THREADS=1 python benchmarks/decode_cpu.py --vectors real.safetensors     # with indexes; made if missing
+    OMP_NUM_THREADS=1 python benchmarks/decode_cpu.py --vectors real.safetensors --store DIR     # with indexes
 
 Every way continues the same random prompt greedily. Before anything is timed, the logits of compiled decoding are
 compared with eager ones, and the tokens chosen. Ways take turns, so that what else the machine does meets all alike;
 the processor's own time is given too, which leaves out waiting for a busy core. Banks hold random keys and values: they
 are for time, not for meaning. An index needs keys of text: with --vectors banks hold Python's documentation, repeated
-with slight noise, and the text that follows it is the prompt.
+with slight noise, and the text that follows it is the prompt. The file, and banks and indexes in the store, are made
+where they are missing, and kept: an index of a million tokens takes minutes.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from longmem.approximate import BankIndex
 from longmem.bank import BankEntry, MemoryBank
+from longmem.errors import BankIndexError
 from longmem.model import LongMem
 from longmem.probe import default_documents
+from longmem.store import MemoryStore
 
 RESULTS = Path(__file__).parent / "results" / "decode_cpu.csv"
 TOLERANCE = 1e-3
@@ -63,20 +65,27 @@ def make_vectors(model_name: str, tokens: int) -> dict[str, Tensor]:
     return {"ids": ids_N, "keys": keys_HNE.contiguous(), "values": values_HNE.contiguous()}
 
 
-def text_bank(model: LongMem, size: int, vectors: dict[str, Tensor]) -> MemoryBank:
-    """A bank of real text, repeated up to `size` tokens with noise of 2 % of a channel's spread."""
-    bank, generator = model.new_bank(), torch.Generator().manual_seed(0)
+def text_bank(model: LongMem, size: int, vectors: dict[str, Tensor], store: MemoryStore, recall: float) -> MemoryBank:
+    """A bank of real text, repeated up to `size` tokens with noise of 2 % of a channel's spread; it has an index."""
+    bank, generator = store.bank(f"text-{size}", model.bank_spec), torch.Generator().manual_seed(0)
     spreads = [0.02 * vectors[name][:, ::16].float().std(1, keepdim=True) for name in ("keys", "values")]
     while len(bank) < size:
-        part = slice(0, min(size - len(bank), vectors["keys"].shape[1]))
+        count = min(size - len(bank), vectors["keys"].shape[1])
         keys_HnE, values_HnE = (
-            (rows + torch.randn(rows.shape, generator=generator).mul_(spread)).bfloat16()
-            for rows, spread in zip((vectors["keys"][:, part], vectors["values"][:, part]), spreads, strict=True)
+            (rows_HnE + torch.randn(rows_HnE.shape, generator=generator).mul_(spread_H1E)).bfloat16()
+            for rows_HnE, spread_H1E in zip(
+                (vectors[name][:, :count] for name in ("keys", "values")), spreads, strict=True
+            )
         )
-        count = part.stop
         offsets_n2 = torch.stack([torch.arange(count), torch.arange(1, count + 1)], dim=1)
-        source = f"text/{len(bank)}"
-        bank.append(BankEntry(source, "x" * count, 0, vectors["ids"][part], offsets_n2, keys_HnE, values_HnE))
+        ids_n, source = vectors["ids"][:count], f"text/{len(bank)}"
+        bank.append(BankEntry(source, "x" * count, 0, ids_n, offsets_n2, keys_HnE, values_HnE))
+    try:
+        bank.load_index()
+    except BankIndexError:
+        started = time.perf_counter()
+        bank.save_index(model.make_index(bank, recall=recall))
+        print(f"index made in {time.perf_counter() - started:.0f} s", flush=True)
     return bank
 
 
@@ -150,9 +159,12 @@ def main() -> None:
     parser.add_argument("--banks", type=int, nargs="*", default=[0, 1 << 16, 1 << 20], help="tokens in each bank")
     parser.add_argument("--vectors", type=Path, help="keys of text, a file; also measure banks that have an index")
     parser.add_argument("--encode", type=int, default=98_304, help="tokens to encode where that file is missing")
-    parser.add_argument("--recall", type=float, nargs="*", default=[0.99], help="asked of indexes")
+    parser.add_argument("--store", type=Path, help="keeps banks of that text, and their indexes")
+    parser.add_argument("--recall", type=float, default=0.99, help="asked of an index")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a CSV that rows are added to")
     arguments = parser.parse_args()
+    if (arguments.vectors is None) != (arguments.store is None):
+        parser.error("--vectors and --store go together")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
     eager = LongMem.from_pretrained(arguments.model, device="cpu", dtype="float32")
@@ -170,27 +182,24 @@ def main() -> None:
     ids_T = torch.randint(
         eager.backbone.config.vocab_size, (arguments.prompt,), generator=torch.Generator().manual_seed(0)
     )
-    vectors = None
+    vectors, store = None, None
     if arguments.vectors is not None:
         if not arguments.vectors.exists():
             save_file(make_vectors(arguments.model, arguments.encode), arguments.vectors)
-        vectors = load_file(arguments.vectors)
+        vectors, store = load_file(arguments.vectors), MemoryStore.open(arguments.store)
         ids_T = vectors["ids"][vectors["keys"].shape[1] :][: arguments.prompt]
     for size in [None, *arguments.banks]:
-        bank, name, memory = None, "none: backbone alone (memory=0)", 0.0
-        if size is not None:
-            of_text = vectors is not None and size > 0
-            bank = text_bank(eager, size, vectors) if vectors is not None else random_bank(eager, size)
-            name, memory = f"{size} tokens{' of text' * of_text}", 1.0
-        indexes: dict[str, BankIndex] = {}
-        for target in arguments.recall:
-            if bank is None or vectors is None or not size:
-                break
-            started = time.perf_counter()
-            index = eager.make_index(bank, recall=target)
-            print(f"{name}: index made in {time.perf_counter() - started:.0f} s", *index.kinds, flush=True)
+        bank, name, memory, way = None, "none: backbone alone (memory=0)", 0.0, ""
+        if size is not None and vectors is not None and store is not None and size:
+            bank, name, memory = text_bank(eager, size, vectors, store, arguments.recall), f"{size} tokens of text", 1.0
+        elif size is not None:
+            bank, name, memory = random_bank(eager, size), f"{size} tokens", 1.0
+        index = None if bank is None else bank.index
+        if bank is not None and index is not None:
+            bank.use_index(None)
+            print(name, *index.kinds, flush=True)
             told = f"recall {min(index.recall):.3f} – {max(index.recall):.3f}"
-            indexes[f"longmem compiled, index for {target} ({told})"] = index
+            way = f"longmem compiled, index for {index.target} ({told})"
         tokens = arguments.tokens if (size or 0) < 1 << 19 else 10
         steps: dict[str, list[Tensor]] = {}
         worst = 0.0
@@ -204,8 +213,7 @@ def main() -> None:
             if turn:  # the first round is for checking, and warms everything up
                 steps.setdefault("longmem eager", []).append(eager_S2)
                 steps.setdefault("longmem compiled", []).append(compiled_S2)
-            for way, index in indexes.items():
-                assert bank is not None
+            if bank is not None and index is not None:
                 bank.use_index(index)
                 chosen, _, indexed_S2 = greedy(compiled, ids_T, bank, memory, tokens)
                 bank.use_index(None)
