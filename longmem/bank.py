@@ -297,6 +297,6 @@ def require_cpu(bank: MemoryBank) -> None:
     """Raise `ConfigError` unless the bank can have an index."""
     if bank.device.type != "cpu":
         raise ConfigError(
-            f"An index is searched on a CPU; this bank is on {bank.device}. Open it with device='cpu', or search it "
-            "exactly, which a GPU does fast."
+            f"An index is searched on a CPU; this bank is on {bank.device}. Open it with device='cpu' (--device cpu), "
+            "or search it exactly, which a GPU does fast."
         )

@@ -337,6 +337,7 @@ def test_an_index_is_made_used_and_dropped(work, tiny_model_dir):
 
     assert "searched exactly" in ok("index", *at("notes"), "--drop")
     assert "There was none" in ok("index", *at("notes"), "--drop")
+    assert json.loads(ok("index", *at("notes"), "--drop", "--json")) == {"bank": "notes", "dropped": False}
     assert "has no index" in fails(*generate, "--search", "index")
 
 

@@ -240,6 +240,9 @@ def index(
         target = opened.bank(bank)
         if drop:
             had = target.drop_index()
+            if as_json:
+                common.print_json({"bank": bank, "dropped": had})
+                return
             said = "It is searched exactly." if had else "There was none."
             common.out.print(f"Bank {bank} has no index now. {said}", markup=False, highlight=False)
             return
