@@ -17,6 +17,7 @@ case $name in
     one-loss) options=(--empty-weight 0) ;;
     twin) options=(--no-memory) ;;
     often-wrong) options=(--wrong-fraction 0.25) ;;
+    crowded) options=(--crowded-fraction 0.25 --crowd 4) ;;
     slow) options=(--learning-rate 0.001) ;;
     *)
         echo "unknown variant $name" >&2
@@ -29,5 +30,5 @@ python3 -m longmem train "$train" --out "$out/$name" --heads "$heads" --backbone
     --wrong-fraction 0.1 --compile --log-every 50 "${options[@]}" "$@"
 for protocol in blocks sliding; do
     python3 -m longmem eval perplexity "$heldout" --model "$out/$name" --protocol "$protocol" --prefill 65536 \
-        --segments 16 --only bank_off,bank_on,bank_wrong --json "$out/evals/$name-$protocol-65536.json"
+        --segments 16 --only bank_off,bank_on,bank_wrong,bank_crowded --json "$out/evals/$name-$protocol-65536.json"
 done
