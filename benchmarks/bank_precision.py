@@ -1,0 +1,105 @@
+"""What remembered keys and values in few bits cost: the gain from memory that is left, on held-out texts.
+
+    python benchmarks/bank_precision.py TEXTS [--model smollm2-135m] [--prefill 8192] [--segments 2] [--out FILE.json]
+
+Blocks that start empty, as in `longmem eval perplexity --protocol blocks`; every document's bank is rounded by
+`longmem.codec`, and read back in bfloat16. Beside it plain rounding with one scale a row, for comparison. TEXTS is
+what `longmem eval perplexity` takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longmem import LongMem
+from longmem.cli.common import load_documents
+from longmem.codec import pack_rows, unpack_rows
+from longmem.index import StreamBanks
+from longmem.ops import linear_nll
+
+
+def plain(rows_HNE: Tensor, bits: int) -> Tensor:
+    """Symmetric rounding with one float16 scale a row, neither turned nor centred."""
+    top = 2 ** (bits - 1) - 1
+    scale_HN1 = (rows_HNE.float().abs().amax(-1, keepdim=True) / top).half().float().clamp(min=1e-8)
+    return ((rows_HNE.float() / scale_HN1).round() * scale_HN1).bfloat16()
+
+
+WAYS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
+    "bfloat16": (2.0, lambda rows_HNE: rows_HNE),
+    "8 bits": (1.0, lambda rows_HNE: unpack_rows(pack_rows(rows_HNE, 8))),
+    "4 bits": (0.5, lambda rows_HNE: unpack_rows(pack_rows(rows_HNE, 4))),
+    "8 bits, plain": (1.0, lambda rows_HNE: plain(rows_HNE, 8)),
+    "4 bits, plain": (0.5, lambda rows_HNE: plain(rows_HNE, 4)),
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path, nargs="+")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--prefill", type=int, default=8192)
+    parser.add_argument("--segments", type=int, default=2)
+    parser.add_argument("--documents", type=int, default=8, help="how many of those that are long enough")
+    parser.add_argument("--named", default="", help="only documents whose name holds this")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    model = LongMem.from_pretrained(args.model, dtype="bfloat16")
+    documents = load_documents(args.texts, model.backbone)
+    segment, needed = 1024, args.prefill + args.segments * 1024
+    chosen = [i for i, name in enumerate(documents.names) if args.named in name and documents.lengths[i] >= needed]
+    losses: dict[str, list[float]] = {name: [] for name in ("empty", *WAYS)}
+    names = []
+    for index in chosen[: args.documents]:
+        names.append(documents.names[index])
+        tokens_1N = torch.from_numpy(documents[index][:needed].astype(np.int64))[None].to(model.device)
+        keys_HNE, values_HNE = (rows_HNE.to(model.device) for rows_HNE in model.encode(tokens_1N[0]))
+        rounded = {name: (way(keys_HNE), way(values_HNE)) for name, (_, way) in WAYS.items()}
+        sums = dict.fromkeys(losses, 0.0)
+        for first in range(args.prefill, needed, segment):
+            prefix_11 = tokens_1N.new_full((1, 1), model.backbone.prefix_token_id)
+            input_1T = torch.cat((prefix_11, tokens_1N[:, first : first + segment - 1]), dim=1)
+            seen = model.backbone(input_1T, boundaries={*model.sidenet.boundaries, model.backbone.num_layers})
+            target_X = tokens_1N[0, first : first + segment]
+            for name in sums:
+                reader = None
+                if name != "empty":
+                    shape = (1, args.prefill + args.segments * segment, model.config, model.backbone.head_dim)
+                    banks = StreamBanks(*shape, dtype=torch.bfloat16, device=model.device)
+                    keys, values = (rows_HNE[:, None, :first] for rows_HNE in rounded[name])
+                    banks.append(keys, values, tokens_1N[:, :first])
+                    reader = banks.reader()
+                hidden_XD = model.backbone.final_norm(model.correct(seen, reader)[0]).flatten(0, 1)
+                sums[name] += float(linear_nll(hidden_XD, model.backbone.output_weight_VD, target_X).mean())
+        for name, total in sums.items():
+            losses[name].append(total / args.segments)
+        print(f"{names[-1]}: " + ", ".join(f"{name} {values[-1]:.4f}" for name, values in losses.items()), flush=True)
+    heads, head_dim = len(model.config.memory_heads), model.backbone.head_dim
+    mean = {name: float(np.mean(values)) for name, values in losses.items()}
+    print("| | bytes a token and head | of all heads | gain | gain kept |\n|---|---|---|---|---|")
+    rows = []
+    for name, (number_bytes, _) in WAYS.items():
+        per_head = int(2 * head_dim * number_bytes) + (0 if name == "bfloat16" else 4)
+        saved = mean["empty"] - mean[name]
+        kept = saved / (mean["empty"] - mean["bfloat16"])
+        gain = 1 - np.exp(-saved)
+        rows.append({"way": name, "bytes_per_head": per_head, "gain": gain, "kept": kept})
+        print(f"| {name} | {per_head} | {heads * per_head} | {100 * gain:.2f} % | {100 * kept:.1f} % |")
+    if args.out is not None:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        settings = {"model": args.model, "prefill": args.prefill, "segments": args.segments, "commit": commit}
+        found = {**settings, "device": str(model.device), "torch": torch.__version__, "ways": rows}
+        args.out.write_text(json.dumps({**found, "documents": names, "losses": losses}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
