@@ -189,7 +189,8 @@ class LongMem(nn.Module):
         if self.device.type != "cpu" or self.backbone.dtype != torch.float32:
             raise ConfigError(
                 f"Compiled decoding is for float32 on a CPU; this model is {str(self.backbone.dtype)[6:]} on "
-                f"{self.device.type}. Load it with device='cpu' and dtype='float32', or do not compile."
+                f"{self.device.type}. Load it with device='cpu' and dtype='float32', or do not compile. On a GPU "
+                "`generate_batch` records its steps, for one text or many."
             )
         self.decode_by(RowDecoder(self.backbone.family))
         try:
