@@ -450,7 +450,7 @@ def test_an_unwritable_store(notes, tiny_model_dir, monkeypatch):
     error = fails("write", "--store", "file/memories", "--bank", "n", "notes.txt", *model)
     assert "No store can be created in file/memories" in error
     (notes / "good.txt").write_text("The moon is full.")
-    monkeypatch.setattr("longmem.store._can_write", lambda path: False)  # root may write everywhere
+    monkeypatch.setattr("longmem.store.store.can_write", lambda path: False)  # root may write everywhere
     assert "cannot be written, only read" in fails("write", *at("notes"), "good.txt", *model)
     assert "open for reading only" in fails("forget", "notes.txt", *at("notes"), "--yes")
 

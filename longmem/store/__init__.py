@@ -1,0 +1,16 @@
+"""MemoryStore: named banks in a folder. What `append` has acknowledged survives a crash; what it has not is invisible.
+
+    memories/manifest.sqlite             which banks there are, and which segments each holds
+    memories/segments/<hex>.safetensors  immutable: keys, values, tokens and text of one `BankEntry`
+    memories/indexes/<id>.safetensors    a cache: the index of a bank, of the bank's id in the manifest
+
+A segment is committed by a single manifest transaction, after its file is complete and synced. Files that no
+manifest row names are left-overs of a crash and mean nothing. docs/format.md describes every byte.
+"""
+
+from __future__ import annotations
+
+from longmem.store.store import BankInfo, MemoryStore, check_bank_name
+from longmem.store.stored_bank import SourceInfo, StoredBank
+
+__all__ = ["BankInfo", "MemoryStore", "SourceInfo", "StoredBank", "check_bank_name"]

@@ -1,0 +1,194 @@
+"""The manifest of a store: which banks there are, and which segments each holds. SQLite, and nothing but SQLite.
+
+docs/format.md describes every table.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from longmem.errors import StoreCorruptError, StoreError, StoreNotWritableError
+
+MANIFEST = "manifest.sqlite"
+FORMAT_VERSION = 1
+APPLICATION_ID = 0x4C4D454D  # "LMEM"
+
+SCHEMA = """
+CREATE TABLE bank (
+    id       INTEGER PRIMARY KEY AUTOINCREMENT,
+    name     TEXT    NOT NULL UNIQUE,
+    spec     TEXT    NOT NULL,
+    revision INTEGER NOT NULL,
+    created  TEXT    NOT NULL,
+    updated  TEXT    NOT NULL
+);
+CREATE TABLE segment (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    bank       INTEGER NOT NULL REFERENCES bank (id),
+    ordinal    INTEGER NOT NULL,
+    source     TEXT    NOT NULL,
+    char_start INTEGER NOT NULL,
+    chars      INTEGER NOT NULL,
+    tokens     INTEGER NOT NULL,
+    file       TEXT    NOT NULL UNIQUE,
+    sha256     TEXT    NOT NULL,
+    bytes      INTEGER NOT NULL,
+    created    TEXT    NOT NULL,
+    UNIQUE (bank, ordinal)
+);
+"""
+_BUSY_SECONDS = 30.0
+
+
+class Manifest:
+    """The database of one store. Threads share its connection under a lock; SQLite keeps processes apart."""
+
+    def __init__(self, folder: Path, database: sqlite3.Connection, *, writable: bool) -> None:
+        self.folder = folder
+        self.writable = writable
+        self._db = database
+        self._lock = threading.RLock()
+
+    @classmethod
+    def open(cls, folder: Path, *, writable: bool) -> Manifest:
+        """Open the manifest of a folder; if it can be written and there is none, make one.
+
+        Raises:
+            StoreError: it belongs to another program or to another version.
+            StoreCorruptError: it is damaged.
+        """
+        path = folder / MANIFEST
+        with _explained(folder):
+            database = _connect(path) if writable else _connect_read_only(path)
+            try:
+                _check_format(database, folder, writable=writable)
+            except BaseException:
+                database.close()
+                raise
+        return cls(folder, database, writable=writable)
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def query(self, sql: str, *values: object) -> list[tuple]:
+        """All rows of a statement."""
+        with self._lock, _explained(self.folder):
+            return self._db.execute(sql, values).fetchall()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """The write lock of the store, held until everything inside is committed or, on any exception, undone."""
+        self.require_writable()
+        with self._lock, _explained(self.folder):
+            try:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def require_writable(self) -> None:
+        """Raise `StoreNotWritableError` if the store is open for reading only."""
+        if not self.writable:
+            raise StoreNotWritableError(
+                f"The store in {self.folder} is open for reading only: its folder or manifest cannot be written. "
+                "Change their permissions and open it again, or copy the store."
+            )
+
+
+def _connect(manifest: Path) -> sqlite3.Connection:
+    # isolation_level=None: transactions begin where the code says so. Threads share the connection under a lock.
+    database = sqlite3.connect(manifest, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        database.execute("PRAGMA foreign_keys = ON")
+        database.execute("PRAGMA secure_delete = ON")
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _connect_read_only(manifest: Path) -> sqlite3.Connection:
+    # SQLite reads a log with the help of a file that it cannot create here. Without a log (the last writer closed
+    # it) the manifest is complete in itself; with one it must not be ignored.
+    log = manifest.with_name(manifest.name + "-wal")
+    has_log = os.path.exists(log)
+    uri = manifest.absolute().as_uri() + ("?mode=ro" if has_log else "?mode=ro&immutable=1")
+    database = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    try:
+        database.execute("SELECT 1 FROM sqlite_master").fetchone()
+    except sqlite3.OperationalError as error:
+        database.close()
+        if not has_log:
+            raise
+        raise StoreError(
+            f"The store has an unfinished log, {log}, and cannot be written, so the log cannot be read: {error}. "
+            "Open the store once where it can be written, for example a copy."
+        ) from error
+    return database
+
+
+def _check_format(database: sqlite3.Connection, folder: Path, *, writable: bool) -> None:
+    """Create the tables of a new manifest, or make sure that this version can read them."""
+
+    def number(sql: str) -> int:
+        return database.execute(sql).fetchone()[0]
+
+    def is_new() -> bool:
+        return number("PRAGMA user_version") == 0 and number("SELECT COUNT(*) FROM sqlite_master") == 0
+
+    if writable and is_new():
+        database.execute("BEGIN EXCLUSIVE")
+        if is_new():
+            for statement in SCHEMA.split(";"):
+                database.execute(statement)
+            database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+        database.execute("COMMIT")
+    if number("PRAGMA application_id") != APPLICATION_ID:
+        raise StoreError(
+            f"{folder / MANIFEST} belongs to another program. Give the folder of a store, or a new folder."
+        )
+    version = number("PRAGMA user_version")
+    if version != FORMAT_VERSION:
+        raise StoreError(
+            f"The store in {folder} has format {version}; this longmem reads format {FORMAT_VERSION}. Update longmem."
+        )
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn SQLite's errors into errors that say what to do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+        manifest = folder / MANIFEST
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            raise StoreCorruptError(f"{manifest} is damaged: {error}. Restore it from a backup.") from error
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise StoreError(
+                f"Another process has kept {manifest} locked for {_BUSY_SECONDS:.0f} seconds. "
+                "Wait for it, then try again."
+            ) from error
+        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
+            raise StoreNotWritableError(
+                f"{manifest} cannot be opened or written: {error}. Check the space and the permissions of {folder}."
+            ) from error
+        raise StoreError(f"{manifest}: {error}. Open the store again.") from error
+
+
+def now() -> str:
+    """The time as the manifest writes it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")

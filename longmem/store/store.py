@@ -1,0 +1,323 @@
+"""MemoryStore: the folder that holds banks. What is committed survives a crash; left-overs of one are swept."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+import torch
+
+from longmem.config import BankSpec
+from longmem.errors import BankError, BankMismatchError, BankNotFoundError, StoreError, StoreNotWritableError
+from longmem.store.indexes import INDEXES
+from longmem.store.manifest import MANIFEST, Manifest, now
+from longmem.store.segments import SEGMENTS, sync_folder
+from longmem.store.stored_bank import StoredBank
+
+_NAME_PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]+"
+_NAME = re.compile(rf"{_NAME_PART}(?:/{_NAME_PART})*")
+# A temporary file this old belongs to no append that still runs. Were it one after all (a suspended machine),
+# its rename fails and nothing is committed.
+_STALE_SECONDS = 3600
+
+
+@dataclass(frozen=True)
+class BankInfo:
+    """What the manifest knows of a bank.
+
+    Attributes:
+        tokens, sources: how many are remembered.
+        bytes: size of its segment files.
+        backbone: name of the backbone that wrote it.
+        created, updated: UTC; `updated` is the last append or forget.
+    """
+
+    name: str
+    tokens: int
+    sources: int
+    bytes: int
+    backbone: str
+    created: datetime
+    updated: datetime
+
+
+def check_bank_name(name: str) -> None:
+    """Raise `BankError` unless `name` can name a bank."""
+    if _NAME.fullmatch(name) is None:
+        raise BankError(
+            f"{name!r} cannot name a bank. Use letters, digits, '.', '_' and '-', in parts joined by '/', "
+            "such as 'notes' or 'user/1234'."
+        )
+
+
+class MemoryStore:
+    """Named memory banks in one folder. Several processes may read and write it at once.
+
+    Use `MemoryStore.open`; it is a context manager, or call `close`.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+
+    @property
+    def writable(self) -> bool:
+        return self.manifest.writable
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, create: bool = True) -> MemoryStore:
+        """Open the store in a folder. Without one, create folder and store, or fail if `create` is False.
+
+        A store that cannot be written is opened for reading; `append` and `forget` then raise.
+
+        Raises:
+            StoreNotWritableError: if there is no store and none can be created.
+            StoreError: if there is no store and `create` is False, or the folder holds something else.
+        """
+        folder = Path(path)
+        manifest = folder / MANIFEST
+        if not os.path.exists(manifest):
+            if not create:
+                raise StoreError(
+                    f"No store in {folder}: it has no {MANIFEST}. "
+                    "Give the folder of an existing store, or write to this one first."
+                )
+            writable = True
+        else:
+            writable = can_write(folder) and can_write(manifest)
+        if writable:
+            _create_folder(folder)
+        store = cls(folder, Manifest.open(folder, writable=writable))
+        if writable:
+            store._sweep()
+        return store
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"MemoryStore({str(self.folder)!r}{'' if self.writable else ', read-only'})"
+
+    def close(self) -> None:
+        """Close the manifest. Banks that are open can still be read from memory, not written."""
+        self.manifest.close()
+
+    def banks(self) -> list[BankInfo]:
+        """Every bank of the store, by name."""
+        rows = self.manifest.query(
+            """
+            SELECT bank.name, COALESCE(SUM(tokens), 0), COUNT(DISTINCT source), COALESCE(SUM(bytes), 0), spec,
+                   bank.created, updated
+            FROM bank LEFT JOIN segment ON segment.bank = bank.id GROUP BY bank.id ORDER BY bank.name
+            """
+        )
+        return [
+            BankInfo(
+                name,
+                tokens,
+                sources,
+                size,
+                BankSpec.from_json(spec).backbone,
+                datetime.fromisoformat(created),
+                datetime.fromisoformat(updated),
+            )
+            for name, tokens, sources, size, spec, created, updated in rows
+        ]
+
+    def bank(
+        self,
+        name: str,
+        spec: BankSpec | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        verify: bool = True,
+        search: Literal["exact", "index"] = "exact",
+    ) -> StoredBank:
+        """Open a bank and load it onto a device; with a spec, create it if there is none.
+
+        Args:
+            name: letters, digits and `._-`, in parts joined by `/`: "notes", "user/1234".
+            spec: what the bank's tensors mean (`LongMem.bank_spec`). None opens an existing bank only.
+            verify: compare every segment file with its checksum.
+            search: "index" searches with the index that the bank has (`StoredBank.load_index`).
+
+        Raises:
+            BankNotFoundError: if there is no such bank and no spec.
+            BankIndexError: if an index is asked for, and there is none or it does not fit.
+            BankMismatchError: if the bank was written with another spec.
+            StoreCorruptError: if a segment file is missing or damaged.
+            StoreNotWritableError: if the bank would have to be created in a read-only store.
+        """
+        check_bank_name(name)
+        row = self._find(name)
+        if row is None:
+            # A bank that is new has no index.
+            if spec is None or search == "index":
+                raise self._not_found(name)
+            row = self._create_bank(name, spec)
+        bank_id, stored = row
+        if spec is not None and spec != stored:
+            raise BankMismatchError(_mismatch(name, stored=stored, given=spec))
+        bank = StoredBank(self, bank_id, name, stored, device, verify=verify)
+        bank.refresh()
+        if search == "index":
+            bank.load_index()
+        return bank
+
+    def delete(self, name: str) -> None:
+        """Drop a bank and the bytes of everything it remembers.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+        """
+        with self.manifest.transaction() as database:
+            row = self._find(name)
+            if row is None:
+                raise self._not_found(name)
+            files = [file for (file,) in database.execute("SELECT file FROM segment WHERE bank = ?", row[:1])]
+            database.execute("DELETE FROM segment WHERE bank = ?", row[:1])
+            database.execute("DELETE FROM bank WHERE id = ?", row[:1])
+            self.remove_index(row[0])
+        self.erase(files)
+
+    def _find(self, name: str) -> tuple[int, BankSpec] | None:
+        for bank_id, spec in self.manifest.query("SELECT id, spec FROM bank WHERE name = ?", name):
+            return bank_id, BankSpec.from_json(spec)
+        return None
+
+    def _create_bank(self, name: str, spec: BankSpec) -> tuple[int, BankSpec]:
+        with self.manifest.transaction() as database:
+            created = now()
+            database.execute(
+                "INSERT OR IGNORE INTO bank (name, spec, revision, created, updated) VALUES (?, ?, 0, ?, ?)",
+                (name, spec.to_json(), created, created),
+            )
+            # Another process may have been first, with another spec.
+            row = self._find(name)
+        assert row is not None
+        return row
+
+    def _not_found(self, name: str) -> BankNotFoundError:
+        names = ", ".join(name for (name,) in self.manifest.query("SELECT name FROM bank ORDER BY name"))
+        return BankNotFoundError(
+            f"No bank {name!r} in {self.folder}. It has: {names or 'no banks yet'}. "
+            "Check the name, or write to the bank to create it."
+        )
+
+    def segment_path(self, file: str) -> Path:
+        return self.folder / SEGMENTS / file
+
+    def index_path(self, bank_id: int) -> Path:
+        return self.folder / INDEXES / f"{bank_id}.safetensors"
+
+    def remove_index(self, bank_id: int) -> bool:
+        """Remove a bank's index, if it has one, and its bytes."""
+        path = self.index_path(bank_id)
+        try:
+            path.unlink()
+            sync_folder(path.parent)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StoreNotWritableError(
+                f"{path} cannot be removed: {error}. Check the permissions of {path.parent}."
+            ) from error
+        return True
+
+    def _is_committed(self, file: str) -> bool:
+        return bool(self.manifest.query("SELECT 1 FROM segment WHERE file = ?", file))
+
+    def discard(self, file: str) -> None:
+        """Remove what a failed append may have left."""
+        # An interrupt can arrive after the commit: then the file is part of the store. A manifest that cannot be
+        # read decides nothing; the next writable open sweeps.
+        with suppress(StoreError, OSError):
+            if not self._is_committed(file):
+                self.segment_path(file).with_suffix(".tmp").unlink(missing_ok=True)
+                self.segment_path(file).unlink(missing_ok=True)
+
+    def erase(self, files: list[str]) -> None:
+        """Unlink segment files that no row names any more."""
+        try:
+            for file in files:
+                self.segment_path(file).unlink(missing_ok=True)
+            sync_folder(self.folder / SEGMENTS)
+        except OSError as error:
+            raise StoreNotWritableError(
+                f"Forgotten, but a file is still in {self.folder / SEGMENTS}: {error}. "
+                "It goes when the store is next opened and can be written."
+            ) from error
+        # The log holds the deleted rows, names of sources among them, until it is written back. While another
+        # process reads, this does nothing; the last process to close the store does it then.
+        with suppress(StoreError):
+            self.manifest.query("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def _sweep(self) -> None:
+        """Remove files that crashed processes left behind."""
+        stale = time.time() - _STALE_SECONDS
+        try:
+            if not self._orphans(stale):
+                return
+            # Files get their final name under the write lock only: one without a row, seen under that lock, has no
+            # owner that could still commit it.
+            with self.manifest.transaction():
+                for path in self._orphans(stale):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreNotWritableError(f"{self.folder / SEGMENTS} cannot be written: {error}.") from error
+
+    def _orphans(self, stale: float) -> list[Path]:
+        paths = [path for part in (SEGMENTS, INDEXES) for path in (self.folder / part).glob("*")]
+        known = {file for (file,) in self.manifest.query("SELECT file FROM segment")}
+        known |= {self.index_path(bank_id).name for (bank_id,) in self.manifest.query("SELECT id FROM bank")}
+        orphans = [path for path in paths if path.suffix == ".safetensors" and path.name not in known]
+        for path in paths:
+            with suppress(FileNotFoundError):
+                if path.suffix == ".tmp" and path.stat().st_mtime < stale:
+                    orphans.append(path)
+        return orphans
+
+
+def _mismatch(name: str, *, stored: BankSpec, given: BankSpec) -> str:
+    different = [
+        f"{field.name}: given {getattr(given, field.name)!r}, expected {getattr(stored, field.name)!r}"
+        for field in dataclasses.fields(BankSpec)
+        if getattr(given, field.name) != getattr(stored, field.name)
+    ]
+    return (
+        f"Bank {name!r} was written by another model ({'; '.join(different)}). "
+        f"Open it with the model that wrote it (backbone {stored.backbone!r}), or use another bank name."
+    )
+
+
+def _create_folder(folder: Path) -> None:
+    try:
+        (folder / SEGMENTS).mkdir(parents=True, exist_ok=True)
+        sync_folder(folder)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise StoreNotWritableError(
+            f"No store can be created in {folder}: {error}. Give a folder that can be written."
+        ) from error
+    if not can_write(folder):
+        raise StoreNotWritableError(
+            f"No store can be created in {folder}: the folder cannot be written. "
+            "Change its permissions, or give another."
+        )
+
+
+def can_write(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
