@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from longmem.approximate import BankIndex
 from longmem.bank import BankEntry, MemoryBank
@@ -381,8 +383,8 @@ def test_another_program_s_manifest_is_left_alone(folder: Path) -> None:
 
 def test_a_later_format_is_refused(store: MemoryStore, folder: Path) -> None:
     with sqlite3.connect(folder / "manifest.sqlite") as database:
-        database.execute("PRAGMA user_version = 2")
-    with pytest.raises(StoreError, match="format 2"):
+        database.execute("PRAGMA user_version = 3")
+    with pytest.raises(StoreError, match="format 3"):
         MemoryStore.open(folder)
 
 
@@ -763,3 +765,85 @@ def test_an_index_of_a_full_disk_leaves_nothing_behind(
     with pytest.raises(StoreNotWritableError, match=r"was not kept.*No space"):
         indexed.save_index(make_index(indexed))
     assert [path.read_bytes() for path in (folder / "indexes").iterdir()] == [before]
+
+
+# Stores of earlier versions
+
+SCHEMA_1 = """
+CREATE TABLE bank (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, spec TEXT NOT NULL, revision INTEGER NOT NULL,
+    created TEXT NOT NULL, updated TEXT NOT NULL
+);
+CREATE TABLE segment (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, bank INTEGER NOT NULL REFERENCES bank (id), ordinal INTEGER NOT NULL,
+    source TEXT NOT NULL, char_start INTEGER NOT NULL, chars INTEGER NOT NULL, tokens INTEGER NOT NULL,
+    file TEXT NOT NULL UNIQUE, sha256 TEXT NOT NULL, bytes INTEGER NOT NULL, created TEXT NOT NULL,
+    UNIQUE (bank, ordinal)
+);
+PRAGMA application_id = 0x4C4D454D;
+PRAGMA user_version = 1;
+"""
+
+
+def write_version_1(folder: Path, entries: list[BankEntry], spec: BankSpec = SPEC) -> None:
+    """A store as the first version wrote it, with these entries in bank `notes`."""
+    (folder / "segments").mkdir(parents=True)
+    database = sqlite3.connect(folder / "manifest.sqlite")
+    database.executescript(SCHEMA_1)
+    day = "2026-01-31T12:00:00.000000+00:00"
+    database.execute("INSERT INTO bank VALUES (1, 'notes', ?, ?, ?, ?)", (spec.to_json(), len(entries), day, day))
+    for ordinal, entry in enumerate(entries):
+        data = save(
+            {
+                "keys": entry.keys_HNE,
+                "values": entry.values_HNE,
+                "token_ids": entry.token_ids_N,
+                "offsets": entry.offsets_N2,
+                "text": torch.frombuffer(bytearray(entry.text.encode()), dtype=torch.uint8),
+            },
+            metadata={"longmem_segment": "1", "source": entry.source, "char_start": str(entry.char_start)},
+        )
+        file = f"{ordinal:032x}.safetensors"
+        (folder / "segments" / file).write_bytes(data)
+        place = (ordinal, entry.source, entry.char_start, len(entry.text), len(entry), file)
+        row = (ordinal + 1, 1, *place, hashlib.sha256(data).hexdigest(), len(data), day)
+        database.execute(f"INSERT INTO segment VALUES ({', '.join('?' * 11)})", row)
+    database.commit()
+    database.close()
+
+
+def test_a_store_of_the_first_version_is_migrated(folder: Path) -> None:
+    entries = [make_entry("a", "grüß "), make_entry("b", "other", 0, 1), make_entry("a", "dich", 5, 2)]
+    write_version_1(folder, entries)
+    expected = MemoryBank(SPEC)
+    for entry in entries:
+        expected.append(entry)
+    for _ in range(2):
+        with MemoryStore.open(folder) as store:
+            bank = store.bank("notes", SPEC)
+            assert_same(bank, expected)
+            assert [info.source for info in bank.source_infos()] == ["a", "b"]
+            more = make_entry("a", "!", expected.length_of("a"), 3)
+            bank.append(more)
+            expected.append(more)
+    with MemoryStore.open(folder) as store:
+        assert store.bank("notes").forget("b") == 5
+        expected.forget("b")
+        assert_same(store.bank("notes"), expected)
+        assert len(segment_files(folder)) == 4
+
+
+def test_a_store_of_the_first_version_can_be_read_where_it_cannot_be_migrated(locked: Path) -> None:
+    entry = make_entry("a", "text")
+    write_version_1(locked / "memories", [entry])
+    lock(locked)
+    before = {name: (locked / name).read_bytes() for name in files_of(locked)}
+    with unprivileged(), MemoryStore.open(locked / "memories") as store:
+        assert not store.writable
+        bank = store.bank("notes", SPEC)
+        assert bank.text_of("a") == "text" and torch.equal(bank.keys_HNE, entry.keys_HNE)
+        (info,) = store.banks()
+        assert (info.tokens, info.sources) == (4, 1)
+        with pytest.raises(StoreNotWritableError):
+            bank.forget("a")
+    assert {name: (locked / name).read_bytes() for name in files_of(locked)} == before

@@ -1,7 +1,7 @@
 """MemoryStore: named banks in a folder. What `append` has acknowledged survives a crash; what it has not is invisible.
 
     memories/manifest.sqlite             which banks there are, and which segments each holds
-    memories/segments/<hex>.safetensors  immutable: keys, values, tokens and text of one `BankEntry`
+    memories/segments/<hex>.safetensors  immutable: keys, values, tokens and text of one `BankEntry` or more
     memories/indexes/<id>.safetensors    a cache: the index of a bank, of the bank's id in the manifest
 
 A segment is committed by a single manifest transaction, after its file is complete and synced. Files that no

@@ -16,7 +16,7 @@ from pathlib import Path
 from longmem.errors import StoreCorruptError, StoreError, StoreNotWritableError
 
 MANIFEST = "manifest.sqlite"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 APPLICATION_ID = 0x4C4D454D  # "LMEM"
 
 SCHEMA = """
@@ -29,18 +29,61 @@ CREATE TABLE bank (
     updated  TEXT    NOT NULL
 );
 CREATE TABLE segment (
+    id     INTEGER PRIMARY KEY AUTOINCREMENT,
+    bank   INTEGER NOT NULL REFERENCES bank (id),
+    file   TEXT    NOT NULL UNIQUE,
+    sha256 TEXT    NOT NULL,
+    bytes  INTEGER NOT NULL
+);
+CREATE TABLE piece (
+    id          INTEGER PRIMARY KEY AUTOINCREMENT,
+    bank        INTEGER NOT NULL REFERENCES bank (id),
+    ordinal     INTEGER NOT NULL,
+    source      TEXT    NOT NULL,
+    char_start  INTEGER NOT NULL,
+    chars       INTEGER NOT NULL,
+    tokens      INTEGER NOT NULL,
+    segment     INTEGER NOT NULL REFERENCES segment (id),
+    first_token INTEGER NOT NULL,
+    first_char  INTEGER NOT NULL,
+    created     TEXT    NOT NULL,
+    UNIQUE (bank, ordinal)
+);
+CREATE INDEX piece_segment ON piece (segment);
+CREATE TABLE record (
+    piece INTEGER PRIMARY KEY REFERENCES piece (id),
+    data  BLOB    NOT NULL
+);
+CREATE TABLE quarantine (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
     bank       INTEGER NOT NULL REFERENCES bank (id),
-    ordinal    INTEGER NOT NULL,
     source     TEXT    NOT NULL,
     char_start INTEGER NOT NULL,
     chars      INTEGER NOT NULL,
-    tokens     INTEGER NOT NULL,
-    file       TEXT    NOT NULL UNIQUE,
-    sha256     TEXT    NOT NULL,
-    bytes      INTEGER NOT NULL,
-    created    TEXT    NOT NULL,
-    UNIQUE (bank, ordinal)
+    file       TEXT,
+    record     BLOB,
+    reason     TEXT    NOT NULL,
+    created    TEXT    NOT NULL
+);
+"""
+# Format 1 had one row for a piece and its file, and no copy of the text outside of that file.
+_MIGRATION = f"""
+ALTER TABLE segment RENAME TO segment_1;
+{SCHEMA[SCHEMA.index("CREATE TABLE segment") :]}
+INSERT INTO segment SELECT id, bank, file, sha256, bytes FROM segment_1;
+INSERT INTO piece
+SELECT id, bank, ordinal, source, char_start, chars, tokens, id, 0, 0, created FROM segment_1;
+DROP TABLE segment_1;
+"""
+# What cannot be migrated is read through views: a temporary one hides a table of the same name.
+_VIEWS = """
+CREATE TEMP VIEW piece AS
+SELECT id, bank, ordinal, source, char_start, chars, tokens, id AS segment, 0 AS first_token, 0 AS first_char, created
+FROM main.segment;
+CREATE TEMP VIEW segment AS SELECT id, bank, file, sha256, bytes FROM main.segment;
+CREATE TEMP TABLE record (piece INTEGER PRIMARY KEY, data BLOB);
+CREATE TEMP TABLE quarantine (
+    bank INTEGER, source TEXT, char_start INTEGER, chars INTEGER, file TEXT, record BLOB, reason TEXT
 );
 """
 _BUSY_SECONDS = 30.0
@@ -148,11 +191,14 @@ def _check_format(database: sqlite3.Connection, folder: Path, *, writable: bool)
     def is_new() -> bool:
         return number("PRAGMA user_version") == 0 and number("SELECT COUNT(*) FROM sqlite_master") == 0
 
+    def run(script: str) -> None:
+        for statement in script.split(";"):
+            database.execute(statement)
+
     if writable and is_new():
         database.execute("BEGIN EXCLUSIVE")
         if is_new():
-            for statement in SCHEMA.split(";"):
-                database.execute(statement)
+            run(SCHEMA)
             database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
         database.execute("COMMIT")
@@ -160,10 +206,21 @@ def _check_format(database: sqlite3.Connection, folder: Path, *, writable: bool)
         raise StoreError(
             f"{folder / MANIFEST} belongs to another program. Give the folder of a store, or a new folder."
         )
+    if number("PRAGMA user_version") == 1 and writable:
+        database.execute("BEGIN EXCLUSIVE")
+        # Another process may have been first.
+        if number("PRAGMA user_version") == 1:
+            run(_MIGRATION)
+            database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+        database.execute("COMMIT")
     version = number("PRAGMA user_version")
-    if version != FORMAT_VERSION:
+    if version == 1:
+        database.execute("PRAGMA temp_store = MEMORY")
+        run(_VIEWS)
+    elif version != FORMAT_VERSION:
         raise StoreError(
-            f"The store in {folder} has format {version}; this longmem reads format {FORMAT_VERSION}. Update longmem."
+            f"The store in {folder} has format {version}; this longmem reads formats 1 and {FORMAT_VERSION}. "
+            "Update longmem."
         )
 
 

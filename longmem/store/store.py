@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import secrets
+import sqlite3
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,13 +18,23 @@ from typing import Literal, Self
 
 import torch
 
+from longmem.bank import BankEntry
 from longmem.config import BankSpec
 from longmem.errors import BankError, BankMismatchError, BankNotFoundError, StoreError, StoreNotWritableError
 from longmem.store.indexes import INDEXES
 from longmem.store.manifest import MANIFEST, Manifest, now
-from longmem.store.segments import SEGMENTS, sync_folder
+from longmem.store.segments import (
+    PIECES,
+    QUARANTINE,
+    SEGMENTS,
+    NewSegment,
+    Piece,
+    sync_folder,
+    write_segment,
+)
 from longmem.store.stored_bank import StoredBank
 
+_REVISION = "SELECT revision FROM bank WHERE id = ?"
 _NAME_PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]+"
 _NAME = re.compile(rf"{_NAME_PART}(?:/{_NAME_PART})*")
 # A temporary file this old belongs to no append that still runs. Were it one after all (a suspended machine),
@@ -119,9 +132,10 @@ class MemoryStore:
         """Every bank of the store, by name."""
         rows = self.manifest.query(
             """
-            SELECT bank.name, COALESCE(SUM(tokens), 0), COUNT(DISTINCT source), COALESCE(SUM(bytes), 0), spec,
-                   bank.created, updated
-            FROM bank LEFT JOIN segment ON segment.bank = bank.id GROUP BY bank.id ORDER BY bank.name
+            SELECT name, COALESCE(SUM(tokens), 0), COUNT(DISTINCT source),
+                   (SELECT COALESCE(SUM(bytes), 0) FROM segment WHERE segment.bank = bank.id),
+                   spec, bank.created, updated
+            FROM bank LEFT JOIN piece ON piece.bank = bank.id GROUP BY bank.id ORDER BY name
             """
         )
         return [
@@ -158,15 +172,15 @@ class MemoryStore:
             BankNotFoundError: if there is no such bank and no spec.
             BankIndexError: if an index is asked for, and there is none or it does not fit.
             BankMismatchError: if the bank was written with another spec.
-            StoreCorruptError: if a segment file is missing or damaged.
+            StoreCorruptError: if a segment file is missing or damaged; `verify` names all of them, `repair` mends.
             StoreNotWritableError: if the bank would have to be created in a read-only store.
         """
         check_bank_name(name)
-        row = self._find(name)
+        row = self.find(name)
         if row is None:
             # A bank that is new has no index.
             if spec is None or search == "index":
-                raise self._not_found(name)
+                raise self.not_found(name)
             row = self._create_bank(name, spec)
         bank_id, stored = row
         if spec is not None and spec != stored:
@@ -184,16 +198,23 @@ class MemoryStore:
             BankNotFoundError: if there is no such bank.
         """
         with self.manifest.transaction() as database:
-            row = self._find(name)
+            row = self.find(name)
             if row is None:
-                raise self._not_found(name)
-            files = [file for (file,) in database.execute("SELECT file FROM segment WHERE bank = ?", row[:1])]
-            database.execute("DELETE FROM segment WHERE bank = ?", row[:1])
+                raise self.not_found(name)
+            files = database.execute(
+                "SELECT file FROM segment WHERE bank = ? UNION SELECT file FROM quarantine "
+                "WHERE bank = ? AND file IS NOT NULL",
+                row[:1] * 2,
+            ).fetchall()
+            database.execute("DELETE FROM record WHERE piece IN (SELECT id FROM piece WHERE bank = ?)", row[:1])
+            for table in ("piece", "segment", "quarantine"):
+                database.execute(f"DELETE FROM {table} WHERE bank = ?", row[:1])
             database.execute("DELETE FROM bank WHERE id = ?", row[:1])
             self.remove_index(row[0])
-        self.erase(files)
+        self.erase([file for (file,) in files])
 
-    def _find(self, name: str) -> tuple[int, BankSpec] | None:
+    def find(self, name: str) -> tuple[int, BankSpec] | None:
+        """Id and spec of a bank; None if there is none."""
         for bank_id, spec in self.manifest.query("SELECT id, spec FROM bank WHERE name = ?", name):
             return bank_id, BankSpec.from_json(spec)
         return None
@@ -206,11 +227,12 @@ class MemoryStore:
                 (name, spec.to_json(), created, created),
             )
             # Another process may have been first, with another spec.
-            row = self._find(name)
+            row = self.find(name)
         assert row is not None
         return row
 
-    def _not_found(self, name: str) -> BankNotFoundError:
+    def not_found(self, name: str) -> BankNotFoundError:
+        """The error that names the banks there are."""
         names = ", ".join(name for (name,) in self.manifest.query("SELECT name FROM bank ORDER BY name"))
         return BankNotFoundError(
             f"No bank {name!r} in {self.folder}. It has: {names or 'no banks yet'}. "
@@ -222,6 +244,56 @@ class MemoryStore:
 
     def index_path(self, bank_id: int) -> Path:
         return self.folder / INDEXES / f"{bank_id}.safetensors"
+
+    def pieces(self, bank_id: int) -> list[Piece]:
+        """The pieces of a bank, in order."""
+        return [Piece(*row) for row in self.manifest.query(PIECES, bank_id)]
+
+    def revision(self, bank_id: int) -> int | None:
+        """Grows whenever the rows of a bank change; None if it has been deleted."""
+        return next((revision for (revision,) in self.manifest.query(_REVISION, bank_id)), None)
+
+    def mend(self, bank: str) -> str:
+        """What to do about a damaged bank, for errors."""
+        return (
+            f"See what else is: `longmem verify --store {self.folder}`; mend it: `longmem repair --store {self.folder} "
+            f"--bank {bank}`; or restore the file from a backup. Other banks can be used."
+        )
+
+    def write_segment(self, entries: Sequence[BankEntry]) -> NewSegment:
+        """Write a segment under a temporary name, which means nothing until `place` has been committed.
+
+        Raises:
+            OSError: the disk is full or cannot be written.
+        """
+        file = secrets.token_hex(16) + ".safetensors"
+        try:
+            return NewSegment(file, *write_segment(self.segment_path(file).with_suffix(".tmp"), entries))
+        except BaseException:
+            self.discard(file)
+            raise
+
+    def place(self, database: sqlite3.Connection, bank_id: int, new: NewSegment) -> int:
+        """Give a new segment its name and its row, inside a transaction; returns the row's id."""
+        path = self.segment_path(new.file)
+        os.rename(path.with_suffix(".tmp"), path)
+        sync_folder(path.parent)
+        row = database.execute(
+            "INSERT INTO segment (bank, file, sha256, bytes) VALUES (?, ?, ?, ?)",
+            (bank_id, new.file, new.sha256, new.bytes),
+        ).lastrowid
+        assert row is not None
+        return row
+
+    def move(self, database: sqlite3.Connection, bank_id: int, new: NewSegment, pieces: Sequence[Piece]) -> None:
+        """Let pieces lie in a new segment, in this order, inside a transaction."""
+        segment, token, char = self.place(database, bank_id, new), 0, 0
+        for piece in pieces:
+            database.execute(
+                "UPDATE piece SET segment = ?, first_token = ?, first_char = ? WHERE id = ?",
+                (segment, token, char, piece.id),
+            )
+            token, char = token + piece.tokens, char + piece.chars
 
     def remove_index(self, bank_id: int) -> bool:
         """Remove a bank's index, if it has one, and its bytes."""
@@ -254,10 +326,13 @@ class MemoryStore:
         try:
             for file in files:
                 self.segment_path(file).unlink(missing_ok=True)
+                (self.folder / QUARANTINE / file).unlink(missing_ok=True)
             sync_folder(self.folder / SEGMENTS)
+            if (self.folder / QUARANTINE).exists():
+                sync_folder(self.folder / QUARANTINE)
         except OSError as error:
             raise StoreNotWritableError(
-                f"Forgotten, but a file is still in {self.folder / SEGMENTS}: {error}. "
+                f"Done, but a file that is no part of it any more is still in {self.folder / SEGMENTS}: {error}. "
                 "It goes when the store is next opened and can be written."
             ) from error
         # The log holds the deleted rows, names of sources among them, until it is written back. While another

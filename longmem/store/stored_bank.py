@@ -7,9 +7,11 @@ import os
 import secrets
 import sqlite3
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +28,7 @@ from longmem.errors import (
 )
 from longmem.store.indexes import read_index, write_index
 from longmem.store.manifest import now
-from longmem.store.segments import SEGMENT_COLUMNS, Segment, encode_text, read_segment, sync_folder, write_segment
+from longmem.store.segments import Piece, Record, check_text, named, read_segment, sync_folder
 
 if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
@@ -64,7 +66,7 @@ class StoredBank(MemoryBank):
         self._id = bank_id
         self._verify = verify
         self._revision = -1
-        self._segments: dict[int, Segment] = {}
+        self._pieces: dict[int, Piece] = {}
 
     def append(self, entry: BankEntry) -> None:
         """Remember `entry` durably, after what other processes have appended in the meantime.
@@ -80,64 +82,94 @@ class StoredBank(MemoryBank):
         store.manifest.require_writable()
         self.refresh()
         self.check(entry)
-        text = encode_text(entry)
-        file = secrets.token_hex(16) + ".safetensors"
-        path = store.segment_path(file)
-        temporary = path.with_suffix(".tmp")
+        check_text(entry)
+        new = None
         try:
-            sha256, size = write_segment(temporary, entry, text)
+            new = store.write_segment([entry])
+            record = Record.of(entry).pack()
             with store.manifest.transaction() as database:
                 # Under the write lock nobody else extends the bank: what holds now holds until the commit.
                 self.refresh()
                 self.check(entry)
                 self._reserve(len(self) + len(entry))
-                os.rename(temporary, path)
-                sync_folder(path.parent)
-                written = now()
-                row = (entry.source, entry.char_start, len(entry.text), len(entry), file, sha256, written)
+                segment, written = store.place(database, self._id, new), now()
                 (ordinal,) = database.execute(
-                    "SELECT COALESCE(MAX(ordinal) + 1, 0) FROM segment WHERE bank = ?", (self._id,)
+                    "SELECT COALESCE(MAX(ordinal) + 1, 0) FROM piece WHERE bank = ?", (self._id,)
                 ).fetchone()
-                segment_id = database.execute(
-                    "INSERT INTO segment "
-                    "(source, char_start, chars, tokens, file, sha256, created, bank, ordinal, bytes) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (*row, self._id, ordinal, size),
+                row = (entry.source, entry.char_start, len(entry.text), len(entry), written, segment)
+                piece = database.execute(
+                    "INSERT INTO piece (source, char_start, chars, tokens, created, segment, first_token, first_char, "
+                    "bank, ordinal) VALUES (?, ?, ?, ?, ?, ?, 0, 0, ?, ?)",
+                    (*row, self._id, ordinal),
                 ).lastrowid
+                assert piece is not None
+                database.execute("INSERT INTO record (piece, data) VALUES (?, ?)", (piece, record))
                 self._touch(database, written)
         except OSError as error:
-            store.discard(file)
+            if new is not None:
+                store.discard(new.file)
             raise StoreNotWritableError(
                 f"Nothing was written to bank {self.name!r}: {error}. "
                 f"Check the space and the permissions of {store.folder}, then append again."
             ) from error
         except BaseException:
-            store.discard(file)
+            if new is not None:
+                store.discard(new.file)
             raise
-        assert segment_id is not None
         self._remember(entry)
-        self._segments[segment_id] = Segment(segment_id, *row)
+        self._pieces[piece] = Piece(piece, *row, new.file, new.sha256, 0, 0)
         self._revision += 1
 
     def forget(self, source: str) -> int:
-        """Forget a whole source and unlink its files; returns how many tokens went.
+        """Forget a whole source, what of it is in quarantine too, and its bytes; returns how many tokens went.
+
+        Segments that other sources share with it are written anew without it.
 
         Raises:
             SourceError: if the bank remembers no such source.
+            StoreCorruptError: if a segment to be written anew is damaged.
+            StoreNotWritableError: if the store is read-only or the disk is full.
         """
-        with self._store.manifest.transaction() as database:
-            self.refresh()
-            files = [segment.file for segment in self._segments.values() if segment.source == source]
-            if not files:
-                return super().forget(source)  # raises the error that names the sources there are
-            database.execute("DELETE FROM segment WHERE bank = ? AND source = ?", (self._id, source))
-            self._touch(database, now())
-            # Before the commit: no index ever knows what its bank has forgotten.
-            self._store.remove_index(self._id)
+        store, written = self._store, []
         try:
-            self._store.erase(files)
+            with store.manifest.transaction() as database:
+                self.refresh()
+                pieces = store.pieces(self._id)
+                gone = [piece for piece in pieces if piece.source == source]
+                aside = database.execute(
+                    "SELECT file FROM quarantine WHERE bank = ? AND source = ?", (self._id, source)
+                ).fetchall()
+                if not gone and not aside:
+                    return super().forget(source)  # raises the error that names the sources there are
+                shrunk = {piece.segment: piece.file for piece in gone}
+                for segment in shrunk:
+                    stay = [piece for piece in pieces if piece.segment == segment and piece.source != source]
+                    if stay:
+                        new = store.write_segment(self._read(stay, verify=True))
+                        written.append(new.file)
+                        store.move(database, self._id, new, stay)
+                database.executemany("DELETE FROM record WHERE piece = ?", [(piece.id,) for piece in gone])
+                database.executemany("DELETE FROM piece WHERE id = ?", [(piece.id,) for piece in gone])
+                database.executemany("DELETE FROM segment WHERE id = ?", [(segment,) for segment in shrunk])
+                database.execute("DELETE FROM quarantine WHERE bank = ? AND source = ?", (self._id, source))
+                # A file in quarantine that held several sources goes with the first that is forgotten.
+                database.executemany("UPDATE quarantine SET file = NULL WHERE file = ?", aside)
+                self._touch(database, now())
+                # Before the commit: no index ever knows what its bank has forgotten.
+                store.remove_index(self._id)
+        except BaseException as error:
+            for file in written:
+                store.discard(file)
+            if isinstance(error, OSError):
+                raise StoreNotWritableError(
+                    f"Nothing was forgotten of bank {self.name!r}: {error}. "
+                    f"Check the space and the permissions of {store.folder}, then try again."
+                ) from error
+            raise
+        try:
+            store.erase([*shrunk.values(), *(file for (file,) in aside if file is not None)])
         finally:
-            forgotten = self._drop(source)
+            forgotten = self._drop(source) if gone else 0
             self._revision += 1
         return forgotten
 
@@ -222,18 +254,18 @@ class StoredBank(MemoryBank):
             revision = self._stored_revision()
             if revision == self._revision:
                 return
-            rows = self._store.manifest.query(
-                f"SELECT {SEGMENT_COLUMNS} FROM segment WHERE bank = ? ORDER BY ordinal", self._id
-            )
-            segments = {segment.id: segment for segment in (Segment(*row) for row in rows)}
-            # Sources are forgotten whole, so a segment that is gone takes its source along.
-            for source in {known.source for known in self._segments.values() if known.id not in segments}:
+            pieces = {piece.id: piece for piece in self._store.pieces(self._id)}
+            # Sources are forgotten whole, so a piece that is gone takes its source along. A repair may have cut the end
+            # of one: then everything is read again, so that memory and disk keep one order.
+            gone = {known.source for known in self._pieces.values() if known.id not in pieces}
+            cut = any(piece.source in gone and piece.id in self._pieces for piece in pieces.values())
+            for source in self.sources if cut else gone:
                 self._drop(source)
-            new = [segment for segment in segments.values() if segment.id not in self._segments]
-            self._reserve(len(self) + sum(segment.tokens for segment in new))
+            new = [piece for piece in pieces.values() if piece.id not in self._pieces]
+            self._reserve(len(self) + sum(piece.tokens for piece in new))
             try:
-                for segment in new:
-                    self._load(segment)
+                for _, together in groupby(new, key=lambda piece: piece.segment):
+                    self._load(list(together))
             except StoreCorruptError:
                 # Forgotten by another process between the query and the reading of the file? Then look again.
                 if self._stored_revision() == revision:
@@ -246,36 +278,42 @@ class StoredBank(MemoryBank):
     def source_infos(self) -> list[SourceInfo]:
         """The remembered sources, in the order they were first written."""
         infos: dict[str, SourceInfo] = {}
-        for segment in self._segments.values():
-            chars, known = segment.char_start + segment.chars, infos.get(segment.source)
+        for piece in self._pieces.values():
+            chars, known = piece.char_start + piece.chars, infos.get(piece.source)
             if known is None:
-                created = datetime.fromisoformat(segment.created)
-                infos[segment.source] = SourceInfo(segment.source, segment.tokens, chars, created)
+                created = datetime.fromisoformat(piece.created)
+                infos[piece.source] = SourceInfo(piece.source, piece.tokens, chars, created)
             else:
-                infos[segment.source] = dataclasses.replace(known, tokens=known.tokens + segment.tokens, chars=chars)
+                infos[piece.source] = dataclasses.replace(known, tokens=known.tokens + piece.tokens, chars=chars)
         return list(infos.values())
 
-    def _load(self, segment: Segment) -> None:
-        path = self._store.segment_path(segment.file)
-        what = f"a part of source {segment.source!r} of bank {self.name!r}"
-        entry = read_segment(path, segment, what, verify=self._verify)
-        try:
-            self.check(entry)
-        except BankError as error:
-            raise StoreCorruptError(
-                f"{path} holds {what}, but does not fit there: {error} Restore it from a backup, or delete the bank."
-            ) from error
-        self._remember(entry)
-        self._segments[segment.id] = segment
+    def _read(self, pieces: Sequence[Piece], *, verify: bool) -> list[BankEntry]:
+        """Pieces of one segment."""
+        store = self._store
+        path, what = store.segment_path(pieces[0].file), named(pieces, self.name)
+        return read_segment(path, pieces, what, store.mend(self.name), verify=verify)
+
+    def _load(self, pieces: Sequence[Piece]) -> None:
+        for piece, entry in zip(pieces, self._read(pieces, verify=self._verify), strict=True):
+            try:
+                self.check(entry)
+            except BankError as error:
+                raise StoreCorruptError(
+                    f"{self._store.segment_path(piece.file)} holds {named([piece], self.name)}, but does not fit "
+                    f"there: {error} {self._store.mend(self.name)}"
+                ) from error
+            self._remember(entry)
+            self._pieces[piece.id] = piece
 
     def _drop(self, source: str) -> int:
         """Forget a source in memory only."""
         forgotten = super().forget(source)
-        self._segments = {key: segment for key, segment in self._segments.items() if segment.source != source}
+        self._pieces = {key: piece for key, piece in self._pieces.items() if piece.source != source}
         return forgotten
 
     def _stored_revision(self) -> int:
-        for (revision,) in self._store.manifest.query("SELECT revision FROM bank WHERE id = ?", self._id):
+        revision = self._store.revision(self._id)
+        if revision is not None:
             return revision
         raise BankNotFoundError(
             f"Bank {self.name!r} has been deleted from {self._store.folder}. Open it again to begin a new one."
