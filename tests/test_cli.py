@@ -461,6 +461,35 @@ def test_a_damaged_store(notes, tiny_model_dir):
     assert "is damaged: its sha256" in fails("recall", "moon", *at("notes"), "--model", tiny_model_dir, *CPU)
 
 
+def test_a_damaged_store_is_verified_and_repaired(notes, tiny_model_dir):
+    (notes / "more.txt").write_text("The moon is full.")
+    model = ("--model", tiny_model_dir, *CPU)
+    ok("write", *at("notes"), "more.txt", *model)
+    assert "all is well" in ok("verify", "--store", "memories")
+    assert json.loads(ok("verify", *at("notes"), "--json"))["ok"]
+    hits = ok("recall", "moon", *at("notes"), *model, "--json")
+    made = json.loads(ok("consolidate", *at("notes"), "--json"))
+    assert (made["segments_before"], made["segments"]) == (2, 1)
+    assert "1 segments are 1 now" in ok("consolidate", *at("notes"))
+    (segment,) = Path("memories/segments").iterdir()
+    segment.unlink()
+    assert "longmem repair --store memories --bank notes" in fails("recall", "moon", *at("notes"), *model)
+    before = disk()
+    result = cli("verify", "--store", "memories")
+    assert result.exit_code == 1 and disk() == before
+    assert "missing: bank notes, source notes.txt, more.txt" in result.stdout and segment.name in result.stdout
+    found = cli("verify", *at("notes"), "--json")
+    assert found.exit_code == 1 and json.loads(found.stdout)["faults"][0]["kind"] == "missing"
+    assert "Bank notes: 2 pieces encoded again" in ok("repair", *at("notes"), *model)
+    assert "nothing to mend" in ok("repair", "--store", "memories", *model)
+    assert json.loads(ok("repair", *at("notes"), *model, "--json"))[0]["pieces"] == 0
+    assert "all is well" in ok("verify", "--store", "memories")
+    assert ok("recall", "moon", *at("notes"), *model, "--json") == hits
+    assert "It has: notes" in fails("verify", *at("x"))
+    assert "It has: notes" in fails("repair", *at("x"), *model)
+    assert "It has: notes" in fails("consolidate", *at("x"))
+
+
 def test_a_damaged_checkpoint(notes, tiny_model_dir, tmp_path_factory):
     copy = tmp_path_factory.mktemp("copy")
     weights = (tiny_model_dir / "sidenet.safetensors").read_bytes()

@@ -80,6 +80,9 @@ for _command in (
     banks.sources,
     banks.forget,
     banks.index,
+    banks.verify,
+    banks.repair,
+    banks.consolidate,
 ):
     app.command(rich_help_panel=_REMEMBER)(_command)
 for _command in (

@@ -1,4 +1,4 @@
-"""`longmem write`, `recall`, `banks`, `sources`, `forget`, `index`."""
+"""`longmem write`, `recall`, `banks`, `sources`, `forget`, `index`, `verify`, `repair`, `consolidate`."""
 
 from __future__ import annotations
 
@@ -272,3 +272,91 @@ def index(
     )
     if worst < recall:
         typer.echo(f"warning: less than the {recall} asked for. Ask for more with --recall.", err=True)
+
+
+OneOrAll = Annotated[str | None, typer.Option("--bank", help="Name of a bank; all by default.", show_default=False)]
+
+
+def verify(store: common.Store, bank: OneOrAll = None, as_json: common.Json = False) -> None:
+    """Check that every file of a store is what was written. Exits with 1 if one is not."""
+    from longmem.store import MemoryStore
+
+    with MemoryStore.open(store, create=False) as opened:
+        total = sum(info.bytes for info in opened.banks() if bank in (None, info.name))
+        with common.counting("checking", total, "bytes") as advance:
+            report = opened.verify(bank, on_bytes=advance)
+    if as_json:
+        common.print_json({"ok": report.ok, **dataclasses.asdict(report)})
+    else:
+        for fault in report.faults:
+            where = "" if fault.bank is None else f"bank {fault.bank}"
+            which = f", source {', '.join(fault.sources)}" if fault.sources else ""
+            place = f", {fault.file}" if fault.file else ""
+            common.out.print(f"{fault.kind}: {where}{which}{place}: {fault.meaning}", markup=False, highlight=False)
+        checked = (
+            f"{report.banks} bank{'' if report.banks == 1 else 's'}, {report.segments:,} segments, {report.tokens:,} "
+            f"tokens, {common.size(report.bytes)}"
+        )
+        said = "all is well" if report.ok else f"{len(report.faults)} faults. Mend them: `longmem repair`"
+        common.out.print(f"{checked}: {said}.", markup=False, highlight=False)
+        if report.without_record:
+            common.out.print(
+                f"The text of {report.without_record:,} pieces has one copy only; `longmem repair` makes a second.",
+                highlight=False,
+            )
+        if report.quarantined:
+            common.out.print(f"{report.quarantined:,} pieces are in quarantine.", highlight=False)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def repair(
+    store: common.Store,
+    bank: OneOrAll = None,
+    model: common.Model = common.DEFAULT_MODEL,
+    device: common.Device = "auto",
+    as_json: common.Json = False,
+) -> None:
+    """Mend a damaged store: what is lost of keys and values is encoded again; what cannot be is moved aside."""
+    from longmem.store import MemoryStore
+
+    with MemoryStore.open(store, create=False) as opened:
+        loaded = common.load_model(model, device)
+        with common.counting("encoding again", None, "tokens") as advance:
+            repairs = opened.repair(loaded, bank, on_tokens=advance)
+    if as_json:
+        common.print_json([dataclasses.asdict(made) for made in repairs])
+        return
+    for made in repairs:
+        parts = [
+            f"{made.pieces:,} pieces encoded again ({made.tokens:,} tokens)" if made.pieces else "",
+            f"{made.records:,} texts copied" if made.records else "",
+            "its index removed" if made.index_removed else "",
+            f"{len(made.quarantined):,} pieces moved to quarantine" if made.quarantined else "",
+        ]
+        said = ", ".join(filter(None, parts)) or "nothing to mend"
+        common.out.print(f"Bank {made.bank}: {said}.", markup=False, highlight=False)
+        for piece in made.quarantined:
+            place = f"{piece.source}:{piece.char_start}–{piece.char_start + piece.chars}"
+            kept = " Its text is kept in the manifest." if piece.text_kept else ""
+            file = f" Its file: {piece.file}." if piece.file else ""
+            common.out.print(f"  quarantine: {place}: {piece.reason}{kept}{file}", markup=False, highlight=False)
+
+
+def consolidate(store: common.Store, bank: common.Bank, as_json: common.Json = False) -> None:
+    """Merge the many small files of a bank into few large ones."""
+    from longmem.store import MemoryStore
+
+    with (
+        MemoryStore.open(store, create=False) as opened,
+        common.counting("merging", None, "segments") as advance,
+    ):
+        made = opened.consolidate(bank, on_segments=advance)
+    if as_json:
+        common.print_json(dataclasses.asdict(made))
+        return
+    common.out.print(
+        f"Bank {made.bank}: {made.segments_before:,} segments are {made.segments:,} now, {common.size(made.bytes)}.",
+        markup=False,
+        highlight=False,
+    )

@@ -10,7 +10,21 @@ manifest row names are left-overs of a crash and mean nothing. docs/format.md de
 
 from __future__ import annotations
 
+from longmem.store.consolidate import Consolidation
+from longmem.store.repair import Quarantined, Repair
 from longmem.store.store import BankInfo, MemoryStore, check_bank_name
 from longmem.store.stored_bank import SourceInfo, StoredBank
+from longmem.store.verify import Fault, Report
 
-__all__ = ["BankInfo", "MemoryStore", "SourceInfo", "StoredBank", "check_bank_name"]
+__all__ = [
+    "BankInfo",
+    "Consolidation",
+    "Fault",
+    "MemoryStore",
+    "Quarantined",
+    "Repair",
+    "Report",
+    "SourceInfo",
+    "StoredBank",
+    "check_bank_name",
+]

@@ -62,7 +62,7 @@ CREATE TABLE quarantine (
     chars      INTEGER NOT NULL,
     file       TEXT,
     record     BLOB,
-    reason     TEXT    NOT NULL,
+    reason     TEXT,
     created    TEXT    NOT NULL
 );
 """

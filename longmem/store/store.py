@@ -8,7 +8,7 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,8 +21,10 @@ import torch
 from longmem.bank import BankEntry
 from longmem.config import BankSpec
 from longmem.errors import BankError, BankMismatchError, BankNotFoundError, StoreError, StoreNotWritableError
+from longmem.store.consolidate import SEGMENT_BYTES, Consolidation, consolidate
 from longmem.store.indexes import INDEXES
 from longmem.store.manifest import MANIFEST, Manifest, now
+from longmem.store.repair import Encoder, Repair, repair
 from longmem.store.segments import (
     PIECES,
     QUARANTINE,
@@ -33,6 +35,7 @@ from longmem.store.segments import (
     write_segment,
 )
 from longmem.store.stored_bank import StoredBank
+from longmem.store.verify import Report, verify
 
 _REVISION = "SELECT revision FROM bank WHERE id = ?"
 _NAME_PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]+"
@@ -213,6 +216,62 @@ class MemoryStore:
             self.remove_index(row[0])
         self.erase([file for (file,) in files])
 
+    def verify(self, name: str | None = None, *, on_bytes: Callable[[int], None] | None = None) -> Report:
+        """Compare every file of the store, or of one bank, with the manifest. Changes nothing.
+
+        Args:
+            name: of a bank; None checks all.
+            on_bytes: progress, called with the size of each segment that has been read.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+        """
+        return verify(self, name, on_bytes)
+
+    def repair(
+        self, model: Encoder, name: str | None = None, *, on_tokens: Callable[[int], None] | None = None
+    ) -> tuple[Repair, ...]:
+        """Mend what `verify` finds, bank by bank, each in one transaction.
+
+        A damaged or missing segment is encoded again by the backbone from the token ids that the manifest keeps, or, in
+        a store of the first version, from the damaged file if its text proves to be intact: keys and values are then
+        those of a fresh write, bit for bit on the device that wrote them. Where the text is lost, the source ends
+        before it; what is taken out is moved to `quarantine/` and named. A damaged index is removed.
+
+        Args:
+            model: a `LongMem` of the backbone that wrote the bank.
+            name: of a bank; None mends all.
+            on_tokens: progress, called with the number of tokens just encoded.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            BankMismatchError: if a damaged bank was written by another model.
+            StoreNotWritableError: if the store is read-only or the disk is full.
+        """
+        return repair(self, model, name, on_tokens)
+
+    def consolidate(
+        self,
+        name: str,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        on_segments: Callable[[int], None] | None = None,
+    ) -> Consolidation:
+        """Merge the many small segments of a bank into few large ones. What it holds, and its order, stay the same.
+
+        Others may read and write the bank meanwhile; a process that dies leaves the store as it was, or merged in part.
+
+        Args:
+            segment_bytes: how large a merged segment may become. One of half that size is left alone.
+            on_segments: progress, called with the number of segments that have been merged into one.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            StoreCorruptError: if a segment is missing or damaged; those that are whole may be merged already.
+            StoreNotWritableError: if the store is read-only or the disk is full.
+        """
+        return consolidate(self, name, segment_bytes=segment_bytes, on_segments=on_segments)
+
     def find(self, name: str) -> tuple[int, BankSpec] | None:
         """Id and spec of a bank; None if there is none."""
         for bank_id, spec in self.manifest.query("SELECT id, spec FROM bank WHERE name = ?", name):
@@ -321,40 +380,52 @@ class MemoryStore:
                 self.segment_path(file).with_suffix(".tmp").unlink(missing_ok=True)
                 self.segment_path(file).unlink(missing_ok=True)
 
-    def erase(self, files: list[str]) -> None:
+    def unlink(self, files: list[str]) -> None:
         """Unlink segment files that no row names any more."""
         try:
             for file in files:
                 self.segment_path(file).unlink(missing_ok=True)
-                (self.folder / QUARANTINE / file).unlink(missing_ok=True)
             sync_folder(self.folder / SEGMENTS)
-            if (self.folder / QUARANTINE).exists():
-                sync_folder(self.folder / QUARANTINE)
         except OSError as error:
             raise StoreNotWritableError(
-                f"Done, but a file that is no part of it any more is still in {self.folder / SEGMENTS}: {error}. "
-                "It goes when the store is next opened and can be written."
+                f"Done, but a file that is no part of the store any more is still in {self.folder / SEGMENTS}: "
+                f"{error}. It goes when the store is next opened and can be written."
             ) from error
-        # The log holds the deleted rows, names of sources among them, until it is written back. While another
+
+    def erase(self, files: list[str]) -> None:
+        """Unlink segment files of something forgotten, those in quarantine too."""
+        self.unlink(files)
+        folder = self.folder / QUARANTINE
+        try:
+            for file in files:
+                (folder / file).unlink(missing_ok=True)
+            if folder.exists():
+                sync_folder(folder)
+        except OSError as error:
+            raise StoreNotWritableError(
+                f"Forgotten, but a file is still in {folder}: {error}. Remove it by hand."
+            ) from error
+        # The log holds the deleted rows, names and texts of sources among them, until it is written back. While another
         # process reads, this does nothing; the last process to close the store does it then.
         with suppress(StoreError):
             self.manifest.query("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _sweep(self) -> None:
         """Remove files that crashed processes left behind."""
-        stale = time.time() - _STALE_SECONDS
         try:
-            if not self._orphans(stale):
+            if not self.orphans():
                 return
             # Files get their final name under the write lock only: one without a row, seen under that lock, has no
             # owner that could still commit it.
             with self.manifest.transaction():
-                for path in self._orphans(stale):
+                for path in self.orphans():
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise StoreNotWritableError(f"{self.folder / SEGMENTS} cannot be written: {error}.") from error
 
-    def _orphans(self, stale: float) -> list[Path]:
+    def orphans(self) -> list[Path]:
+        """Files that crashed processes left behind, of which nothing is part of the store."""
+        stale = time.time() - _STALE_SECONDS
         paths = [path for part in (SEGMENTS, INDEXES) for path in (self.folder / part).glob("*")]
         known = {file for (file,) in self.manifest.query("SELECT file FROM segment")}
         known |= {self.index_path(bank_id).name for (bank_id,) in self.manifest.query("SELECT id FROM bank")}

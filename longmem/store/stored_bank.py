@@ -154,6 +154,7 @@ class StoredBank(MemoryBank):
                 database.execute("DELETE FROM quarantine WHERE bank = ? AND source = ?", (self._id, source))
                 # A file in quarantine that held several sources goes with the first that is forgotten.
                 database.executemany("UPDATE quarantine SET file = NULL WHERE file = ?", aside)
+                database.execute("DELETE FROM quarantine WHERE file IS NULL AND reason IS NULL")
                 self._touch(database, now())
                 # Before the commit: no index ever knows what its bank has forgotten.
                 store.remove_index(self._id)

@@ -1,0 +1,127 @@
+"""Many small segments of a bank become few large ones. What the bank holds, and in which order, stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from longmem.errors import StoreCorruptError, StoreNotWritableError
+from longmem.store.segments import Piece, Record, named, read_segment
+
+if TYPE_CHECKING:
+    from longmem.store.store import MemoryStore
+
+# Two copies of a segment are in memory while it is written, and a forget rewrites those that it shares.
+SEGMENT_BYTES = 256 << 20
+_PLACES = "SELECT id, segment FROM piece WHERE bank = ?"
+_RECORDS = "SELECT record.piece FROM record JOIN piece ON piece.id = record.piece WHERE bank = ?"
+
+
+@dataclass(frozen=True)
+class Consolidation:
+    """How many segments a bank had and has, and the size of its segment files in bytes."""
+
+    bank: str
+    segments_before: int
+    segments: int
+    bytes: int
+
+
+def consolidate(
+    store: MemoryStore,
+    name: str,
+    *,
+    segment_bytes: int = SEGMENT_BYTES,
+    on_segments: Callable[[int], None] | None = None,
+) -> Consolidation:
+    """See `MemoryStore.consolidate`."""
+    store.manifest.require_writable()
+    found = store.find(name)
+    if found is None:
+        raise store.not_found(name)
+    bank_id, _ = found
+    before = len({piece.segment for piece in store.pieces(bank_id)})
+    # What was forgotten or moved meanwhile ends a pass early; then look again.
+    while not all(_merge(store, bank_id, name, run, on_segments) for run in _runs(store, bank_id, segment_bytes)):
+        pass
+    ((segments, size),) = store.manifest.query(
+        "SELECT COUNT(*), COALESCE(SUM(bytes), 0) FROM segment WHERE bank = ?", bank_id
+    )
+    return Consolidation(name, before, segments, size)
+
+
+def _runs(store: MemoryStore, bank_id: int, segment_bytes: int) -> list[list[Piece]]:
+    """Pieces of neighbouring segments that become one.
+
+    A segment of half the size is left alone, so that a bank that is consolidated often is not copied each time.
+    """
+    sizes = dict(store.manifest.query("SELECT id, bytes FROM segment WHERE bank = ?", bank_id))
+    runs: list[list[Piece]] = [[]]
+    room = segment_bytes
+    for segment, group in groupby(store.pieces(bank_id), key=lambda piece: piece.segment):
+        # A segment that was committed between the two queries has no size yet; the next consolidation takes it.
+        size = sizes.get(segment, segment_bytes)
+        large = size > segment_bytes // 2
+        if large or size > room:
+            runs.append([])
+            room = segment_bytes
+        if not large:
+            runs[-1] += group
+            room -= size
+    return [run for run in runs if len({piece.segment for piece in run}) > 1]
+
+
+def _merge(
+    store: MemoryStore, bank_id: int, name: str, run: list[Piece], on_segments: Callable[[int], None] | None
+) -> bool:
+    """Copy pieces into one new segment; False if they changed meanwhile."""
+    old = {piece.segment: piece.file for piece in run}
+    placed = {piece.id: piece.segment for piece in run}
+    new = None
+    try:
+        entries = []
+        for _, group in groupby(run, key=lambda piece: piece.segment):
+            pieces = list(group)
+            path, what = store.segment_path(pieces[0].file), named(pieces, name)
+            try:
+                entries += read_segment(path, pieces, what, store.mend(name), verify=True)
+            except StoreCorruptError:
+                if not _still(store.manifest.query(_PLACES, bank_id), placed):
+                    return False
+                raise
+        new = store.write_segment(entries)
+        with store.manifest.transaction() as database:
+            if not _still(database.execute(_PLACES, (bank_id,)).fetchall(), placed):
+                store.discard(new.file)
+                return False
+            store.move(database, bank_id, new, run)
+            # Pieces of the first version have no record; now that their checksums held, they get one.
+            known = {row for (row,) in database.execute(_RECORDS, (bank_id,))}
+            for piece, entry in zip(run, entries, strict=True):
+                if piece.id not in known:
+                    record = Record.of(entry).pack()
+                    database.execute("INSERT INTO record (piece, data) VALUES (?, ?)", (piece.id, record))
+            database.executemany("DELETE FROM segment WHERE id = ?", [(segment,) for segment in old])
+            # Whoever finds an old file missing must see that the manifest has changed.
+            database.execute("UPDATE bank SET revision = revision + 1 WHERE id = ?", (bank_id,))
+    except BaseException as error:
+        if new is not None:
+            store.discard(new.file)
+        if isinstance(error, OSError):
+            raise StoreNotWritableError(
+                f"Bank {name!r} was not consolidated any further: {error}. "
+                f"Check the space and the permissions of {store.folder}, then try again. Nothing is lost."
+            ) from error
+        raise
+    store.unlink(list(old.values()))
+    if on_segments is not None:
+        on_segments(len(old))
+    return True
+
+
+def _still(rows: list[tuple], placed: dict[int, int]) -> bool:
+    """Whether pieces lie where they lay."""
+    now = dict(rows)
+    return all(now.get(piece) == segment for piece, segment in placed.items())

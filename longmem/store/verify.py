@@ -1,0 +1,217 @@
+"""Whether everything in a store is what it was when it was written. Nothing is changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from longmem.bank import DTYPES
+from longmem.config import BankSpec
+from longmem.errors import StoreCorruptError
+from longmem.store.indexes import read_index
+from longmem.store.segments import Piece, Record, digest, header_of
+
+if TYPE_CHECKING:
+    from longmem.store.store import MemoryStore
+
+Kind = Literal["missing", "size", "checksum", "unreadable", "header", "gap", "record", "index", "manifest"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is not as it was written.
+
+    Attributes:
+        bank: name; None if the fault is the manifest's.
+        sources: names of the sources that it concerns.
+        file: of the segment or index, inside the store; None if it is in no file of its own.
+        kind: what is wrong.
+        meaning: the same in words: what was found, what was expected, and what it means.
+    """
+
+    bank: str | None
+    sources: tuple[str, ...]
+    file: str | None
+    kind: Kind
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `MemoryStore.verify` found.
+
+    Attributes:
+        banks, segments, tokens, bytes: what was checked.
+        faults: empty if all is well.
+        orphans: files that no row names. They mean nothing and go when the store is next opened and can be written.
+        without_record: pieces whose text is in their segment alone. `repair` and `consolidate` copy it.
+        quarantined: pieces that an earlier repair took out of their banks.
+    """
+
+    banks: int
+    segments: int
+    tokens: int
+    bytes: int
+    faults: tuple[Fault, ...]
+    orphans: tuple[str, ...]
+    without_record: int
+    quarantined: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+
+def verify(store: MemoryStore, name: str | None, on_bytes: Callable[[int], None] | None) -> Report:
+    """See `MemoryStore.verify`."""
+    query = store.manifest.query
+    faults = [
+        Fault(None, (), None, "manifest", f"SQLite finds the manifest damaged: {row}. Restore it from a backup.")
+        for (row,) in query("PRAGMA integrity_check(20)")
+        if row != "ok"
+    ]
+    if name is not None and store.find(name) is None:
+        raise store.not_found(name)
+    banks = [row for row in query("SELECT id, name, spec FROM bank ORDER BY name") if name in (None, row[1])]
+    segments = tokens = size = bare = quarantined = 0
+    for bank_id, bank, spec in banks:
+        # A bank that changes while it is read is read again: what was forgotten meanwhile is no fault.
+        while True:
+            revision = store.revision(bank_id)
+            if revision is None:
+                break
+            pieces, sizes = store.pieces(bank_id), segment_sizes(store, bank_id)
+            found = list(bank_faults(store, bank_id, bank, BankSpec.from_json(spec), on_bytes))
+            if store.revision(bank_id) == revision:
+                faults += found
+                segments, size = segments + len(sizes), size + sum(sizes.values())
+                tokens += sum(piece.tokens for piece in pieces)
+                recorded = query("SELECT COUNT(*) FROM record JOIN piece ON piece.id = piece WHERE bank = ?", bank_id)
+                bare += len(pieces) - recorded[0][0]
+                quarantined += query("SELECT COUNT(reason) FROM quarantine WHERE bank = ?", bank_id)[0][0]
+                break
+    orphans = tuple(sorted(str(path.relative_to(store.folder)) for path in store.orphans()))
+    return Report(len(banks), segments, tokens, size, tuple(faults), orphans, bare, quarantined)
+
+
+def segment_sizes(store: MemoryStore, bank_id: int) -> dict[int, int]:
+    """Bytes of each segment of a bank, by id."""
+    return dict(store.manifest.query("SELECT id, bytes FROM segment WHERE bank = ?", bank_id))
+
+
+def bank_faults(
+    store: MemoryStore, bank_id: int, name: str, spec: BankSpec, on_bytes: Callable[[int], None] | None = None
+) -> Iterator[Fault]:
+    """The faults of one bank: of its segments, of the order of its pieces, of their records and of its index."""
+    pieces, sizes = store.pieces(bank_id), segment_sizes(store, bank_id)
+    for _, together in by_segment(pieces).items():
+        fault = segment_fault(store, name, spec, together, sizes.get(together[0].segment, 0))
+        if fault is not None:
+            yield fault
+        if on_bytes is not None:
+            on_bytes(sizes.get(together[0].segment, 0))
+    ends: dict[str, int] = {}
+    for piece in pieces:
+        end = ends.get(piece.source, 0)
+        if piece.char_start != end:
+            yield Fault(
+                name,
+                (piece.source,),
+                None,
+                "gap",
+                f"Source {piece.source!r} goes up to character {end}, its next piece begins at {piece.char_start}: "
+                "what lies between is lost.",
+            )
+        ends[piece.source] = piece.char_start + piece.chars
+    for piece in pieces:
+        try:
+            record_of(store, piece)
+        except StoreCorruptError as error:
+            meaning = f"{error} It is a copy; as long as the segment is whole, nothing is lost."
+            yield Fault(name, (piece.source,), None, "record", meaning)
+    fault = index_fault(store, bank_id, name, sum(piece.tokens for piece in pieces))
+    if fault is not None:
+        yield fault
+
+
+def index_fault(store: MemoryStore, bank_id: int, name: str, tokens: int) -> Fault | None:
+    """What is wrong with the index of a bank of so many tokens, if anything."""
+    path = store.index_path(bank_id)
+    if not path.exists():
+        return None
+    try:
+        index = read_index(path, "Make it again: `longmem index`; or search exactly.", verify=True)
+        if len(index) > tokens:
+            raise StoreCorruptError(f"{path} knows {len(index):,} tokens, the bank holds {tokens:,}.")
+    except StoreCorruptError as error:
+        return Fault(name, (), _inside(store, path), "index", f"{error} An index is a cache: nothing is lost.")
+    return None
+
+
+def by_segment(pieces: Sequence[Piece]) -> dict[int, list[Piece]]:
+    """Pieces of each segment, in order."""
+    ordered = sorted(pieces, key=lambda piece: (piece.segment, piece.first_token, piece.first_char))
+    return {segment: list(together) for segment, together in groupby(ordered, key=lambda piece: piece.segment)}
+
+
+def segment_fault(store: MemoryStore, bank: str, spec: BankSpec, pieces: Sequence[Piece], size: int) -> Fault | None:
+    """What is wrong with the file that holds these pieces, if anything."""
+    path = store.segment_path(pieces[0].file)
+
+    def fault(kind: Kind, meaning: str) -> Fault:
+        sources = tuple(dict.fromkeys(piece.source for piece in pieces))
+        tokens = sum(piece.tokens for piece in pieces)
+        lost = f"It holds {tokens:,} tokens; until it is mended the bank cannot be opened."
+        return Fault(bank, sources, _inside(store, path), kind, f"{meaning} {lost}")
+
+    try:
+        length = os.stat(path).st_size
+        if length != size:
+            return fault("size", f"The file has {length:,} bytes, the manifest says {size:,}.")
+        sha256 = digest(path)
+        if sha256 != pieces[0].sha256:
+            return fault("checksum", f"Its bytes have changed: sha256 {sha256}, the manifest says {pieces[0].sha256}.")
+        header = [(source, start, chars, tokens) for source, start, chars, tokens in header_of(path)]
+        said = [(piece.source, piece.char_start, piece.chars, piece.tokens) for piece in pieces]
+        if header != said:
+            return fault("header", f"The file names the pieces {header}, the manifest {said}.")
+        heads, tokens = len(spec.memory_heads), sum(piece.tokens for piece in pieces)
+        with safe_open(path, framework="pt") as tensors:
+            for name in ("keys", "values"):
+                part = tensors.get_slice(name)
+                shape, dtype = tuple(part.get_shape()), tensors.get_slice(name)[:, :0].dtype
+                if shape != (heads, tokens, spec.head_dim) or dtype != DTYPES[spec.dtype]:
+                    expected = f"({heads}, {tokens}, {spec.head_dim}) of {spec.dtype}"
+                    return fault("header", f"Its {name} have shape {shape} of {dtype}, the manifest says {expected}.")
+    except FileNotFoundError:
+        return fault("missing", "The file is gone.")
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        return fault("unreadable", f"The file cannot be read: {error}.")
+    return None
+
+
+def record_of(store: MemoryStore, piece: Piece) -> Record | None:
+    """The manifest's copy of what a piece was made from; None if it has none.
+
+    Raises:
+        StoreCorruptError: its bytes have changed.
+    """
+    for (data,) in store.manifest.query("SELECT data FROM record WHERE piece = ?", piece.id):
+        record = Record.unpack(data)
+        if (len(record.text), record.token_ids_N.numel()) != (piece.chars, piece.tokens):
+            raise StoreCorruptError(
+                f"The manifest's copy of a text has {len(record.text)} characters and {record.token_ids_N.numel()} "
+                f"tokens; {piece.chars} and {piece.tokens} were expected."
+            )
+        return record
+    return None
+
+
+def _inside(store: MemoryStore, path: Path) -> str:
+    return str(path.relative_to(store.folder))
