@@ -132,7 +132,7 @@ class Worker:
 def run(folder: Path, kills: int, writers: int = 3, seed: int = 0, longest: float = 0.05) -> dict[str, Any]:
     """Kill that often, then count what is lost or torn. `longest` is in seconds: the pause between two kills."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload([__name__] if __name__ != "__main__" else ["longmem.store"])
+    processes.set_forkserver_preload(["longmem.store"])
     chance, begun = random.Random(seed), time.perf_counter()
     with MemoryStore.open(folder) as store:
         store.bank("notes", SPEC)

@@ -37,7 +37,7 @@ from longmem.errors import (
     StoreError,
     StoreNotWritableError,
 )
-from longmem.store import MemoryStore, StoredBank
+from longmem.store import MemoryStore, StoredBank, segments
 
 SPEC = BankSpec("tiny", "0" * 64, (MemoryHead(1, 0), MemoryHead(2, 1)), 8)
 FORMAT_DOC = Path(__file__).parents[1] / "docs" / "format.md"
@@ -765,6 +765,24 @@ def test_an_index_of_a_full_disk_leaves_nothing_behind(
     with pytest.raises(StoreNotWritableError, match=r"was not kept.*No space"):
         indexed.save_index(make_index(indexed))
     assert [path.read_bytes() for path in (folder / "indexes").iterdir()] == [before]
+
+
+def test_a_file_that_goes_between_checksum_and_reading_is_no_damage(
+    store: MemoryStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = store.bank("notes", SPEC)
+    bank.append(make_entry("a", "gone"))
+    bank.append(make_entry("b", "stays"))
+    digest, forgotten = segments.digest, []
+
+    def digest_then_forget(path: Path) -> str:
+        found = digest(path)
+        if not forgotten:
+            forgotten.append(bank.forget("a"))
+        return found
+
+    monkeypatch.setattr(segments, "digest", digest_then_forget)
+    assert store.bank("notes").sources == ("b",) and forgotten == [4]
 
 
 # Stores of earlier versions

@@ -243,7 +243,7 @@ def _salvaged(store: MemoryStore, model: Encoder, piece: Piece) -> Record | None
             text = bytes(tensors.get_tensor("text").numpy()).decode()[piece.first_char :][: piece.chars]
             rows = slice(piece.first_token, piece.first_token + piece.tokens)
             token_ids_N, offsets_N2 = tensors.get_tensor("token_ids")[rows], tensors.get_tensor("offsets")[rows]
-    except (OSError, SafetensorError, UnicodeDecodeError):
+    except (OSError, RuntimeError, SafetensorError, UnicodeDecodeError):
         return None
     again = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     same_ids = again["input_ids"] == token_ids_N.tolist()

@@ -169,7 +169,8 @@ def read_segment(path: Path, pieces: Sequence[Piece], what: str, mend: str, *, v
             whole = {name: tensors.get_tensor(name) for name in ("token_ids", "offsets", "keys", "values")}
     except FileNotFoundError as error:
         raise StoreCorruptError(f"{path} is missing. It held {what}. {mend}") from error
-    except (OSError, SafetensorError, UnicodeDecodeError) as error:
+    except (OSError, RuntimeError, SafetensorError, UnicodeDecodeError) as error:
+        # RuntimeError: torch maps the file, and says so if that has been unlinked since its checksum was compared.
         raise StoreCorruptError(f"{path} cannot be read: {error}. It holds {what}. {mend}") from error
     entries = []
     for piece in pieces:
@@ -192,7 +193,7 @@ def header_of(path: Path) -> list[list]:
     """Source, char_start, chars and tokens of each piece, as the file itself names them.
 
     Raises:
-        OSError, SafetensorError, ValueError: the file is missing, or has no such header.
+        OSError, RuntimeError, SafetensorError, ValueError: the file is missing, or has no such header.
     """
     with safe_open(path, framework="pt") as tensors:
         metadata = tensors.metadata() or {}

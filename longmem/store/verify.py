@@ -191,7 +191,7 @@ def segment_fault(store: MemoryStore, bank: str, spec: BankSpec, pieces: Sequenc
                     return fault("header", f"Its {name} have shape {shape} of {dtype}, the manifest says {expected}.")
     except FileNotFoundError:
         return fault("missing", "The file is gone.")
-    except (OSError, SafetensorError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError, TypeError) as error:
         return fault("unreadable", f"The file cannot be read: {error}.")
     return None
 
