@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY_TEXT
-from test_store import assert_same, make_entry, write_version_1
+from test_store import assert_same, largest_file, write_version_1
 
 from longmem.bank import MemoryBank
-from longmem.errors import BankMismatchError, BankNotFoundError, StoreCorruptError
+from longmem.errors import BankMismatchError, BankNotFoundError, StoreCorruptError, StoreNotWritableError
 from longmem.model import LongMem
 from longmem.store import MemoryStore
 
@@ -257,16 +257,25 @@ def test_orphans_are_listed_and_are_no_fault(folder: Path) -> None:
 
 
 def test_a_repair_that_cannot_write_changes_nothing(folder: Path, model: LongMem) -> None:
-    from test_store import largest_file
-
-    from longmem.errors import StoreNotWritableError
-
-    flip(files(folder)[0], 5000)
+    damaged, *_ = files(folder)
+    flip(damaged, 5000)
     with MemoryStore.open(folder) as store:
         before = snapshot(folder)
         with largest_file(4096), pytest.raises(StoreNotWritableError, match="was not mended"):
             store.repair(model)
         assert snapshot(folder) == before
+    # Nothing to encode, so that it is the manifest's log that does not fit.
+    for path in files(folder)[1:]:
+        path.write_bytes(b"lost")
+    damaged.write_bytes(b"lost")
+    execute(folder, "DELETE FROM record")
+    with MemoryStore.open(folder) as store:
+        before = snapshot(folder)
+        with largest_file(4096), pytest.raises(StoreNotWritableError):
+            store.repair(model, "notes")
+        assert snapshot(folder) == before
+        assert len(store.repair(model, "notes")[0].quarantined) == 3
+        assert store.bank("notes").sources == () and store.verify().ok
 
 
 def test_a_bank_in_use_can_go_on_after_a_repair(folder: Path, model: LongMem) -> None:
@@ -274,13 +283,5 @@ def test_a_bank_in_use_can_go_on_after_a_repair(folder: Path, model: LongMem) ->
         bank = store.bank("notes")
         flip(files(folder)[0], 5000)
         store.repair(model, "notes")
-        bank.append(make_entry_like(bank))
+        model.write_text(bank, "One more. ", source="c")
         assert_same(store.bank("notes"), bank)
-
-
-def make_entry_like(bank: MemoryBank):
-    from dataclasses import replace
-
-    entry = make_entry("c", "new")
-    tokens = len(entry)
-    return replace(entry, keys_HNE=bank.keys_HNE[:, :tokens], values_HNE=bank.values_HNE[:, :tokens])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longmem.bank import BankEntry
 from longmem.config import BankSpec
-from longmem.errors import BankMismatchError, StoreCorruptError, StoreNotWritableError
+from longmem.errors import BankMismatchError, StoreCorruptError, StoreError, StoreNotWritableError
 from longmem.store.manifest import now
 from longmem.store.segments import QUARANTINE, NewSegment, Piece, Record, named, read_segment, sync_folder
 from longmem.store.verify import Fault, by_segment, index_fault, record_of, segment_fault, segment_sizes
@@ -130,6 +130,7 @@ def _repair_bank(
     if not (plan.damaged or plan.out or plan.fresh or bad_index):
         return Repair(name, 0, 0, 0, False, ()) if store.revision(bank_id) == revision else None
     written: list[NewSegment] = []
+    kept: set[str] = set()
     try:
         moves: list[tuple[NewSegment, list[Piece]]] = []
         encoded: list[Piece] = []
@@ -153,7 +154,7 @@ def _repair_bank(
                     store.discard(new.file)
                 return None
             # A second name before the commit, so that at no instant a file could be taken for a left-over.
-            kept = _set_aside(store, set(aside.values()))
+            _set_aside(store, set(aside.values()), kept)
             quarantined = []
             for piece in pieces:
                 file = piece.file if piece.file in kept else None
@@ -192,6 +193,7 @@ def _repair_bank(
     except BaseException as error:
         for new in written:
             store.discard(new.file)
+        _put_back(store, kept)
         if isinstance(error, OSError):
             raise StoreNotWritableError(
                 f"Bank {name!r} was not mended: {error}. Check the space and the permissions of {store.folder}, then "
@@ -281,29 +283,20 @@ def _encoded(
     on_tokens: Callable[[int], None] | None,
 ) -> list[BankEntry]:
     """Pieces as a fresh write of the same token ids would give them, each behind those before it in its source."""
-    entries = []
-    for piece in wanted:
+    entries, past = [], {piece.source: [torch.empty(0, dtype=torch.int64)] for piece in wanted}
+    chosen = {piece.id for piece in wanted}
+    for piece in pieces:
+        if piece.source not in past or piece.id in plan.out:
+            continue
         record = plan.known[piece.id]
-        before = [
-            plan.known[other.id].token_ids_N
-            for other in pieces
-            if other.source == piece.source and other.char_start < piece.char_start
-        ]
-        past = sum(map(len, before))
-        keys_HNE, values_HNE = model.encode(torch.cat([*before, record.token_ids_N]), past)
-        entries.append(
-            BankEntry(
-                piece.source,
-                record.text,
-                piece.char_start,
-                record.token_ids_N,
-                record.offsets_N2,
-                keys_HNE,
-                values_HNE,
-            )
-        )
-        if on_tokens is not None:
-            on_tokens(piece.tokens)
+        if piece.id in chosen:
+            before_N = torch.cat(past[piece.source])
+            keys_HNE, values_HNE = model.encode(torch.cat((before_N, record.token_ids_N)), len(before_N))
+            place = (piece.source, record.text, piece.char_start, record.token_ids_N, record.offsets_N2)
+            entries.append(BankEntry(*place, keys_HNE, values_HNE))
+            if on_tokens is not None:
+                on_tokens(piece.tokens)
+        past[piece.source].append(record.token_ids_N)
     return entries
 
 
@@ -312,17 +305,25 @@ def _read(store: MemoryStore, name: str, pieces: Sequence[Piece]) -> list[BankEn
     return read_segment(path, pieces, named(pieces, name), store.mend(name), verify=False)
 
 
-def _set_aside(store: MemoryStore, files: set[str]) -> set[str]:
-    """Give files a name in quarantine; returns those that exist."""
-    folder, kept = store.folder / QUARANTINE, set()
+def _set_aside(store: MemoryStore, files: set[str], kept: set[str]) -> None:
+    """Give files a second name in quarantine; those that exist are added to `kept`."""
+    folder = store.folder / QUARANTINE
     for file in files:
         folder.mkdir(exist_ok=True)
-        with suppress(FileExistsError):
-            if not store.segment_path(file).exists():
-                continue
+        # The second name may be there already, from a repair that died before its commit.
+        with suppress(FileNotFoundError, FileExistsError):
             os.link(store.segment_path(file), folder / file)
-        kept.add(file)
+        if (folder / file).exists():
+            kept.add(file)
     if kept:
         sync_folder(folder)
         sync_folder(store.folder)
-    return kept
+
+
+def _put_back(store: MemoryStore, kept: set[str]) -> None:
+    """Take the second names away after a repair that failed: its files are in the bank still."""
+    # An interrupt can arrive after the commit; then they are not.
+    with suppress(StoreError, OSError):
+        for file in kept:
+            if store.is_committed(file):
+                (store.folder / QUARANTINE / file).unlink(missing_ok=True)

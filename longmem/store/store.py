@@ -368,7 +368,8 @@ class MemoryStore:
             ) from error
         return True
 
-    def _is_committed(self, file: str) -> bool:
+    def is_committed(self, file: str) -> bool:
+        """Whether a segment file is part of the store."""
         return bool(self.manifest.query("SELECT 1 FROM segment WHERE file = ?", file))
 
     def discard(self, file: str) -> None:
@@ -376,7 +377,7 @@ class MemoryStore:
         # An interrupt can arrive after the commit: then the file is part of the store. A manifest that cannot be
         # read decides nothing; the next writable open sweeps.
         with suppress(StoreError, OSError):
-            if not self._is_committed(file):
+            if not self.is_committed(file):
                 self.segment_path(file).with_suffix(".tmp").unlink(missing_ok=True)
                 self.segment_path(file).unlink(missing_ok=True)
 
