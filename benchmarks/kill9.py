@@ -182,14 +182,27 @@ def run(folder: Path, kills: int, writers: int = 3, seed: int = 0, longest: floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--kills", type=int, default=1_000)
+    parser.add_argument("--kills-per-store", type=int, default=50, help="then a new store, since readers read it whole")
     parser.add_argument("--writers", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), arguments.kills, arguments.writers, arguments.seed)
-    print(json.dumps(result, indent=1))
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    total: dict[str, Any] = {"stores": 0}
+    for seed in range(-(-arguments.kills // arguments.kills_per_store)):
+        kills = min(arguments.kills_per_store, arguments.kills - seed * arguments.kills_per_store)
+        with tempfile.TemporaryDirectory() as folder:
+            found = run(Path(folder), kills, arguments.writers, seed)
+        total["stores"] += 1
+        for name, value in found.items():
+            if name == "writers":
+                total[name] = value
+            elif name == "processes_that_failed":
+                total[name] = total.get(name, 0) + sum(value.values())
+            else:
+                total[name] = value + total[name] if name in total else value
+        print(json.dumps(found), flush=True)
+    total["seconds"] = round(total["seconds"], 1)
+    print(json.dumps(total, indent=1))
+    arguments.out.write_text(json.dumps(total, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
