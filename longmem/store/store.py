@@ -23,7 +23,7 @@ from longmem.config import BankSpec
 from longmem.errors import BankError, BankMismatchError, BankNotFoundError, StoreError, StoreNotWritableError
 from longmem.store.consolidate import SEGMENT_BYTES, Consolidation, consolidate
 from longmem.store.indexes import INDEXES
-from longmem.store.manifest import MANIFEST, Manifest, now
+from longmem.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, now
 from longmem.store.repair import Encoder, Repair, repair
 from longmem.store.segments import (
     PIECES,
@@ -418,9 +418,13 @@ class MemoryStore:
                 return
             # Files get their final name under the write lock only: one without a row, seen under that lock, has no
             # owner that could still commit it.
-            with self.manifest.transaction():
-                for path in self.orphans():
-                    path.unlink(missing_ok=True)
+            with self.manifest.transaction() as database:
+                orphans = self.orphans()
+                # A process that dies inside COMMIT can leave a whole transaction in SQLite's log that nobody sees until
+                # the log is next recovered. Its file looks like a left-over: write over the transaction first.
+                database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+            for path in orphans:
+                path.unlink(missing_ok=True)
         except OSError as error:
             raise StoreNotWritableError(f"{self.folder / SEGMENTS} cannot be written: {error}.") from error
 
