@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from longmem.errors import ConfigError, SourceError
 from longmem.evals.chats import ATTRIBUTES, TALK
 from longmem.evals.recall import RecallConfig, needles
 from longmem.histories import Asked, History, HistoryConfig, Told, generate_histories, wording
+from longmem.histories.history import MOST_CHANGES
 from longmem.histories.values import VALUES
 from longmem.histories.wording import FACTS, article, fill
 
@@ -165,6 +167,19 @@ def test_values_are_drawn_of_many() -> None:
         assert all(value == value.strip() and value for value in drawn)
         assert len(set(drawn)) >= 7, name
     assert re.fullmatch(r"[0-9a-f]{8}", VALUES["hex8"](np.random.default_rng(0)))
+
+
+def test_every_fact_has_a_value_left_for_each_change() -> None:
+    random = np.random.default_rng(0)
+    for fact in FACTS:
+        assert len({fact.draw(random) for _ in range(400)}) > MOST_CHANGES + 1, fact.subject
+
+
+def test_no_fact_changes_without_end(filler: TokenizedDocuments, tokenizer: Any) -> None:
+    long = HistoryConfig(tokens=60_000, shortest=60_000, longest=60_000, distance=1500)
+    for history in generate_histories(filler, tokenizer, long):
+        tellings = Counter(told.subject for told in history.told)
+        assert 1 < max(tellings.values()) <= MOST_CHANGES + 1
 
 
 def test_sentences_are_filled() -> None:

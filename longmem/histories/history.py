@@ -173,6 +173,8 @@ Exchange = tuple[_Said, _Said]
 _PARTS = ("tell", "list", "hide", "read", "ask")
 _EARLY, _LATE = (0.36, 0.08, 0.12, 0.34, 0.10), (0.13, 0.05, 0.06, 0.24, 0.52)
 _BEGINNING = 0.4
+# Some facts have few values (days of the week), and a new one must be none that was told before.
+MOST_CHANGES = 4
 _KINDS = {"fact": 0.6, "pair": 0.2, "secret": 0.14, "quote": 0.06}
 
 
@@ -304,7 +306,11 @@ class _Writer:
 
     def _change(self) -> Exchange:
         """Something that an earlier session told is different now."""
-        some = [each for each in self.known.values() if each.fact is not None and each.session < self.session]
+        some = [
+            each
+            for each in self.known.values()
+            if each.fact is not None and each.session < self.session and len(each.before) < MOST_CHANGES
+        ]
         if not some:
             return self._fact()
         known = some[int(self.rng.integers(len(some)))]
