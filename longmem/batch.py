@@ -48,6 +48,10 @@ class BatchCache:
         self.backbone = Windows(self.length_B, capacity, run)
         self.sidenet = Windows(self.length_B, capacity, run)
 
+    def look_at(self, room: int) -> None:
+        """Steps look at the first `room` tokens of each window from now on."""
+        self.backbone.room = self.sidenet.room = room
+
 
 class BatchDecoder:
     """Next-token logits of B texts, one step a token for all of them.
@@ -126,7 +130,10 @@ class BatchDecoder:
         self._check(tokens, banks)
         self._token_B1.copy_(to_device(torch.tensor([[token or 0] for token in tokens]), self.model.device))
         on_device = all(bank is None or bank.device == self.model.device for bank in banks)
-        if self.model.device.type == "cuda" and on_device:
+        recording = self.model.device.type == "cuda" and on_device
+        # One place more than the longest text has, for the token that it gets.
+        self._cache.look_at(self.capacity if recording else max(self._lengths) + 1)
+        if recording:
             places = PlacedReader.places(banks)
             if self._recorded is None or self._recorded.places != places:
                 self._recorded = _Recorded(self, banks)

@@ -149,21 +149,28 @@ def layer_step(
     rotated_BHTE, key_BKTE = family.rotate(query_BHTE, rotary), family.rotate(key_BKTE, rotary)
     # T is 1: its place in the query holds the G heads that share a key.
     query_BKGE = rotated_BHTE.view(*key_BKTE.shape[:2], -1, key_BKTE.shape[3]).float() * family.scaling(layer)
-    # Products and sums rather than matrix products: they compile to one loop, without the cost of a call each.
-    past_BKGS = (query_BKGE[:, :, :, None] * past_key_BKSE[:, :, None]).sum(-1)
+    past_BKGS = _each_product(query_BKGE, past_key_BKSE.transpose(2, 3))
     if seen_BS is not None:
         past_BKGS = past_BKGS.masked_fill(~seen_BS[:, None, None], -torch.inf)
     own_BKG1 = (query_BKGE * key_BKTE).sum(-1, keepdim=True)
     largest_BKG1 = torch.maximum(past_BKGS.amax(-1, keepdim=True), own_BKG1)
     past_BKGS, own_BKG1 = (past_BKGS - largest_BKG1).exp(), (own_BKG1 - largest_BKG1).exp()
     total_BKG1 = past_BKGS.sum(-1, keepdim=True) + own_BKG1
-    heads_BKGE = (past_BKGS[..., None] * past_value_BKSE[:, :, None]).sum(-2) + own_BKG1 * value_BKTE
+    heads_BKGE = _each_product(past_BKGS, past_value_BKSE) + own_BKG1 * value_BKTE
     heads_BHTE = (heads_BKGE / total_BKG1).view(query_BHTE.shape).to(x_BTD.dtype)
     logsumexp_BHT = (total_BKG1.log() + largest_BKG1).view(query_BHTE.shape[:3])
     projected_BTD = family.project(layer, heads_BHTE.transpose(1, 2).flatten(2))
     branch_BTD = family.after_projection(layer, projected_BTD)
     output_BTD = family.finish(layer, x_BTD, branch_BTD)
     return LayerStep(output_BTD, key_BKTE, value_BKTE, query_BHTE, heads_BHTE, logsumexp_BHT, projected_BTD, branch_BTD)
+
+
+def _each_product(rows_BKGM: Tensor, matrix_BKMN: Tensor) -> Tensor:
+    """rows @ matrix of each key-value head, in float32."""
+    if torch.compiler.is_compiling():
+        # Products and sums compile to one loop, without the cost of a call each.
+        return (rows_BKGM[..., None] * matrix_BKMN[:, :, None]).sum(-2)
+    return rows_BKGM @ matrix_BKMN.float()
 
 
 def _logits_step(norm: Any, head: Any, hidden_D: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A step takes one token of every text through a layer. Its shapes and places are always the same, however long each
 text is, so that a GPU can record a step once and replay it.
 
-B texts, S = C tokens that a window can hold, T = 1 new token, D hidden size, K key-value heads, E head size.
+B texts, C tokens that a window can hold, S of them that a step looks at, T = 1 new token, D hidden size, K key-value
+heads, E head size.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ class WindowBuffer:
     def step(self, family: Family, layer: Any, x_BTD: Tensor, rotary: Rotary) -> LayerStep:
         """One token of every text through a layer; its keys and values are kept behind those of the text."""
         assert self.keys_BKCE is not None and self.values_BKCE is not None
-        return self._windows.run(
-            family, layer, x_BTD, rotary, self.keys_BKCE, self.values_BKCE, self._windows.length_B, family.window(layer)
-        )
+        windows, room = self._windows, self._windows.room
+        keys_BKSE, values_BKSE = self.keys_BKCE[:, :, :room], self.values_BKCE[:, :, :room]
+        return windows.run(family, layer, x_BTD, rotary, keys_BKSE, values_BKSE, windows.length_B, family.window(layer))
 
 
 class Windows:
@@ -52,11 +53,15 @@ class Windows:
         length_B: int64, tokens of each text; shared, and advanced by whoever owns it.
         capacity: C.
         run: `window_step`, or a compiled one.
+
+    Attributes:
+        room: tokens of the windows that a step looks at, its own included: all of them where steps must be alike.
     """
 
     def __init__(self, length_B: Tensor, capacity: int, run: Callable[..., LayerStep]) -> None:
         self.length_B, self.capacity, self.run = length_B, capacity, run
         self.rows = length_B.shape[0]
+        self.room = capacity
         self._kept: defaultdict[tuple[int, str], WindowBuffer] = defaultdict(lambda: WindowBuffer(self))
 
     def of(self, layer: int, stream: str = "x") -> WindowBuffer:
@@ -69,8 +74,8 @@ def window_step(
     layer: Any,
     x_BTD: Tensor,
     rotary: Rotary,
-    keys_BKCE: Tensor,
-    values_BKCE: Tensor,
+    keys_BKSE: Tensor,
+    values_BKSE: Tensor,
     length_B: Tensor,
     window: int | None,
 ) -> LayerStep:
@@ -78,13 +83,13 @@ def window_step(
 
     A row that is full is overwritten at its end, which is for rows whose text is done.
     """
-    rows, capacity = keys_BKCE.shape[0], keys_BKCE.shape[2]
-    place_S = torch.arange(capacity, device=x_BTD.device)
+    rows, room = keys_BKSE.shape[0], keys_BKSE.shape[2]
+    place_S = torch.arange(room, device=x_BTD.device)
     seen_BS = place_S < length_B[:, None]
     if window is not None:
         seen_BS = seen_BS & (place_S > length_B[:, None] - window)
-    step = layer_step(family, layer, x_BTD, rotary, keys_BKCE, values_BKCE, seen_BS)
-    row_B, at_B = torch.arange(rows, device=x_BTD.device), length_B.clamp(max=capacity - 1)
-    keys_BKCE[row_B, :, at_B] = step.key_BKTE[:, :, 0]
-    values_BKCE[row_B, :, at_B] = step.value_BKTE[:, :, 0]
+    step = layer_step(family, layer, x_BTD, rotary, keys_BKSE, values_BKSE, seen_BS)
+    row_B, at_B = torch.arange(rows, device=x_BTD.device), length_B.clamp(max=room - 1)
+    keys_BKSE[row_B, :, at_B] = step.key_BKTE[:, :, 0]
+    values_BKSE[row_B, :, at_B] = step.value_BKTE[:, :, 0]
     return step
