@@ -27,16 +27,14 @@ from longmem.generation import (
     GenerationConfig,
     LocalWindow,
     Piece,
+    prompt_ids,
+    read_on,
     sample,
     sampler,
-    tokenize,
 )
 from longmem.index import PlacedReader, Retrieve
 from longmem.model import LongMem
 from longmem.windows import WindowBuffer, Windows, window_step
-
-# A prompt is read in pieces: retrieved keys and values of T tokens take T · heads · top_k · 2 vectors.
-PIECE = 256
 
 
 class BatchCache:
@@ -100,9 +98,8 @@ class BatchDecoder:
         """
         if not 1 <= len(tokens_N) <= self.capacity:
             raise ConfigError(f"A text of {len(tokens_N)} tokens does not fit a window of {self.capacity}.")
-        model, cache = self.model, self.model.new_cache()
-        for piece_T in tokens_N.to(model.device).split(PIECE):
-            output = model(piece_T[None], [bank], memory=self.memory, cache=cache, last_only=True)
+        cache = self.model.new_cache()
+        result = read_on(self.model, tokens_N, bank, cache, self.memory)
         for layer, buffer in enumerate(cache.backbone.layers):
             assert isinstance(buffer, KeyValueBuffer)
             _fill(self._cache.backbone.of(layer), row, buffer)
@@ -110,7 +107,7 @@ class BatchDecoder:
             _fill(self._cache.sidenet.of(layer, stream), row, buffer)
         self._lengths[row] = len(tokens_N)
         self._cache.length_B[row] = len(tokens_N)
-        return output.logits_BTV[0, -1], output.reads
+        return result
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int | None], banks: Sequence[MemoryBank | None]) -> tuple[Tensor, list[MemoryRead]]:
@@ -217,6 +214,7 @@ def generate_batch(
     Args:
         prompts: texts, or token ids (T,) without the prefix.
         banks: one a prompt, or one for all.
+        config: as for one text; a cache is always kept.
         sources: names of what leaves each window, in its bank.
         rows: texts side by side; the next prompt begins as soon as one is done.
         compile: see `BatchDecoder`.
@@ -261,9 +259,7 @@ def _side_by_side(
         for row in range(rows):
             if row not in texts and waiting:
                 number = waiting.popleft()
-                prompt = prompts[number]
-                token_ids = prompt.flatten().tolist() if isinstance(prompt, Tensor) else tokenize(model, prompt)
-                texts[row] = number, Continuation(windows[number], token_ids)
+                texts[row] = number, Continuation(windows[number], prompt_ids(model, prompts[number]))
         # A text that is new, or whose window has just moved, is read; all others take a step.
         results = {
             row: (*decoder.begin(row, text.window.tokens_N, text.window.visible), 0)

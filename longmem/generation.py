@@ -128,8 +128,7 @@ def generate(
     """
     config = config or GenerationConfig()
     window = LocalWindow(model, bank, config, source=source)
-    token_ids = prompt.flatten().tolist() if isinstance(prompt, Tensor) else tokenize(model, prompt)
-    return continue_text(window, token_ids, sampler(config))
+    return continue_text(window, prompt_ids(model, prompt), sampler(config))
 
 
 def continue_text(window: LocalWindow, token_ids: Sequence[int], generator: torch.Generator) -> Iterator[Piece]:
@@ -250,6 +249,11 @@ def _overlap(text: str, stop: str) -> int:
 # ---- text ----------------------------------------------------------------------------------------------------
 
 
+def prompt_ids(model: LongMem, prompt: str | Tensor) -> list[int]:
+    """Token ids of a prompt, which may be given as such."""
+    return prompt.flatten().tolist() if isinstance(prompt, Tensor) else tokenize(model, prompt)
+
+
 def tokenize(model: LongMem, text: str) -> list[int]:
     """Token ids of a text, without the tokens a tokenizer would put around it."""
     return model.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -321,6 +325,16 @@ class TextDecoder:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+@torch.no_grad()
+def read_on(
+    model: LongMem, tokens_N: Tensor, bank: MemoryBank | None, cache: ModelCache, memory: float
+) -> tuple[Tensor, list[MemoryRead]]:
+    """Read tokens behind what `cache` holds; next-token logits (V,), and what the last piece read."""
+    for piece_T in tokens_N.to(model.device).split(_PREFILL):
+        output = model.forward(piece_T[None], bank, memory=memory, cache=cache, last_only=True)
+    return output.logits_BTV[0, -1], output.reads
+
+
 # ---- the local window ------------------------------------------------------------------------------------------
 
 
@@ -388,18 +402,13 @@ class LocalWindow:
     def logits(self) -> tuple[Tensor, list[MemoryRead]]:
         """Next-token logits (V,), and what the last token read."""
         tokens_N = self.tokens_N.to(self.model.device)
-        banks = [self.visible]
         if not self.config.cache:
-            output = self.model.forward(tokens_N[None], banks, memory=self.config.memory, last_only=True)
+            output = self.model.forward(tokens_N[None], self.visible, memory=self.config.memory, last_only=True)
             return output.logits_BTV[0, -1], output.reads
         if self._cache is None or self._read == len(tokens_N):
             self._cache, self._read = self.model.new_cache(), 0
-        for piece_N in tokens_N[self._read :].split(_PREFILL):
-            output = self.model.forward(
-                piece_N[None], banks, memory=self.config.memory, cache=self._cache, last_only=True
-            )
-        self._read = len(tokens_N)
-        return output.logits_BTV[0, -1], output.reads
+        unread_N, self._read = tokens_N[self._read :], len(tokens_N)
+        return read_on(self.model, unread_N, self.visible, self._cache, self.config.memory)
 
     def _move(self) -> int:
         """Make room: the older half leaves."""
