@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from longmem.bank import BankEntry, MemoryBank
-from longmem.errors import ConfigError, MissingExtraError
+from longmem.drawing import new_figure
+from longmem.errors import ConfigError
 from longmem.index import Retrieve, Retrieved
 from longmem.model import LongMem
 
@@ -121,13 +122,7 @@ class BenchResult:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtraError(
-                "Plots need matplotlib, which is not installed. Run: pip install 'longmem[plot]'."
-            ) from error
-        figure = Figure(figsize=(6, 4), layout="constrained")
+        figure = new_figure(6, 4)
         axes = figure.subplots()
         grown = sorted((cost for cost in self.costs if cost.bank in _RANDOM), key=lambda cost: cost.size or 0)
         sizes = [cost.size or 0 for cost in grown]

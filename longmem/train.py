@@ -27,7 +27,8 @@ from longmem.attention import MemoryRead
 from longmem.bank import DTYPES
 from longmem.config import SideNetConfig, read_json
 from longmem.data import Mixture, Segments, Streams, TokenizedDocuments, to_device
-from longmem.errors import CheckpointError, ConfigError
+from longmem.drawing import new_figure
+from longmem.errors import CheckpointError, ConfigError, MissingExtraError
 from longmem.evals.perplexity import PerplexityConfig, PerplexityResult, perplexity
 from longmem.index import StreamBanks, StreamReader
 from longmem.model import LongMem
@@ -458,11 +459,10 @@ def evaluate(model: LongMem, heldout: TokenizedDocuments, config: PerplexityConf
 def draw_curves(log: Path, path: Path) -> bool:
     """Draw losses and held-out perplexities of a log; False if matplotlib is not installed (extra `plot`)."""
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
+        figure = new_figure(11, 4)
+    except MissingExtraError:
         return False
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     steps = [row["step"] for row in rows if "loss" in row]
     left.plot(steps, [row["loss"] for row in rows if "loss" in row], linewidth=0.8)

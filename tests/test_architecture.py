@@ -13,7 +13,7 @@ PACKAGE = Path(longmem.__file__).parent
 # A module imports from the lines above its own, never from its own line or below.
 LAYERS = (
     {"errors"},
-    {"config", "ops", "families", "pretrained", "quantize", "codec", "data"},
+    {"config", "ops", "families", "pretrained", "quantize", "codec", "data", "drawing"},
     {"decoding"},
     {"windows"},
     {"backbone", "sketch"},

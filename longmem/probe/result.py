@@ -15,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from longmem.config import MemoryHead, read_json
-from longmem.errors import CheckpointError, MissingExtraError
+from longmem.drawing import new_figure
+from longmem.errors import CheckpointError
 from longmem.probe.config import ProbeConfig
 
 
@@ -137,15 +138,9 @@ class ProbeResult:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtraError(
-                "Plots need matplotlib, which is not installed. Run: pip install 'longmem[plot]'."
-            ) from error
         layers, heads = len(self.look_up), len(self.look_up[0])
         kv_heads = len(self.knock_out[0])
-        figure = Figure(figsize=(3 + 0.45 * (heads + kv_heads), 1.5 + 0.22 * layers), layout="constrained")
+        figure = new_figure(3 + 0.45 * (heads + kv_heads), 1.5 + 0.22 * layers)
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(heads, kv_heads))
         panels = (
             (left, self.look_up, 1.0, heads // kv_heads, "look-up: hit rate", "query head"),
