@@ -183,12 +183,20 @@ class PlacedReader(BankReader):
         self.read(banks)
 
     @staticmethod
-    def places(banks: Sequence[MemoryBank | None]) -> tuple[tuple[int, int, int] | None, ...]:
-        """Where the banks lie: a step recorded over banks of the same places may be replayed."""
-        return tuple(
-            None if not bank else (bank.buffers_HCE[0].data_ptr(), bank.buffers_HCE[1].data_ptr(), bank.capacity)
-            for bank in banks
-        )
+    def places(banks: Sequence[MemoryBank | None]) -> tuple[tuple[int, int, int, int] | None, ...]:
+        """Where the banks lie: a step recorded over banks of the same places may be replayed.
+
+        Also which row is the first that reads the same bank, since one bank of all rows is searched once.
+        """
+
+        def place(bank: MemoryBank | None) -> tuple[int, int, int, int] | None:
+            if not bank:
+                return None
+            keys_HCE, values_HCE = bank.buffers_HCE
+            first = next(row for row, other in enumerate(banks) if other is bank)
+            return keys_HCE.data_ptr(), values_HCE.data_ptr(), bank.capacity, first
+
+        return tuple(map(place, banks))
 
     def read(self, banks: Sequence[MemoryBank | None]) -> None:
         """From now on read these banks, which lie where the first ones did."""

@@ -185,6 +185,8 @@ def test_a_reader_of_places_reads_what_banks_hold_now() -> None:
     keys_HNE, values_HNE = 3 * normal(3, 9, 4, seed=5), normal(3, 9, 4, seed=6)
     one.append(BankEntry("more", "y" * 9, 0, torch.arange(9), offsets_N2, keys_HNE, values_HNE))
     assert PlacedReader.places([one] * 3) == places != PlacedReader.places([one, one, other])
+    # As long as it is one bank to all of them: part of it has a length of its own.
+    assert PlacedReader.places([one, one, one.between(0, 5)]) != places
     placed.read([one] * 3)
     found = placed(1, query_BKGTE)
     assert (found.index_BKGTR >= 12).any()
