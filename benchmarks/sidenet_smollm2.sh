@@ -35,7 +35,7 @@ case $step in
             "${longmem[@]}" pack "$out/main" --out "$out/$precision" --precision "$precision"
         done
         ;;
-    evaluate-twin) evaluate twin bank_off ;;
+    evaluate-twin*) evaluate "${step#evaluate-}" bank_off ;;
     evaluate-int4) evaluate int4 backbone_local,backbone_window,bank_off,bank_on,bank_wrong ;;
     evaluate-*) evaluate "${step#evaluate-}" bank_off,bank_on,bank_wrong ;;
     *)
