@@ -313,7 +313,7 @@ def test_documents_too_short_leave_no_folder(tmp_path: Path) -> None:
         {"wrong_fraction": 1.2},
         {"crowded_fraction": 1.2},
         {"starved_fraction": -0.1},
-        {"starved_fraction": 0.5, "starved": 5},
+        {"starved": 5, "starved_fraction": 0.5},
         {"empty_weight": -0.1},
         {"answer_weight": -1.0},
         {"dtype": "float16"},
