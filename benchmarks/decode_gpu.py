@@ -22,8 +22,8 @@ from torch import Tensor
 from train_speed import ALL, build
 
 from longmem.bank import MemoryBank
-from longmem.batch import BatchDecoder
 from longmem.model import LongMem
+from longmem.steps import BatchDecoder
 
 CAPACITY = 1536
 

@@ -23,10 +23,9 @@ from longmem.attention import MemoryRead
 from longmem.bank import BankEntry, MemoryBank
 from longmem.errors import ConfigError
 from longmem.model import LongMem, ModelCache
+from longmem.steps import read_on
 
 DEFAULT_WINDOW = 1536
-# Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces.
-_PREFILL = 256
 
 
 @dataclass(frozen=True)
@@ -323,16 +322,6 @@ class TextDecoder:
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-@torch.no_grad()
-def read_on(
-    model: LongMem, tokens_N: Tensor, bank: MemoryBank | None, cache: ModelCache, memory: float
-) -> tuple[Tensor, list[MemoryRead]]:
-    """Read tokens behind what `cache` holds; next-token logits (V,), and what the last piece read."""
-    for piece_T in tokens_N.to(model.device).split(_PREFILL):
-        output = model.forward(piece_T[None], bank, memory=memory, cache=cache, last_only=True)
-    return output.logits_BTV[0, -1], output.reads
 
 
 # ---- the local window ------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class ModelCache:
 
 
 class Cache(Protocol):
-    """Local windows that `LongMem.read` extends: `ModelCache`, or those of a batch (`longmem.batch.BatchCache`)."""
+    """Local windows that `LongMem.read` extends: `ModelCache`, or those of a batch (`longmem.steps.BatchCache`)."""
 
     @property
     def backbone(self) -> Any: ...
