@@ -99,9 +99,9 @@ class Sketch:
 
     def to(self, device: torch.device | str) -> Sketch:
         """The sketch on a device."""
-        basis, *rest = (getattr(self, field.name) for field in fields(self))
-        *tensors, recall = rest
-        return Sketch(Basis(*(part.to(device) for part in basis)), *(part.to(device) for part in tensors), recall)
+        names = ("codes_XNS", "scale_XS", "left_out_X", "rounded_X")
+        tensors = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, basis=Basis(*(part.to(device) for part in self.basis)), **tensors)
 
     def __getitem__(self, searches: slice) -> Sketch:
         """The sketch of some of the searches (such as a layer's heads), sharing memory."""
