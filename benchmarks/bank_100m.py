@@ -5,8 +5,8 @@
 
 128 bytes a key and 128 a value are 76.8 GB, which a card of 80 GB does not hold beside anything else. A search reads
 all keys, but only 64 values a query: so keys stay on the card, in bfloat16, and values in pinned memory of the host,
-where the kernel that attends to them reads the rows found, in place. Nothing is rounded: search and attention are exact.
-The same with a copy of the keys in int8 (64 bytes a key more, on the card): what it finds is counted (`recall`).
+where the kernel that attends to them reads the rows found, in place. Nothing is rounded: search and attention are
+exact. The same with a copy of the keys in int8 (64 bytes a key more, on the card): what it finds is counted (`recall`).
 
 Keys, values and queries are random; every step has queries of its own. What a step finds is first checked against a
 plain product over all keys, and its attention against values fetched by hand. Times are of a whole step (search and

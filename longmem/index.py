@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longmem.approximate import BankIndex
 from longmem.bank import MemoryBank
 from longmem.config import SideNetConfig
 from longmem.data import to_device
@@ -94,7 +95,7 @@ class Retrieve(Protocol):
 
 def search_tokens(
     query_XQE: Tensor,
-    keys_PNE: Tensor | Pools,
+    keys_PNE: Tensor,
     top_k: int,
     chunk_size: int,
     length_X: Tensor | None = None,
@@ -103,12 +104,11 @@ def search_tokens(
     """Positions (X, Q, R) of the retrieved tokens, and whether each is real.
 
     With `chunk_size` c > 1, queries rank the mean keys of c consecutive tokens and whole chunks are retrieved
-    (paper, section 2.3); a last chunk that is not full cannot be found. Pools that lie apart have no mean keys.
+    (paper, section 2.3); a last chunk that is not full cannot be found.
     """
     if chunk_size == 1:
         index_XQR, score_XQR = topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X)
         return index_XQR, score_XQR > -torch.inf
-    assert isinstance(keys_PNE, Tensor)
     chunks = keys_PNE.shape[1] // chunk_size
     means_PNE = keys_PNE[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size)).mean(2)
     chunks_X = None if length_X is None else length_X // chunk_size
@@ -128,6 +128,11 @@ def _shared(banks: Sequence[MemoryBank | None]) -> bool:
 def _capacity(banks: Sequence[MemoryBank | None]) -> int:
     """Tokens that the largest bank has room for."""
     return max((bank.capacity for bank in banks if bank is not None), default=0)
+
+
+def _index(banks: Sequence[MemoryBank | None]) -> BankIndex | None:
+    """Of the bank that all rows read."""
+    return banks[0].index if banks[0] is not None and _shared(banks) else None
 
 
 def _dtype(banks: Sequence[MemoryBank | None]) -> torch.dtype | None:
@@ -218,7 +223,7 @@ class PlacedReader:
 
     def __init__(self, banks: Sequence[MemoryBank | None], config: SideNetConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.shared, self.dtype = _shared(banks), _dtype(banks)
+        self.shared, self.dtype, self.index = _shared(banks), _dtype(banks), _index(banks)
         # In powers of two: a bank that is a little larger than the one before it is no reason to record again.
         self.room = max(_LEAST_ROOM, 1 << (_capacity(banks) - 1).bit_length())
         # Where the keys of each head and bank begin, where its values do, and its length; once if all read one bank.
@@ -232,18 +237,19 @@ class PlacedReader:
 
     @staticmethod
     def takes(banks: Sequence[MemoryBank | None], config: SideNetConfig, device: torch.device) -> bool:
-        """Whether such banks can be read so: on a GPU, exactly, single tokens."""
+        """Whether such banks can be read so: on a GPU, single tokens, exactly or all rows by one index."""
         real = [bank for bank in banks if bank is not None]
         return (
             reads_apart(device, config.top_k)
             and config.chunk_size == 1
-            and all(bank.device == device and bank.index is None for bank in real)
+            and all(bank.device == device for bank in real)
+            and (_shared(banks) or all(bank.index is None for bank in real))
             and len({bank.buffers_HCE[0].dtype for bank in real}) <= 1
         )
 
     def fits(self, banks: Sequence[MemoryBank | None]) -> bool:
         """Whether a step that was recorded with this reader can be replayed over these banks."""
-        alike = self.shared == _shared(banks) and _dtype(banks) in (None, self.dtype)
+        alike = self.shared == _shared(banks) and self.index is _index(banks) and _dtype(banks) in (None, self.dtype)
         return alike and len(banks) == len(self._length_B) and _capacity(banks) <= self.room
 
     def read(self, banks: Sequence[MemoryBank | None]) -> None:
@@ -271,10 +277,13 @@ class PlacedReader:
         keys, values = (self._pools(i, address_X, heads, head_dim) for i, address_X in enumerate((keys_X, values_X)))
         # Searches are counted as places are: heads first, then banks.
         query_XQE = query_BKGTE.transpose(0, 1).reshape(len(length_X), -1, head_dim)
-        found = search_tokens(query_XQE, keys, top_k, 1, length_X)
-        index, valid = (part_XQR.view(kv_heads, batch, group, tokens, top_k).transpose(0, 1) for part_XQR in found)
+        if self.index is None:
+            found = topk_scan(query_XQE, keys, top_k, length_X)
+        else:
+            found = self.index.search(heads, query_XQE, keys, top_k, length_X)
+        index, score = (part_XQR.view(kv_heads, batch, group, tokens, top_k).transpose(0, 1) for part_XQR in found)
         pool_BK = self._pool_BH[:, :kv_heads]
-        return Retrieved(keys, values, pool_BK, index, valid, index, self._length_B.float(), index)
+        return Retrieved(keys, values, pool_BK, index, score > -torch.inf, index, self._length_B.float(), index)
 
     def _pools(self, which: int, address_X: Tensor, heads: slice, head_dim: int) -> Pools:
         """The keys (0) or values (1) of some heads."""

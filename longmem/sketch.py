@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longmem.ops import cpu, reads_apart, topk_coded, topk_scan
+from longmem.ops import Pools, cpu, reads_apart, topk_coded, topk_scan
 
 # Candidates for each retrieved key, scored again in float32. What is to be proved exact needs some more.
 SPARE = 4
@@ -194,11 +194,7 @@ class Sketch:
         if len(self) <= SPARE_EXACT * top_k:
             return topk_scan(query_XQE, keys_XNE, top_k)
         if reads_apart(query_XQE.device, top_k):
-            if _AGAIN * top_k * queries > len(self):
-                return topk_scan(query_XQE, keys_XNE, top_k)
-            codes_XQS, known_XNE = self.code_queries(query_XQE), keys_XNE[:, : len(self)]
-            found = topk_coded(query_XQE, known_XNE, codes_XQS, self.codes_XNS, top_k)
-            return with_tail(*found, query_XQE, keys_XNE, len(self))
+            return self.search_on_gpu(query_XQE, Pools.of(list(keys_XNE)), top_k)
         index_XQR = torch.empty(searches, queries, top_k, dtype=torch.int64)
         score_XQR = torch.empty(searches, queries, top_k)
         step = max(cpu.FEW, _SCORES // len(self))
@@ -209,6 +205,27 @@ class Sketch:
                     x, query_XQE[x, rows].float(), keys_XNE[x, : len(self)], top_k, exact
                 )
         return with_tail(index_XQR, score_XQR, query_XQE, keys_XNE, len(self))
+
+    def search_on_gpu(
+        self, query_XQE: Tensor, keys: Pools, top_k: int, length_X: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `search`.
+
+        Args:
+            length_X: how many keys there are, no fewer than those sketched; all of `keys` by default.
+        """
+        searches, queries, _ = query_XQE.shape
+        if length_X is None:
+            length_X = torch.full((searches,), keys.most, device=query_XQE.device)
+        if len(self) <= SPARE_EXACT * top_k or _AGAIN * top_k * queries > len(self):
+            return topk_scan(query_XQE, keys, top_k, length_X)
+        known = torch.full_like(length_X, len(self))
+        codes = self.code_queries(query_XQE), self.codes_XNS
+        index_XQR, score_XQR = topk_coded(query_XQE, keys.between(0, len(self)), *codes, top_k, known)
+        if len(self) == keys.most:
+            return index_XQR, score_XQR
+        late = topk_scan(query_XQE, keys.between(len(self), keys.most), top_k, length_X - len(self))
+        return both(index_XQR, score_XQR, *late, len(self))
 
     def code_queries(self, query_XQE: Tensor) -> Tensor:
         """What stands for queries (X, Q, S), int8: products with codes rank keys nearly as scores do."""
@@ -260,9 +277,15 @@ def with_tail(
     if known == keys_XNE.shape[1]:
         return index_XQR, score_XQR
     top_k = index_XQR.shape[-1]
-    late_index_XQR, late_score_XQR = topk_scan(query_XQE, keys_XNE[:, known:], top_k)
+    return both(index_XQR, score_XQR, *topk_scan(query_XQE, keys_XNE[:, known:], top_k), known)
+
+
+def both(
+    index_XQR: Tensor, score_XQR: Tensor, late_index_XQR: Tensor, late_score_XQR: Tensor, known: int
+) -> tuple[Tensor, Tensor]:
+    """What was found among the first `known` keys, and among those behind them, in one."""
     late_index_XQR = torch.where(late_score_XQR > -torch.inf, late_index_XQR + known, late_index_XQR)
-    score_XQR, among_XQR = torch.cat((score_XQR, late_score_XQR), dim=-1).topk(top_k, dim=-1)
+    score_XQR, among_XQR = torch.cat((score_XQR, late_score_XQR), dim=-1).topk(score_XQR.shape[-1], dim=-1)
     return torch.cat((index_XQR, late_index_XQR), dim=-1).gather(-1, among_XQR), score_XQR
 
 

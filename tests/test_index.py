@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longmem import index
+from longmem import index, sketch
 from longmem.approximate import BankIndex
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead, SideNetConfig
@@ -245,6 +245,30 @@ def test_a_reader_of_places_says_what_it_was_not_made_for() -> None:
     rounded = MemoryBank(BankSpec("tiny", "0" * 64, HEADS, 4, "bfloat16"))
     assert not apart.fits([rounded, None])
     assert not PlacedReader.takes([one, other], config(), device)  # a CPU has no use for it
+
+
+def test_a_reader_of_places_reads_by_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bank of all rows, in Triton's interpreter; tokens appended since are found as well."""
+    search = pytest.importorskip("longmem.ops.triton.search")
+    for module, names in ((index, ["topk_scan"]), (sketch, ["topk_scan", "topk_coded"])):
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(search, name))
+    monkeypatch.setattr(sketch, "_AGAIN", 0)  # so few keys would be searched exactly
+    bank, query_BKGTE, asked = make_bank(100), normal(3, 2, 2, 1, 4), []
+    bank.use_index(BankIndex.choose(bank.keys_HNE, normal(3, 200, 4, seed=7), top_k=4, target=1.0))
+    monkeypatch.setattr(sketch, "topk_coded", lambda *given: asked.append(given) or search.topk_coded(*given))
+    placed = PlacedReader([bank] * 3, config(), torch.device("cpu"))
+    for _ in range(2):
+        found, made = placed(1, query_BKGTE), bank.index
+        bank.use_index(None)
+        exact = BankReader([bank] * 3, config())(1, query_BKGTE)
+        assert not placed.fits([bank] * 3)
+        bank.use_index(made)
+        assert placed.fits([bank] * 3) and len(asked) == 2
+        assert torch.equal(found.index_BKGTR, exact.index_BKGTR) and torch.equal(found.valid_BKGTR, exact.valid_BKGTR)
+        asked.clear()
+        grow(bank, 9)
+        placed.read([bank] * 3)
 
 
 def test_what_was_found_stays_where_it_was_found(by: str) -> None:

@@ -6,7 +6,7 @@ P pools of at most N rows each, E head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,3 +61,12 @@ class Pools:
     def __getitem__(self, pool: int) -> Tensor:
         """The rows (n, E) of a pool."""
         return self.rows[pool]
+
+    def some(self, pools: slice) -> Pools:
+        """Some of the pools."""
+        return replace(self, address_P=self.address_P[pools], rows=self.rows[pools])
+
+    def between(self, first: int, last: int) -> Pools:
+        """Rows [first, last) of each pool."""
+        address_P = self.address_P + first * self.head_dim * self.dtype.itemsize if first else self.address_P
+        return replace(self, address_P=address_P, most=last - first, rows=tuple(part[first:last] for part in self.rows))
