@@ -20,17 +20,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from train_speed import ALL, build
+from train_speed import ALL, LOOK_UP, build
 
+from longmem.approximate import BankIndex
 from longmem.bank import MemoryBank
 from longmem.model import LongMem
+from longmem.sketch import Basis, Sketch
 from longmem.steps import BatchDecoder
 
 CAPACITY = 1536
 
 
-def model_for(device: str, dtype: torch.dtype) -> LongMem:
-    model = build(device, ALL, dtype)
+def model_for(device: str, heads: tuple, dtype: torch.dtype) -> LongMem:
+    model = build(device, heads, dtype)
     random = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.sidenet.named_parameters():
@@ -62,6 +64,21 @@ def grown(bank: MemoryBank, capacity: int) -> None:
         new_HCE[:, : len(bank)] = old_HCE[:, : len(bank)]
         setattr(bank, name, new_HCE)
     bank._length = capacity
+
+
+def index_of(bank: MemoryBank, size: int) -> BankIndex:
+    """An index as `BankIndex.choose` makes it, of so many coordinates. What it finds of random keys says nothing."""
+    asked = torch.randn(len(bank.keys_HNE), 512, bank.spec.head_dim, device=bank.device)
+    heads = [
+        Sketch.build(keys_1NE, Basis.fit(keys_1NE, query_1QE), size)
+        for keys_1NE, query_1QE in zip(bank.keys_HNE.split(1), asked.split(1), strict=True)
+    ]
+    return BankIndex(tuple(heads), 64, 0.99, "")
+
+
+def with_index(bank: MemoryBank) -> MemoryBank:
+    bank._index = index_of(bank, 48)
+    return bank
 
 
 def begin(model: LongMem, rows: int, banks: Sequence[MemoryBank | None], **settings: Any) -> BatchDecoder:
@@ -101,11 +118,13 @@ def check(model: LongMem, compile: bool) -> None:
                 for row, (text, bank) in enumerate(zip(texts, order, strict=True)):
                     expected = model(text.to(model.device)[None], [bank], last_only=True).logits_BTV[0, -1]
                     worst = max(worst, error(logits_BV[row][None], expected[None]))
-        # Banks that move and grow between steps: the same step, replayed and not.
+        # Banks that move and grow between steps, with an index in the end: the same step, replayed and not.
         recordings = {decoder._recorded}
-        for capacity in (6000, 9000, 40_000):
+        for extra, by_index in ((1000, False), (3000, False), (40_000, False), (0, True), (1000, True)):
             for bank in {id(bank): bank for bank in banks if bank is not None}.values():
-                grown(bank, capacity + len(banks))
+                if by_index and bank.index is None and model.device.type == "cuda" and (shared or len(banks) == 1):
+                    bank._index = index_of(bank, 48)
+                grown(bank, len(bank) + extra)
             decoder._token_B1.fill_(7)
             decoder._cache.look_at(decoder.capacity)
             expected_BV = decoder.run(model.reader(banks, len(banks)))[0].clone()
@@ -133,16 +152,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--no-compile", action="store_true", help="layers as they are, for comparison")
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument(
+        "--look-up-only", action="store_true", help="the three look-up heads, without those of layer 23"
+    )
     parser.add_argument("--largest", type=int, default=1 << 24, help="tokens of the largest bank")
     parser.add_argument("--rows", type=int, nargs="*", help="texts side by side, 1 and 32 by default")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compile = device == "cuda" and not args.no_compile
     # In bfloat16 the same sums in another order differ by some per cent, which would hide a fault.
-    check(model_for(device, torch.float32), compile)
+    heads = LOOK_UP if args.look_up_only else ALL
+    check(model_for(device, heads, torch.float32), compile)
     if args.check_only:
         return
-    model = model_for(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model = model_for(device, heads, torch.bfloat16 if device == "cuda" else torch.float32)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     about = {
@@ -151,6 +174,7 @@ def main() -> None:
         "device": name,
         "torch": torch.__version__,
         "compile": compile,
+        "heads": len(heads),
     }
     alone: dict[int, float] = {}
     results = []
@@ -163,6 +187,14 @@ def main() -> None:
         for size in sizes:
             if size <= args.largest:
                 plan.append((f"one bank, {size:,}", lambda rows=rows, size=size: [bank_of(model, size)] * rows, 1.0))
+                if device == "cuda" and size > sizes[0]:
+                    plan.append(
+                        (
+                            f"one bank, {size:,}, index of 48",
+                            lambda rows=rows, size=size: [with_index(bank_of(model, size))] * rows,
+                            1.0,
+                        )
+                    )
         if rows > 1:
             plan.append(
                 (
@@ -203,7 +235,7 @@ def main() -> None:
 
 def described(row: dict[str, Any]) -> str:
     return (
-        f"{row['rows']:3} rows, {row['bank']:24} {row['p50_ms']:8.3f} ms ({row['p20_ms']:.3f} – {row['p80_ms']:.3f}), "
+        f"{row['rows']:3} rows, {row['bank']:32} {row['p50_ms']:8.3f} ms ({row['p20_ms']:.3f} – {row['p80_ms']:.3f}), "
         f"{row['tokens_per_second']:8.0f} tokens/s, {row['share']:.2f} of the backbone alone"
     )
 
