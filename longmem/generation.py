@@ -23,9 +23,11 @@ from longmem.attention import MemoryRead
 from longmem.bank import BankEntry, MemoryBank
 from longmem.errors import ConfigError
 from longmem.model import LongMem, ModelCache
-from longmem.steps import read_on
+from longmem.steps import BatchDecoder, read_on, records
 
 DEFAULT_WINDOW = 1536
+# Tokens that are read in recorded steps one by one; for more, the whole window is read again at once.
+_MOST_STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -360,6 +362,7 @@ class LocalWindow:
         self.decoder = TextDecoder(model.tokenizer)
         self._source = source
         self._cache: ModelCache | None = None
+        self._steps: BatchDecoder | None = None
         self._read = 0
         # The window is [unremembered | in the bank | not yet in the bank]
         self._unremembered = 0
@@ -389,15 +392,28 @@ class LocalWindow:
 
     @torch.no_grad()
     def logits(self) -> tuple[Tensor, list[MemoryRead]]:
-        """Next-token logits (V,), and what the last token read."""
+        """Next-token logits (V,), and what the last token read; on a GPU both until the next call."""
         tokens_N = self.tokens_N.to(self.model.device)
         if not self.config.cache:
             output = self.model.forward(tokens_N[None], self.visible, memory=self.config.memory, last_only=True)
             return output.logits_BTV[0, -1], output.reads
+        if records(self.model.device):
+            return self._step(tokens_N)
         if self._cache is None or self._read == len(tokens_N):
             self._cache, self._read = self.model.new_cache(), 0
         unread_N, self._read = tokens_N[self._read :], len(tokens_N)
         return read_on(self.model, unread_N, self.visible, self._cache, self.config.memory)
+
+    def _step(self, tokens_N: Tensor) -> tuple[Tensor, list[MemoryRead]]:
+        """`logits` by recorded steps, as texts side by side take them."""
+        if self._steps is None:
+            settings = {"memory": self.config.memory, "compile": self.model.fuses_steps}
+            self._steps = BatchDecoder(self.model, 1, self.size, **settings)
+        unread, known, self._read = tokens_N[self._read :].tolist(), self._read, len(tokens_N)
+        if not known or not 0 < len(unread) <= _MOST_STEPS:
+            return self._steps.begin(0, tokens_N, self.visible)
+        logits_1V, reads = [self._steps.step([token], [self.visible]) for token in unread][-1]
+        return logits_1V[0], reads
 
     def _move(self) -> int:
         """Make room: the older half leaves."""

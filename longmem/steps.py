@@ -29,6 +29,11 @@ from longmem.windows import WindowBuffer, Windows, window_step
 _PREFILL = 256
 
 
+def records(device: torch.device) -> bool:
+    """Whether steps are recorded on a device."""
+    return device.type == "cuda"
+
+
 @torch.no_grad()
 def read_on(
     model: LongMem, tokens_N: Tensor, bank: MemoryBank | None, cache: ModelCache, memory: float
@@ -131,7 +136,7 @@ class BatchDecoder:
         self._check(tokens, banks)
         self._token_B1.copy_(to_device(torch.tensor([[token or 0] for token in tokens]), self.model.device))
         model = self.model
-        recording = model.device.type == "cuda" and PlacedReader.takes(banks, model.config, model.device)
+        recording = records(model.device) and PlacedReader.takes(banks, model.config, model.device)
         # One place more than the longest text has, for the token that it gets.
         self._cache.look_at(self.capacity if recording else max(self._lengths) + 1)
         if recording:
