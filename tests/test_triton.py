@@ -222,6 +222,22 @@ def test_search_by_codes(data: st.DataObject) -> None:
     assert_true_scores(query_XQE, clean_PNE, top_k, length_X, pool_X, plain)
 
 
+@pytest.mark.parametrize("coded", [False, True])
+def test_groups_are_chosen_from_in_as_many_rounds_as_it_takes(coded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of hundreds of millions of keys: 8 parts, of which two at a time are chosen from."""
+    monkeypatch.setattr(search, "MOST_GROUPS", 256)
+    keys, length_X, pool_X = 8 * 256 * 16 - 100, torch.tensor([8 * 256 * 16 - 333]), torch.tensor([0])
+    query_XQE, keys_PNE = (normal(1, rows, 16, seed=rows) * 9 for rows in (2, keys))
+    query_XQE, keys_PNE = query_XQE.round(), keys_PNE.round()
+    keys_PNE[:, int(length_X) :] = torch.nan
+    if coded:
+        codes = query_XQE.to(torch.int8), keys_PNE.nan_to_num().to(torch.int8)
+        found = topk_coded(query_XQE, keys_PNE, *codes, 64, length_X, pool_X)
+    else:
+        found = topk_scan(query_XQE, keys_PNE, 64, length_X, pool_X)
+    assert_same_search(query_XQE, keys_PNE.nan_to_num(), 64, length_X, pool_X, found)
+
+
 def test_search_of_nothing() -> None:
     for queries, keys in ((0, 5), (3, 0)):
         query_XQE, keys_PNE = normal(2, queries, 16), normal(2, keys, 16)
