@@ -162,18 +162,25 @@ def check_attention(tiny: bool) -> None:
         valid_XQR = torch.rand(slot_XQR.shape, device=DEVICE) < 0.7
         valid_XQR[0, 0] = False
         grads = normal(searches, queries, head_dim), normal(searches, queries, dtype=torch.float32)
-        results = []
-        for attend, dtype in ((kernels.attend_rows, torch.float32), (reference.attend_rows, torch.float64)):
-            torch.manual_seed(1)
-            query_XQE = normal(searches, queries, head_dim, dtype=torch.float32).to(dtype).requires_grad_()
-            output, logsumexp = attend(
-                query_XQE, *(r.to(torch.float32) for r in rows), pool_X, slot_XQR, valid_XQR, 0.3
-            )
-            finite = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
-            ((output * grads[0]).sum() + (finite * grads[1]).sum()).backward()
-            results.append((output, finite, query_XQE.grad))
-        for name, mine, plain in zip(("output", "logsumexp", "gradient"), *results, strict=True):
-            assert error(mine, plain) < 1e-5, f"attend_rows {name}: {error(mine, plain)}"
+        order_XQR = torch.randint(found, slot_XQR.shape, device=DEVICE)
+        for newest in (False, True):
+            results = []
+            for attend, dtype in ((kernels.attend_rows, torch.float32), (reference.attend_rows, torch.float64)):
+                torch.manual_seed(1)
+                query_XQE, discount_XQ = (
+                    normal(*shape, dtype=torch.float32).to(dtype).requires_grad_()
+                    for shape in ((searches, queries, head_dim), (searches, queries))
+                )
+                pools = (rows_PNE.to(torch.float32) for rows_PNE in rows)
+                discount = (order_XQR, discount_XQ) if newest else ()
+                output, logsumexp = attend(query_XQE, *pools, pool_X, slot_XQR, valid_XQR, 0.3, *discount)
+                finite = logsumexp.masked_fill(logsumexp == -torch.inf, 0.0)
+                ((output * grads[0]).sum() + (finite * grads[1]).sum()).backward()
+                results.append((output, finite, query_XQE.grad, discount_XQ.grad))
+            names = ("output", "logsumexp", "gradient of queries", "gradient of discounts")
+            for name, mine, plain in zip(names, *results, strict=True):
+                if plain is not None:
+                    assert error(mine, plain) < (1e-4 if newest else 1e-5), f"attend_rows {name}: {error(mine, plain)}"
 
 
 def check_logsumexp(tiny: bool) -> None:
