@@ -1,16 +1,21 @@
 """MemoryBank: remembered keys, values and where they came from. No model inside, no disk inside.
 
-H memory heads (in the order of `BankSpec.memory_heads`), N remembered tokens, E head size.
+H memory heads (in the order of `BankSpec.memory_heads`), N remembered tokens, E head size, P bytes of a rounded row.
 """
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longmem.approximate import BankIndex, fingerprint
+from longmem.codec import PackedRows, pack_rows, unpack_rows
 from longmem.config import BankSpec
 from longmem.errors import BankError, BankIndexError, ConfigError, SourceError
 
@@ -40,6 +45,59 @@ class BankEntry:
 
     def __len__(self) -> int:
         return self.token_ids_N.numel()
+
+
+def packed(entry: BankEntry, spec: BankSpec) -> BankEntry:
+    """An entry as a bank of this spec keeps it on disk: keys and values of few bits are uint8, (H, N, P)."""
+    if spec.precision == "full":
+        return entry
+    rows = zip((entry.keys_HNE, entry.values_HNE), _centres(spec), strict=True)
+    keys_HNP, values_HNP = (pack_rows(rows_HNE, spec.bits, centre_HE).to_bytes() for rows_HNE, centre_HE in rows)
+    return dataclasses.replace(entry, keys_HNE=keys_HNP, values_HNE=values_HNP)
+
+
+def unpacked(entry: BankEntry, spec: BankSpec) -> BankEntry:
+    """What `packed` gave, as it is read.
+
+    Raises:
+        BankError: keys or values have another shape than the spec says.
+    """
+    if spec.precision == "full":
+        return entry
+    shape = (len(spec.memory_heads), len(entry), spec.row_bytes)
+    rows = []
+    for bytes_HNP, centre_HE in zip((entry.keys_HNE, entry.values_HNE), _centres(spec), strict=True):
+        if tuple(bytes_HNP.shape) != shape or bytes_HNP.dtype != torch.uint8:
+            raise BankError(
+                f"Keys or values of source {entry.source!r} have shape {tuple(bytes_HNP.shape)} and dtype "
+                f"{bytes_HNP.dtype}; {shape} and {torch.uint8} were expected for {spec.precision}."
+            )
+        rows.append(unpack_rows(PackedRows.from_bytes(bytes_HNP, spec.bits, centre_HE), DTYPES[spec.dtype]))
+    return dataclasses.replace(entry, keys_HNE=rows[0], values_HNE=rows[1])
+
+
+def centre_text(centres_2HE: Tensor) -> str:
+    """`BankSpec.centre` of the centres of keys and of values."""
+    return base64.b64encode(centres_2HE.float().cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def _centres(spec: BankSpec) -> Tensor:
+    """(2, H, E), float32."""
+    return _read_centre(spec.centre, len(spec.memory_heads), spec.head_dim)
+
+
+@cache
+def _read_centre(centre: str | None, heads: int, head_dim: int) -> Tensor:
+    if centre is None:
+        return torch.zeros(2, heads, head_dim)
+    try:
+        numbers = np.frombuffer(base64.b64decode(centre, validate=True), "<f4").reshape(2, heads, head_dim)
+    except ValueError as error:
+        raise BankError(
+            f"The centre in a bank's spec is not that of {heads} heads of size {head_dim}: {error}. "
+            "Take the spec from `LongMem.bank_spec_in`."
+        ) from error
+    return torch.from_numpy(numbers.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -158,7 +216,7 @@ class MemoryBank:
             BankError: if shapes or dtype are not those of the bank's spec, or the piece does not follow the last one.
         """
         self.check(entry)
-        self._remember(entry)
+        self._remember(unpacked(packed(entry, self.spec), self.spec))
 
     def check(self, entry: BankEntry) -> None:
         """Raise the `BankError` that `append` would, and change nothing."""

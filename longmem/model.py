@@ -10,6 +10,7 @@ B batch, T tokens, D hidden size, H memory heads, N tokens of a source, E head s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from longmem import checkpoint
 from longmem.attention import MemoryRead, pick_heads
 from longmem.backbone import Backbone, BackboneOutput
-from longmem.bank import DTYPES, BankEntry, MemoryBank
-from longmem.checkpoint import Precision, load_sidenet, new_sidenet, read_config, save_sidenet
-from longmem.config import BankSpec, SideNetConfig
+from longmem.bank import DTYPES, BankEntry, MemoryBank, centre_text
+from longmem.checkpoint import load_sidenet, new_sidenet, read_config, save_sidenet
+from longmem.config import BankSpec, Precision, SideNetConfig
 from longmem.data import read_text
 from longmem.decoding import RowDecoder, compiling
 from longmem.errors import BankMismatchError, CompilerError, ConfigError, SideNetNotFoundError, SourceError
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from longmem.recall import Hit
 
 SHIPPED = Path(__file__).parent / "sidenets"
+# A text whose mean key and value centre those of banks in few bits. Part of the format: do not change it.
+CENTRE = Path(__file__).parent / "centre.txt"
 
 
 class ModelCache:
@@ -147,7 +151,11 @@ class LongMem(nn.Module):
         )
 
     def save(
-        self, folder: str | Path, *, precision: Precision = "bfloat16", training: dict[str, Any] | None = None
+        self,
+        folder: str | Path,
+        *,
+        precision: checkpoint.Precision = "bfloat16",
+        training: dict[str, Any] | None = None,
     ) -> None:
         """Write the SideNet to a folder (not the backbone)."""
         save_sidenet(Path(folder), self.sidenet, self.backbone, precision=precision, training=training)
@@ -169,6 +177,20 @@ class LongMem(nn.Module):
             memory_heads=self.config.memory_heads,
             head_dim=self.backbone.head_dim,
         )
+
+    def bank_spec_in(self, precision: Precision) -> BankSpec:
+        """What banks for this model hold that keep keys and values in full, in int8 or in int4 (see `longmem.codec`).
+
+        Raises:
+            ConfigError: heads that cannot be rounded, or a backbone without a tokenizer.
+        """
+        spec = dataclasses.replace(self.bank_spec, precision=precision)
+        if precision == "full":
+            return spec
+        # Any text would do; a bank's own must not, since a trace of it would stay when it is forgotten.
+        entry = self.encode_text(CENTRE.read_text(encoding="utf-8"), source="centre")
+        means = [rows_HNE.float().mean(1) for rows_HNE in (entry.keys_HNE, entry.values_HNE)]
+        return dataclasses.replace(spec, centre=centre_text(torch.stack(means)))
 
     def new_bank(self) -> MemoryBank:
         """An empty bank in memory, on the model's device."""

@@ -96,6 +96,7 @@ def test_memory_and_network_meet_in_the_model_alone() -> None:
         assert siblings(name, lazily=True) <= {
             "approximate",
             "bank",
+            "codec",
             "config",
             "data",
             "errors",
@@ -121,6 +122,7 @@ def test_the_disk_is_no_business_of_the_core() -> None:
         "families",
         "ops",
         "quantize",
+        "codec",
         "sketch",
         "ivf",
         "approximate",

@@ -294,6 +294,20 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_turn(work, tiny_model_dir, monkeypat
     assert row["chars"] > len("Ada keeps bees.")
 
 
+def test_a_bank_in_few_bits(tiny_model_dir, notes):
+    words = ("--model", tiny_model_dir, *CPU)
+    ok("write", *at("few"), "notes.txt", "--precision", "int4", *words)
+    ok("write", *at("few"), "notes.txt", "--source", "again", *words)  # without the option, as the bank is
+    rows = {row["name"]: row for row in json.loads(ok("banks", "--store", "memories", "--json"))}
+    assert rows["few"]["precision"] == "int4" and rows["notes"]["precision"] == "full"
+    assert 0 < rows["few"]["bytes_per_token"] < rows["notes"]["bytes_per_token"]
+    assert "int4" in ok("banks", "--store", "memories")
+    for bank, asked in (("few", "int8"), ("few", "full"), ("notes", "int4")):
+        said = fails("write", *at(bank), "notes.txt", "--source", "x", "--precision", asked, *words)
+        assert "precision is chosen when it is made" in said
+    assert ok("recall", *at("few"), "bees", *words)
+
+
 def test_banks_sources_and_forget(notes):
     (row,) = json.loads(ok("banks", "--store", "memories", "--json"))
     assert row["name"] == "notes" and row["sources"] == 1 and row["tokens"] > 0 and row["bytes"] > 0

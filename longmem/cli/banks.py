@@ -32,6 +32,7 @@ def write(
     source: Annotated[
         str | None, typer.Option(help="Name in the bank, for a single text; the path by default.")
     ] = None,
+    precision: common.BankPrecision = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     as_json: common.Json = False,
@@ -44,13 +45,15 @@ def write(
     check_bank_name(bank)
     texts = _read(files, source, store)
     loaded = common.load_model(model, device)
+    spec = common.spec_of(loaded, precision)
     _check_room([len(text.encode()) for text in texts.values()], store, loaded.bank_spec.bytes_per_token)
     with MemoryStore.open(store) as opened:
         if not opened.writable:
             raise StoreNotWritableError(
                 f"The store in {store} cannot be written, only read. Change its permissions, or give another --store."
             )
-        target = opened.bank(bank, loaded.bank_spec, device=loaded.device)
+        target = opened.bank(bank, spec, device=loaded.device)
+        common.check_precision(target, bank, precision)
         _check_new(texts, target.sources, bank)
         written = {}
         tokens = sum(len(loaded.tokenizer(text, add_special_tokens=False).input_ids) for text in texts.values())
@@ -173,12 +176,14 @@ def banks(store: common.Store, as_json: common.Json = False) -> None:
     with MemoryStore.open(store, create=False) as opened:
         infos = opened.banks()
     if as_json:
-        common.print_json([dataclasses.asdict(info) for info in infos])
+        common.print_json([{**dataclasses.asdict(info), "bytes_per_token": info.bytes_per_token} for info in infos])
         return
-    table = Table("bank", "tokens", "sources", "size", "backbone", "updated", box=None, header_style="dim")
+    columns = ("bank", "tokens", "sources", "size", "a token", "kept in", "backbone", "updated")
+    table = Table(*columns, box=None, header_style="dim")
     for info in infos:
         updated = info.updated.astimezone().strftime("%Y-%m-%d %H:%M")
-        row = (info.name, f"{info.tokens:,}", f"{info.sources:,}", common.size(info.bytes), info.backbone, updated)
+        sizes = (common.size(info.bytes), common.size(info.bytes_per_token), info.precision)
+        row = (info.name, f"{info.tokens:,}", f"{info.sources:,}", *sizes, info.backbone, updated)
         table.add_row(*map(Text, row))
     common.out.print(table if infos else f"No banks in {store} yet.")
 

@@ -19,7 +19,7 @@ from typing import Literal, Self
 import torch
 
 from longmem.bank import BankEntry
-from longmem.config import BankSpec
+from longmem.config import BankSpec, Precision
 from longmem.errors import BankError, BankMismatchError, BankNotFoundError, StoreError, StoreNotWritableError
 from longmem.store.consolidate import SEGMENT_BYTES, Consolidation, consolidate
 from longmem.store.indexes import INDEXES
@@ -53,6 +53,7 @@ class BankInfo:
         tokens, sources: how many are remembered.
         bytes: size of its segment files.
         backbone: name of the backbone that wrote it.
+        precision: how keys and values are kept: "full", "int8" or "int4".
         created, updated: UTC; `updated` is the last append or forget.
     """
 
@@ -61,8 +62,14 @@ class BankInfo:
     sources: int
     bytes: int
     backbone: str
+    precision: Precision
     created: datetime
     updated: datetime
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of segment files; 0 if nothing is remembered."""
+        return self.bytes / self.tokens if self.tokens else 0.0
 
 
 def check_bank_name(name: str) -> None:
@@ -148,6 +155,7 @@ class MemoryStore:
                 sources,
                 size,
                 BankSpec.from_json(spec).backbone,
+                BankSpec.from_json(spec).precision,
                 datetime.fromisoformat(created),
                 datetime.fromisoformat(updated),
             )
@@ -167,7 +175,8 @@ class MemoryStore:
 
         Args:
             name: letters, digits and `._-`, in parts joined by `/`: "notes", "user/1234".
-            spec: what the bank's tensors mean (`LongMem.bank_spec`). None opens an existing bank only.
+            spec: what the bank's tensors mean (`LongMem.bank_spec`; in few bits `LongMem.bank_spec_in`). None opens an
+                existing bank only.
             verify: compare every segment file with its checksum.
             search: "index" searches with the index that the bank has (`StoredBank.load_index`).
 
@@ -188,6 +197,11 @@ class MemoryStore:
         bank_id, stored = row
         if spec is not None and spec != stored:
             raise BankMismatchError(_mismatch(name, stored=stored, given=spec))
+        if spec is not None and spec.precision not in ("full", stored.precision):
+            raise BankMismatchError(
+                f"Bank {name!r} keeps keys and values in {stored.precision}, and was to be opened in {spec.precision}. "
+                "A bank's precision is chosen when it is made: open it without one, or use another bank name."
+            )
         bank = StoredBank(self, bank_id, name, stored, device, verify=verify)
         bank.refresh()
         if search == "index":

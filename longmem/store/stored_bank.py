@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longmem.approximate import BankIndex
-from longmem.bank import BankEntry, MemoryBank
+from longmem.bank import BankEntry, MemoryBank, packed, unpacked
 from longmem.config import BankSpec
 from longmem.errors import (
     BankError,
@@ -83,9 +83,10 @@ class StoredBank(MemoryBank):
         self.refresh()
         self.check(entry)
         check_text(entry)
+        kept = packed(entry, self.spec)
         new = None
         try:
-            new = store.write_segment([entry])
+            new = store.write_segment([kept])
             record = Record.of(entry).pack()
             with store.manifest.transaction() as database:
                 # Under the write lock nobody else extends the bank: what holds now holds until the commit.
@@ -116,7 +117,7 @@ class StoredBank(MemoryBank):
             if new is not None:
                 store.discard(new.file)
             raise
-        self._remember(entry)
+        self._remember(unpacked(kept, self.spec))
         self._pieces[piece] = Piece(piece, *row, new.file, new.sha256, 0, 0)
         self._revision += 1
 
@@ -289,14 +290,15 @@ class StoredBank(MemoryBank):
         return list(infos.values())
 
     def _read(self, pieces: Sequence[Piece], *, verify: bool) -> list[BankEntry]:
-        """Pieces of one segment."""
+        """Pieces of one segment, as they are kept on disk."""
         store = self._store
         path, what = store.segment_path(pieces[0].file), named(pieces, self.name)
         return read_segment(path, pieces, what, store.mend(self.name), verify=verify)
 
     def _load(self, pieces: Sequence[Piece]) -> None:
-        for piece, entry in zip(pieces, self._read(pieces, verify=self._verify), strict=True):
+        for piece, kept in zip(pieces, self._read(pieces, verify=self._verify), strict=True):
             try:
+                entry = unpacked(kept, self.spec)
                 self.check(entry)
             except BankError as error:
                 raise StoreCorruptError(
