@@ -20,6 +20,7 @@ class MemoryHead(NamedTuple):
 
 
 Precision = Literal["full", "int8", "int4"]
+RetentionPolicy = Literal["oldest", "spread", "duplicates", "attention", "surprise"]
 
 
 @dataclass(frozen=True)

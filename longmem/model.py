@@ -29,12 +29,15 @@ from longmem.data import read_text
 from longmem.decoding import RowDecoder, compiling
 from longmem.errors import BankMismatchError, CompilerError, ConfigError, SideNetNotFoundError, SourceError
 from longmem.index import BankReader, Retrieve
+from longmem.ops import linear_nll
 from longmem.sidenet import SideNet, SideNetCache
+from longmem.store import StoredBank
 
 if TYPE_CHECKING:
     from longmem.approximate import BankIndex
     from longmem.generation import Piece
     from longmem.recall import Hit
+    from longmem.retention import Cap, Plan
 
 SHIPPED = Path(__file__).parent / "sidenets"
 # A text whose mean key and value centre those of banks in few bits. Part of the format: do not change it.
@@ -372,6 +375,29 @@ class LongMem(nn.Module):
             return empty, empty.clone()
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
+    @torch.no_grad()
+    def surprise(
+        self, token_ids_N: Tensor, start: int = 0, *, on_tokens: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """How badly the backbone predicted a source's tokens from `start` on, each in the window it is encoded in:
+        −log p in nats, float32 on the CPU.
+
+        Args:
+            token_ids_N: the whole source so far.
+        """
+        tokens_N, top = token_ids_N.to("cpu", torch.int64), self.backbone.num_layers
+        found = [torch.empty(0)]
+        for first, kept, end in self.config.encode.windows(start, tokens_N.numel()):
+            input_1T = self.with_prefix(tokens_N[first : end - 1])[None].to(self.device)
+            hidden_1TD = self.backbone(input_1T, boundaries={top}).hidden_states[top]
+            # The prefix comes first: position i predicts token first + i.
+            scored_XD = self.backbone.final_norm(hidden_1TD[0, kept - first :])
+            target_X = tokens_N[kept:end].to(self.device)
+            found.append(linear_nll(scored_XD, self.backbone.output_weight_VD, target_X).cpu())
+            if on_tokens is not None:
+                on_tokens(end - kept)
+        return torch.cat(found)
+
     def _keys_values(self, input_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
         seen = self.backbone(input_ids_BT, boundaries=self.config.memory_layers)
         return self.keys_values(seen)
@@ -439,7 +465,26 @@ class LongMem(nn.Module):
         entry = self.encode_text(text, source=source, before_N=before_N, char_start=past, on_tokens=on_tokens)
         if len(entry):
             bank.append(entry)
+            self.keep_to_cap(bank)
         return len(entry)
+
+    def retain(self, bank: StoredBank, cap: Cap, *, preview: bool = False, **settings: Any) -> Plan:
+        """Bring a bank down to a cap, or say what would go (see `longmem.keeping.retain`)."""
+        from longmem.keeping import retain
+
+        return retain(bank, cap, model=self, preview=preview, **settings)
+
+    def keep_to_cap(self, bank: MemoryBank) -> Plan | None:
+        """After a write: bring a stored bank down to the cap that was set on it (`StoredBank.set_cap`).
+
+        Only when it is a tenth too large, so that not every write makes segments anew. None if nothing was done.
+        """
+        if not isinstance(bank, StoredBank) or (cap := bank.cap) is None:
+            return None
+        limit = cap.rows(bank.spec.bytes_per_token)
+        if (limit is None or len(bank) <= 1.1 * limit) and cap.days is None:
+            return None
+        return self.retain(bank, cap)
 
     def encode_text(
         self,

@@ -39,6 +39,7 @@ class Piece:
         char_start, chars: its place in the source.
         segment, file, sha256: the segment that holds it, its file and that file's checksum.
         first_token, first_char: where its tokens and its text begin in the segment.
+        rows: how many of its tokens have keys and values; all, unless it was thinned. Only ever becomes less.
     """
 
     id: int
@@ -52,11 +53,14 @@ class Piece:
     sha256: str
     first_token: int
     first_char: int
+    rows: int
 
 
 PIECES = """
-SELECT piece.id, source, char_start, chars, tokens, created, segment, file, sha256, first_token, first_char
-FROM piece JOIN segment ON segment.id = piece.segment WHERE piece.bank = ? ORDER BY ordinal
+SELECT piece.id, source, char_start, chars, tokens, created, segment, file, sha256, first_token, first_char,
+       COALESCE(thinned.rows, tokens)
+FROM piece JOIN segment ON segment.id = piece.segment LEFT JOIN thinned ON thinned.piece = piece.id
+WHERE piece.bank = ? ORDER BY ordinal
 """
 
 
@@ -158,12 +162,19 @@ def write_segment(path: Path, entries: Sequence[BankEntry]) -> tuple[str, int]:
         return torch.cat([tensor.detach().cpu() for tensor in tensors], 1).clone(memory_format=torch.contiguous_format)
 
     pieces = [[entry.source, entry.char_start, len(entry.text), len(entry)] for entry in entries]
+    tensors = {
+        "keys": joined([entry.keys_HNE for entry in entries]),
+        "values": joined([entry.values_HNE for entry in entries]),
+        "record": torch.frombuffer(bytearray(Record.of_all(entries).pack()), dtype=torch.uint8),
+    }
+    if any(entry.kept_K is not None for entry in entries):
+        first, kept = 0, []
+        for entry in entries:
+            kept.append(first + (torch.arange(len(entry)) if entry.kept_K is None else entry.kept_K))
+            first += len(entry)
+        tensors["kept"] = torch.cat(kept).to(torch.int32)
     data = save(
-        {
-            "keys": joined([entry.keys_HNE for entry in entries]),
-            "values": joined([entry.values_HNE for entry in entries]),
-            "record": torch.frombuffer(bytearray(Record.of_all(entries).pack()), dtype=torch.uint8),
-        },
+        tensors,
         metadata={"longmem_segment": str(SEGMENT_VERSION), "pieces": json.dumps(pieces)},
     )
     with open(path, "xb") as file:
@@ -201,6 +212,7 @@ def read_segment(path: Path, pieces: Sequence[Piece], what: str, mend: str, *, v
                     "Update longmem."
                 )
             record, keys, values = record_in(tensors), tensors.get_tensor("keys"), tensors.get_tensor("values")
+            kept_R = tensors.get_tensor("kept").long() if "kept" in tensors.keys() else None  # noqa: SIM118
     except FileNotFoundError as error:
         raise StoreCorruptError(f"{path} is missing. It held {what}. {mend}") from error
     except (OSError, RuntimeError, SafetensorError, UnicodeDecodeError) as error:
@@ -208,16 +220,21 @@ def read_segment(path: Path, pieces: Sequence[Piece], what: str, mend: str, *, v
         raise StoreCorruptError(f"{path} cannot be read: {error}. It holds {what}. {mend}") from error
     entries = []
     for piece in pieces:
-        rows = slice(piece.first_token, piece.first_token + piece.tokens)
+        at = rows = slice(piece.first_token, piece.first_token + piece.tokens)
+        kept_K = None
+        if kept_R is not None:
+            rows = slice(*torch.searchsorted(kept_R, torch.tensor([at.start, at.stop])).tolist())
+            kept_K = kept_R[rows] - at.start if rows.stop - rows.start < piece.tokens else None
         entries.append(
             BankEntry(
                 source=piece.source,
                 text=record.text[piece.first_char : piece.first_char + piece.chars],
                 char_start=piece.char_start,
-                token_ids_N=record.token_ids_N[rows],
-                offsets_N2=record.offsets_N2[rows],
+                token_ids_N=record.token_ids_N[at],
+                offsets_N2=record.offsets_N2[at],
                 keys_HNE=keys[:, rows],
                 values_HNE=values[:, rows],
+                kept_K=kept_K,
             )
         )
     return entries

@@ -35,6 +35,7 @@ from longmem.store.segments import (
     write_segment,
 )
 from longmem.store.stored_bank import StoredBank
+from longmem.store.thinning import PIECE_TABLES
 from longmem.store.verify import Report, verify
 
 _REVISION = "SELECT revision FROM bank WHERE id = ?"
@@ -51,6 +52,7 @@ class BankInfo:
 
     Attributes:
         tokens, sources: how many are remembered.
+        rows: how many of the tokens have keys and values: all, unless the bank was thinned.
         bytes: size of its segment files.
         backbone: name of the backbone that wrote it.
         precision: how keys and values are kept: "full", "int8" or "int4".
@@ -59,6 +61,7 @@ class BankInfo:
 
     name: str
     tokens: int
+    rows: int
     sources: int
     bytes: int
     backbone: str
@@ -68,8 +71,8 @@ class BankInfo:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of segment files; 0 if nothing is remembered."""
-        return self.bytes / self.tokens if self.tokens else 0.0
+        """Of segment files, for each row; 0 if there are none."""
+        return self.bytes / self.rows if self.rows else 0.0
 
 
 def check_bank_name(name: str) -> None:
@@ -140,18 +143,20 @@ class MemoryStore:
 
     def banks(self) -> list[BankInfo]:
         """Every bank of the store, by name."""
-        rows = self.manifest.query(
+        found = self.manifest.query(
             """
-            SELECT name, COALESCE(SUM(tokens), 0), COUNT(DISTINCT source),
+            SELECT name, COALESCE(SUM(tokens), 0), COALESCE(SUM(COALESCE(rows, tokens)), 0), COUNT(DISTINCT source),
                    (SELECT COALESCE(SUM(bytes), 0) FROM segment WHERE segment.bank = bank.id),
                    spec, bank.created, updated
-            FROM bank LEFT JOIN piece ON piece.bank = bank.id GROUP BY bank.id ORDER BY name
+            FROM bank LEFT JOIN piece ON piece.bank = bank.id LEFT JOIN thinned ON thinned.piece = piece.id
+            GROUP BY bank.id ORDER BY name
             """
         )
         return [
             BankInfo(
                 name,
                 tokens,
+                rows,
                 sources,
                 size,
                 BankSpec.from_json(spec).backbone,
@@ -159,7 +164,7 @@ class MemoryStore:
                 datetime.fromisoformat(created),
                 datetime.fromisoformat(updated),
             )
-            for name, tokens, sources, size, spec, created, updated in rows
+            for name, tokens, rows, sources, size, spec, created, updated in found
         ]
 
     def bank(
@@ -223,8 +228,9 @@ class MemoryStore:
                 "WHERE bank = ? AND file IS NOT NULL",
                 row[:1] * 2,
             ).fetchall()
-            database.execute("DELETE FROM record WHERE piece IN (SELECT id FROM piece WHERE bank = ?)", row[:1])
-            for table in ("piece", "segment", "quarantine"):
+            for table in PIECE_TABLES:
+                database.execute(f"DELETE FROM {table} WHERE piece IN (SELECT id FROM piece WHERE bank = ?)", row[:1])
+            for table in ("piece", "segment", "quarantine", "cap"):
                 database.execute(f"DELETE FROM {table} WHERE bank = ?", row[:1])
             database.execute("DELETE FROM bank WHERE id = ?", row[:1])
             self.remove_index(row[0])

@@ -136,7 +136,7 @@ def bank_faults(
         except StoreCorruptError as error:
             meaning = f"{error} It is a copy; as long as the segment is whole, nothing is lost."
             yield Fault(name, (piece.source,), None, "record", meaning)
-    fault = index_fault(store, bank_id, name, sum(piece.tokens for piece in pieces))
+    fault = index_fault(store, bank_id, name, sum(piece.rows for piece in pieces))
     if fault is not None:
         yield fault
 
@@ -182,15 +182,15 @@ def segment_fault(store: MemoryStore, bank: str, spec: BankSpec, pieces: Sequenc
         said = [(piece.source, piece.char_start, piece.chars, piece.tokens) for piece in pieces]
         if header != said:
             return fault("header", f"The file names the pieces {header}, the manifest {said}.")
-        tokens = sum(piece.tokens for piece in pieces)
+        rows = sum(piece.rows for piece in pieces)
         kept = DTYPES[spec.dtype] if spec.precision == "full" else torch.uint8
         numbers = spec.row_bytes // kept.itemsize
         with safe_open(path, framework="pt") as tensors:
             for name in ("keys", "values"):
                 part = tensors.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), tensors.get_slice(name)[:, :0].dtype
-                if shape != (len(spec.memory_heads), tokens, numbers) or dtype != kept:
-                    expected = f"({len(spec.memory_heads)}, {tokens}, {numbers}) of {kept}"
+                if shape != (len(spec.memory_heads), rows, numbers) or dtype != kept:
+                    expected = f"({len(spec.memory_heads)}, {rows}, {numbers}) of {kept}"
                     return fault("header", f"Its {name} have shape {shape} of {dtype}, the manifest says {expected}.")
     except FileNotFoundError:
         return fault("missing", "The file is gone.")
