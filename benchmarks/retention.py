@@ -26,6 +26,7 @@ from longmem import LongMem
 from longmem.backbone import BackboneOutput
 from longmem.bank import BankEntry, MemoryBank
 from longmem.cli.common import load_documents
+from longmem.config import RetentionPolicy
 from longmem.drawing import new_figure
 from longmem.ops import linear_nll
 from longmem.retention import POLICIES, Cap, plan
@@ -33,7 +34,7 @@ from longmem.retention import POLICIES, Cap, plan
 SEGMENT = 1024
 PARTS = (2, 4, 8, 16)
 # What is compared: policy and unit.
-WAYS = tuple((policy, unit) for unit in (64,) for policy in POLICIES)
+WAYS: tuple[tuple[RetentionPolicy, int], ...] = tuple((policy, 64) for policy in POLICIES)
 
 
 def named(policy: str, unit: int) -> str:

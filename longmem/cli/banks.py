@@ -378,9 +378,7 @@ def retain(
     max_bytes: Annotated[int | None, typer.Option("--bytes", help="Most bytes of keys and values on disk.")] = None,
     policy: Annotated[
         Policy,
-        typer.Option(
-            help="What goes: the oldest, all but an even sample, repetitions, what got least attention or surprise."
-        ),
+        typer.Option(help="What goes: oldest, all but an even sample, repetitions, least attention, least surprise."),
     ] = "oldest",
     unit: Annotated[int, typer.Option(help="Consecutive tokens that stay or go together.")] = 64,
     days: Annotated[float | None, typer.Option(help="Forget sources last written longer ago than this.")] = None,
