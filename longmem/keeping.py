@@ -5,13 +5,14 @@ N rows of a bank, M tokens of a source.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from datetime import UTC, datetime
 
 import torch
 from torch import Tensor
 
-from longmem.errors import ConfigError
+from longmem.errors import BankError, ConfigError
 from longmem.model import LongMem
 from longmem.retention import Cap, Plan, plan
 from longmem.store import StoredBank
@@ -53,6 +54,25 @@ def retain(
     if not bool(keep_N.all()):
         bank.thin(keep_N)
     return chosen
+
+
+def keep_to_cap(bank: StoredBank, model: LongMem) -> Plan | None:
+    """Bring a bank down to the cap that was set on it, after a write, which is done and must not fail for it.
+
+    Only when the bank is a tenth too large, so that not every write makes segments anew. None if nothing was done.
+    """
+    cap = bank.cap
+    if cap is None:
+        return None
+    limit = cap.rows(bank.spec.bytes_per_token)
+    if (limit is None or len(bank) <= 1.1 * limit) and cap.days is None:
+        return None
+    if cap.policy == "attention" and not bank.scores("attention"):
+        cap = dataclasses.replace(cap, policy="oldest")  # nothing has been attended to so far
+    try:
+        return retain(bank, cap, model=model)
+    except BankError:
+        return None  # somebody else has written meanwhile; their write, or the next one, sees to it
 
 
 def _scores(bank: StoredBank, cap: Cap, model: LongMem | None, on_tokens: Callable[[int], None] | None) -> Tensor:
@@ -101,4 +121,4 @@ def _surprise(
     return found
 
 
-__all__ = ["retain"]
+__all__ = ["keep_to_cap", "retain"]

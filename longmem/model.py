@@ -475,16 +475,10 @@ class LongMem(nn.Module):
         return retain(bank, cap, model=self, preview=preview, **settings)
 
     def keep_to_cap(self, bank: MemoryBank) -> Plan | None:
-        """After a write: bring a stored bank down to the cap that was set on it (`StoredBank.set_cap`).
+        """After a write: bring a stored bank down to the cap that was set on it (`longmem.keeping.keep_to_cap`)."""
+        from longmem.keeping import keep_to_cap
 
-        Only when it is a tenth too large, so that not every write makes segments anew. None if nothing was done.
-        """
-        if not isinstance(bank, StoredBank) or (cap := bank.cap) is None:
-            return None
-        limit = cap.rows(bank.spec.bytes_per_token)
-        if (limit is None or len(bank) <= 1.1 * limit) and cap.days is None:
-            return None
-        return self.retain(bank, cap)
+        return keep_to_cap(bank, self) if isinstance(bank, StoredBank) else None
 
     def encode_text(
         self,

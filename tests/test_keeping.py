@@ -150,6 +150,18 @@ def test_what_nobody_attends_to_goes_first(store, bank, model):
     assert last in [bank.span(position, position) for position in range(len(bank))]
 
 
+def test_a_write_does_not_fail_for_a_cap(store, folder, model):
+    """Neither where nobody has attended to anything yet, nor where a reader can keep no counts."""
+    bank = store.bank("notes", model.bank_spec)
+    bank.set_cap(Cap(tokens=20, unit=4, policy="attention"))
+    for number in range(3):
+        model.write_text(bank, TINY_TEXT, source=f"note {number}")
+        assert len(bank) <= 22
+    bank.attend(torch.tensor([0]), torch.tensor([1.0]))
+    store.close()
+    bank.save_attention()
+
+
 def test_old_sources_are_forgotten_text_and_all(store, bank, model):
     then = (datetime.now(UTC) - timedelta(days=40)).isoformat(timespec="microseconds")
     with store.manifest.transaction() as database:

@@ -25,6 +25,7 @@ from longmem.errors import (
     BankIndexError,
     BankNotFoundError,
     StoreCorruptError,
+    StoreError,
     StoreNotWritableError,
 )
 from longmem.retention import Cap
@@ -220,7 +221,8 @@ class StoredBank(MemoryBank):
         return self._store.writable
 
     def save_attention(self) -> None:
-        """Keep what `attend` has counted with the bank. Where nothing can be written it is dropped."""
+        """Keep what `attend` has counted with the bank. Where nothing can be written it is dropped: reading should not
+        fail for a statistic."""
         taken, ends, scores = self.take_attention(), {}, {}
         for piece in self._pieces.values():
             start = ends.get(piece.source, 0)
@@ -230,7 +232,8 @@ class StoredBank(MemoryBank):
                 scores[piece.id] = torch.zeros(piece.tokens)
                 scores[piece.id][: len(some_M)] = some_M
         if scores and self.writable:
-            self.keep_scores("attention", scores, add=True)
+            with suppress(StoreError):
+                self.keep_scores("attention", scores, add=True)
 
     def scores(self, name: str) -> dict[int, Tensor]:
         """Numbers that were kept for the tokens of pieces (M,), float32, by the piece's id."""
