@@ -34,7 +34,7 @@ case ${name#evaluate-} in
     newest) options=("${asked[@]}" --newest-wins) ;;
     doubtful) options=("${asked[@]}" "${doubt[@]}") ;;
     newest-doubtful) options=("${asked[@]}" "${doubt[@]}" --newest-wins) ;;
-    starved) options=("${asked[@]}" "${doubt[@]}" --newest-wins --starved-fraction 0.2) ;;
+    starved) options=("${asked[@]}" "${doubt[@]}" --newest-wins --starved-fraction 0.2) ;; # its files had all windows of 256
     newest-doubtful-30) options=("${asked[@]}" "${doubt[@]}" --newest-wins --answer-weight 30) ;;
     *)
         echo "unknown variant $name: the head of $0 lists those there are" >&2

@@ -54,9 +54,10 @@ class TrainConfig:
         wrong_fraction: share of streams that read another stream's bank in a step, so that a wrong one costs little.
         crowded_fraction: share of streams that read their bank among others' in a step, as one `crowd` times as large.
         crowd: streams whose banks are one to those that are crowded.
-        starved_fraction: share of steps in which segments are read in windows of `starved` tokens, none of which sees
-            the others, so that questions with little before them are learned too. Nobody is crowded then.
-        starved: tokens of such a window; divides `segment`.
+        starved_fraction: share of steps in which segments are read in short windows, none of which sees the others, so
+            that questions with little before them are learned too. Nobody is crowded then.
+        starved: tokens of the shortest such windows; each starved step takes this, twice, or four times as many, as
+            long as they divide `segment`.
         lookup_weight: of the memory regulariser: attention among retrieved tokens should fall on those that are the
             next token.
         answer_weight: of marked answers (see `longmem.data.Document`), beside 1 for any other token, in rows that read
@@ -85,7 +86,7 @@ class TrainConfig:
     crowded_fraction: float = 0.0
     crowd: int = 4
     starved_fraction: float = 0.0
-    starved: int = 256
+    starved: int = 64
     lookup_weight: float = 0.0
     answer_weight: float = 1.0
     memory: bool = True
@@ -160,6 +161,12 @@ class Trainer:
         self.done = 0
         self.tokens = 0
 
+    @property
+    def starved_windows(self) -> list[int]:
+        """Tokens that windows of starved steps may have."""
+        sizes = [self.config.starved * factor for factor in (1, 2, 4)]
+        return [size for size in sizes if self.config.segment % size == 0 and size < self.config.segment] or sizes[:1]
+
     def _groups(self) -> list[dict[str, Any]]:
         config = self.config
         matrices, vectors, gates = [], [], []
@@ -181,7 +188,7 @@ class Trainer:
         # Drawn only where it matters, so that other runs draw what they always did.
         starves = bool(self.config.starved_fraction) and self.rng.random() < self.config.starved_fraction
         if starves:
-            segments = whole.cut(self.config.starved)
+            segments = whole.cut(self.starved_windows[int(self.rng.integers(len(self.starved_windows)))])
         tokens_BS = segments.tokens_BS
         memory_layers = set(self.model.config.memory_layers)
         seen = self._see(tokens_BS, {*self.sidenet.boundaries, *memory_layers, self.model.backbone.num_layers})

@@ -75,7 +75,7 @@ def test_starved_steps_read_in_short_windows_and_write_whole_segments(tmp_path: 
         starved.step()
         whole.step()
     hook.remove()
-    assert set(seen) == {(2 * 4, 4 + 1)}
+    assert starved.starved_windows == [4, 8] and set(seen) <= {(2 * 4, 4 + 1), (2 * 2, 8 + 1)}
     assert torch.equal(starved.banks.keys_HBNE, whole.banks.keys_HBNE)
     assert torch.equal(starved.banks.token_ids_BN, whole.banks.token_ids_BN)
     # All windows of a stream read its bank, and what they are about is cut in the same order.
