@@ -172,3 +172,23 @@ def test_attention_over_rows_is_the_reference_s(
         assert mine.dtype == its.dtype
         tolerance = 1e-5 if dtype == torch.float32 else 5e-2
         torch.testing.assert_close(mine, its, atol=tolerance, rtol=tolerance)
+
+
+@settings(max_examples=60)
+@given(
+    tokens=st.integers(1, 2 * cpu.ROWS + 3),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    window=st.one_of(st.none(), st.integers(1, 2 * cpu.ROWS)),
+    seed=st.integers(0, 99),
+)
+def test_causal_attention_is_attention(tokens: int, kv_heads: int, group: int, window: int | None, seed: int) -> None:
+    query_BHTE = normal(2, kv_heads * group, tokens, 5, seed=seed)
+    key_BKTE, value_BKTE = normal(2, 2, kv_heads, tokens, 5, seed=seed + 1)
+    distance_TT = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    seen_TT = (distance_TT >= 0) & (distance_TT < (window or tokens))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query_BHTE, key_BKTE, value_BKTE, attn_mask=seen_TT, scale=0.3, enable_gqa=True
+    )
+    found = cpu.causal_attention(query_BHTE, key_BKTE, value_BKTE, 0.3, window)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

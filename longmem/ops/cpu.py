@@ -1,10 +1,10 @@
 """Exact search on a CPU: keys are ranked in bfloat16, the best are scored again in float32, a bound proves the rest.
-And attention over what was found.
+And attention, over what was found and among the tokens of a window.
 
 A search of one token is bound by how fast keys can be read, so they are read once and as they are stored.
 
 X searches, Q queries, P pools of N keys, n of a block, E head size, M members of the best groups, C candidates,
-R retrieved.
+R retrieved. In a window: B batch, T tokens, t of a block, S that the block sees, H query heads, K key-value heads.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ ROUNDING = 2.0**-8
 GROUP = 16
 # Keys scored at a time: their scores are still in the cache when they are ranked, and memory stays bounded.
 BLOCK = 1 << 18
+# Tokens of a window that attend at a time: fewer compute less above the diagonal, more make larger products.
+ROWS = 64
 
 
 def topk_scan(
@@ -163,6 +165,38 @@ def _attend(
     logsumexp_Q1 = score_QR.logsumexp(-1, keepdim=True)
     weight_QR = (score_QR - logsumexp_Q1).exp().to(value_QRE.dtype)
     return torch.bmm(weight_QR[:, None], value_QRE).squeeze(1), logsumexp_Q1.squeeze(-1)
+
+
+def causal_attention(
+    query_BHTE: Tensor, key_BKTE: Tensor, value_BKTE: Tensor, scaling: float, window: int | None = None
+) -> Tensor:
+    """What each token of a window takes from itself and those before it: (B, H, T, E), in the dtype of the values.
+
+    PyTorch's own attention on a CPU takes twice as long in bfloat16, whose products it does not make as products of
+    matrices where there is no AMX.
+
+    Args:
+        query_BHTE, key_BKTE: after rotary; taken in the dtype of the values.
+        window: tokens that each one sees, itself included; None is all.
+    """
+    batch, heads, tokens, head_dim = query_BHTE.shape
+    kv_heads, dtype = key_BKTE.shape[1], value_BKTE.dtype
+    query_XGTE = (query_BHTE * scaling).to(dtype).reshape(batch * kv_heads, -1, tokens, head_dim)
+    key_XTE, value_XTE = (part_BKTE.to(dtype).flatten(0, 1) for part_BKTE in (key_BKTE, value_BKTE))
+    output_XGTE = torch.empty_like(query_XGTE)
+    for first in range(0, tokens, ROWS):
+        last = min(first + ROWS, tokens)
+        begin = 0 if window is None else max(0, first - window + 1)
+        score_XRS = torch.bmm(query_XGTE[:, :, first:last].flatten(1, 2), key_XTE[:, begin:last].transpose(1, 2))
+        score_XGtS = score_XRS.unflatten(1, (-1, last - first))
+        past_tS = torch.arange(first, last)[:, None] - torch.arange(begin, last)
+        if window is None:  # all but the block's own tokens are seen
+            score_XGtS[..., first:].masked_fill_(past_tS[:, first:] < 0, -torch.inf)
+        else:
+            score_XGtS.masked_fill_((past_tS < 0) | (past_tS >= window), -torch.inf)
+        block_XRE = torch.bmm(score_XRS.softmax(-1), value_XTE[:, begin:last])
+        output_XGTE[:, :, first:last] = block_XRE.unflatten(1, (-1, last - first))
+    return output_XGTE.view(batch, heads, tokens, head_dim)
 
 
 def int8_products(query_QE: Tensor, keys_NE: Tensor) -> Tensor:
