@@ -9,10 +9,11 @@ and what its SideNet asks as it reads on in the same texts. Two regimes:
 * segment: a step is 1,024 tokens, so 3,072 queries a layer.
 
 A step looks for the 64 keys of largest dot product for every query. Ways take turns on the same step, so that each
-suffers alike from whatever else the machine does, and finds the caches as cold as a model leaves them between two
-searches. A bank of N tokens is the last N / texts of every text. Queries of half of the texts choose settings, those
-of the others are timed and counted. Sizes beyond the real keys are tiled with slight noise: for time only, with the
-settings of the largest real size. `benchmarks/plot_search.py` draws the result.
+finds the caches as cold as a model leaves them between two searches. Milliseconds are processor time (of all threads),
+which other programs on the machine change least; the median by the wall stands beside it. A bank of N tokens is the
+last part of every text. Queries of half of the texts choose settings, those of the others are timed and counted. Sizes
+beyond the real keys are tiled with slight noise: for time only, with the settings of the largest real size.
+`benchmarks/plot_search.py` draws the result.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import csv
 import gc
 import importlib.metadata
+import math
 import os
 import subprocess
 import time
@@ -44,7 +46,7 @@ from longmem.sketch import Basis, recall
 
 RESULTS = Path(__file__).parent / "results" / "search_peers.csv"
 SCORES = 1 << 27  # of a block of queries, where all are kept at once
-GRAPHS = 1 << 18  # tokens up to which graphs are built: it takes minutes, and they find less the larger they are
+GRAPHS = 1 << 16  # tokens up to which graphs are built: it takes minutes, and they find less the larger they are
 SEGMENT = 1024
 
 Search = Callable[[int, Tensor], Tensor]  # (layer, (G, T, E)) → index (G, T, R)
@@ -200,17 +202,18 @@ def ways(keys_XNE: Tensor, recorded_XQE: Tensor, known: Settings, real: bool, gr
     yield Way("Memorizing Transformers HNSW", "15 neighbours, faiss' defaults", memory.search)
 
 
-def in_turns(all_ways: list[Way], query_SXGTE: Tensor, seconds: float) -> list[list[float]]:
-    """Milliseconds of every step, a list a way. All ways take a step before any takes the next."""
-    times: list[list[float]] = [[] for _ in all_ways]
+def in_turns(all_ways: list[Way], query_SXGTE: Tensor, seconds: float) -> list[list[tuple[float, float]]]:
+    """Milliseconds of every step, of the processor and by the wall, a list a way. All ways take a step before any takes
+    the next."""
+    times: list[list[tuple[float, float]]] = [[] for _ in all_ways]
     until = time.perf_counter() + seconds
     for step, query_XGTE in enumerate(query_SXGTE):
         for way, mine in zip(all_ways, times, strict=True):
-            start = time.perf_counter()
+            start, wall = time.process_time(), time.perf_counter()
             for x, query_GTE in enumerate(query_XGTE):
                 way.search(x, query_GTE)
-            elapsed = 1000 * (time.perf_counter() - start)
-            if step or len(query_SXGTE) == 1:  # what is first done takes longer
+            elapsed = 1000 * (time.process_time() - start), 1000 * (time.perf_counter() - wall)
+            if step or query_XGTE.shape[2] > 1:  # the first token takes longer
                 mine.append(elapsed)
         if time.perf_counter() > until and times[0]:
             break
@@ -222,8 +225,8 @@ def bank_of(keys_XNE: Tensor, lengths_D: list[int], size: int) -> Tensor:
     share, parts, end = size / keys_XNE.shape[1], [], 0
     for length in lengths_D:
         end += length
-        parts.append(keys_XNE[:, end - round(share * length) : end])
-    return torch.cat(parts, dim=1)
+        parts.append(keys_XNE[:, end - math.ceil(share * length) : end])
+    return torch.cat(parts, dim=1)[:, -size:]
 
 
 def main() -> None:
@@ -276,12 +279,14 @@ def main() -> None:
                 f"\n{keys_XNE.shape[1]} tokens, {regime}, a load of {load:.1f}: milliseconds of a step, recall a layer"
             )
             for way, mine, shares in zip(all_ways, times, found, strict=True):
-                shown = torch.tensor(mine).quantile(torch.tensor([0.2, 0.5, 0.8, 0.95])).tolist()
+                spent, wall = (torch.tensor(column) for column in zip(*mine, strict=True))
+                shown = spent.quantile(torch.tensor([0.2, 0.5, 0.8, 0.95])).tolist()
                 row = {**common, "keys": "real" if real else "tiled", "N": keys_XNE.shape[1], "regime": regime}
                 row |= {"queries": 3 * group * (SEGMENT if regime == "segment" else 1), "way": way.name}
                 row |= {"settings": way.settings}
                 row |= {f"p{p}_ms": f"{value:.3f}" for p, value in zip((20, 50, 80, 95), shown, strict=True)}
-                rows.append(row | {"steps": len(mine), "recall": shares, "load": f"{load:.1f}"})
+                row |= {"wall_p50_ms": f"{wall.median():.3f}", "steps": len(mine), "recall": shares}
+                rows.append(row | {"load": f"{load:.1f}"})
                 figures = "  ".join(f"{value:10.2f}" for value in shown)
                 print(f"{way.name:<32}{figures}  {len(mine):4}  {shares}  {way.settings}", flush=True)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)

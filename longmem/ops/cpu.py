@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -219,22 +220,36 @@ def best_of(score: Callable[[slice], Tensor], num_keys: int, count: int) -> tupl
         scores.append(best_QC)
     if len(scores) == 1:
         return candidates[0], scores[0].amin(-1).float()
-    best_QC, among_QC = torch.cat(scores, dim=-1).topk(count, dim=-1, sorted=False)
-    return torch.cat(candidates, dim=-1).gather(-1, among_QC), best_QC.amin(-1).float()
+    score_QM = torch.cat(scores, dim=-1)
+    among_QC = _largest(score_QM, count)
+    return torch.cat(candidates, dim=-1).gather(-1, among_QC), score_QM.gather(-1, among_QC).amin(-1).float()
 
 
 def _best_of_block(score_QN: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Which keys score best, and their scores."""
     num_keys = score_QN.shape[-1]
     if num_keys < 4 * GROUP * count:
-        best_QC, candidate_QC = score_QN.topk(count, dim=-1, sorted=False)
-        return candidate_QC, best_QC
+        candidate_QC = _largest(score_QN, count)
+        return candidate_QC, score_QN.gather(-1, candidate_QC)
     # Group g holds keys g, g + groups, g + 2 · groups, …: a maximum over the outer dimension reads memory in order.
     groups = num_keys // GROUP
     whole = groups * GROUP
-    group_QC = score_QN[:, :whole].unflatten(-1, (GROUP, groups)).amax(-2).topk(count, dim=-1, sorted=False).indices
+    group_QC = _largest(score_QN[:, :whole].unflatten(-1, (GROUP, groups)).amax(-2), count)
     member_QM = (group_QC[..., None] + groups * torch.arange(GROUP)).flatten(-2)
     if whole < num_keys:
         member_QM = torch.cat((member_QM, torch.arange(whole, num_keys).expand(len(member_QM), -1)), dim=-1)
-    best_QC, among_QC = score_QN.gather(-1, member_QM).topk(count, dim=-1, sorted=False)
-    return member_QM.gather(-1, among_QC), best_QC
+    score_QM = score_QN.gather(-1, member_QM)
+    among_QC = _largest(score_QM, count)
+    return member_QM.gather(-1, among_QC), score_QM.gather(-1, among_QC)
+
+
+def _largest(score_QN: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of each row are, in any order: `topk`, in a third of the time.
+
+    (NumPy partitions with vector instructions; PyTorch guesses branches wrong.)
+    """
+    if count == score_QN.shape[-1]:
+        return torch.arange(count).expand(len(score_QN), -1)
+    comparable_QN = score_QN.float() if score_QN.dtype == torch.bfloat16 else score_QN
+    order_QN = np.argpartition(comparable_QN.numpy(), -count, axis=-1)
+    return torch.from_numpy(order_QN[:, -count:])
