@@ -210,7 +210,7 @@ class Backbone(nn.Module):
         with torch.autocast("cpu", torch.bfloat16, enabled=self._encodes_in_bfloat16):
             x_BTD = self.family.embed(self.base, input_ids_BT, positions_BT)
             rotary_of = self._rotary_of(x_BTD, positions_BT)
-            return encode_window(self.family, self.layers, x_BTD, rotary_of, layers, first)
+            return encode_window(self.family, list(self.layers), x_BTD, rotary_of, layers, first)
 
     @cached_property
     def _encodes_in_bfloat16(self) -> bool:
