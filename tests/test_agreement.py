@@ -17,7 +17,7 @@ from longmem.index import BankReader, Retrieve, Retrieved
 from longmem.model import LongMem
 from longmem.ops import cpu, reference
 
-TOKENS, REMEMBERED = 60, 700
+TOKENS, REMEMBERED = 24, 500
 
 
 class PlainReader(BankReader):
@@ -49,7 +49,7 @@ def _perplexity(logits_TV: Tensor, ids_T: Tensor) -> float:
     return math.exp(torch.nn.functional.cross_entropy(logits_TV, ids_T[1:]).item())
 
 
-@pytest.fixture(params=["llama", "gemma3", "gpt2"])
+@pytest.fixture(params=["llama", "gemma3"])
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LongMem:
     monkeypatch.setattr(cpu, "has_bfloat16_products", lambda: True)
     return tiny.model(request.param)
