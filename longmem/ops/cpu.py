@@ -17,9 +17,10 @@ from torch import Tensor
 
 from longmem.ops import reference
 
-# Up to so many queries of a search (those of one token), reading the keys is what costs; beyond, the products are, and
-# there the reference is as fast.
+# Up to so many queries of a search (those of one token), reading the keys is what costs; beyond, the products are.
 FEW = 16
+# Of many queries so many at a time: enough for the products, and their scores of 65,536 keys still lie in the cache.
+MANY = 64
 # Candidates for each retrieved key. With keys of real text three prove every query to be exact.
 SPARE = 4
 # bfloat16 has eight significant bits: rounding to it changes a number by at most this share.
@@ -45,7 +46,7 @@ def topk_scan(
     equal keys, say) the query is searched again by the reference.
 
     Args:
-        query_XQE: queries, on the CPU. More than `FEW` a search are left to the reference.
+        query_XQE: queries, on the CPU.
         keys_PNE: pools of keys, on the CPU, any strides; none is copied. Keys in float32, and all keys on a processor
             that has no bfloat16 products, are left to the reference.
         top_k: R; may exceed N.
@@ -57,8 +58,8 @@ def topk_scan(
         score is −inf and the index 0.
     """
     searches, queries, _ = query_XQE.shape
-    plainly = keys_PNE.dtype != torch.bfloat16 or not 0 < queries <= FEW or not has_bfloat16_products()
-    search = _search_plainly if plainly else _scan
+    plainly = keys_PNE.dtype != torch.bfloat16 or queries == 0 or not has_bfloat16_products()
+    search = _search_plainly if plainly else _scan if queries <= FEW else _scan_many
     lengths = [keys_PNE.shape[1]] * searches if length_X is None else length_X.tolist()
     pools = range(searches) if pool_X is None else pool_X.tolist()
     index_XQR = torch.empty(searches, queries, top_k, dtype=torch.int64)
@@ -96,6 +97,36 @@ def _scan(query_QE: Tensor, keys_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor
     # No other key scores more: its first part is at most `least_Q` before rounding, its others at most their maxima.
     most_Q = least_Q + ROUNDING * least_Q.abs()
     most_Q += (most_of_smaller_Q + ROUNDING * most_of_smaller_Q.abs()).sum(0)
+    return _proved(query_QE, keys_NE, candidate_QC, most_Q, top_k)
+
+
+def _scan_many(query_QE: Tensor, keys_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """As `_scan`, where a product more costs more than a look at every key does."""
+    if len(keys_NE) <= SPARE * top_k:
+        return _search_plainly(query_QE, keys_NE, top_k)
+    longest = max(
+        torch.linalg.vector_norm(part_nE, dim=-1, dtype=torch.float32).amax() for part_nE in keys_NE.split(BLOCK)
+    )
+    found = []
+    for part_qE in query_QE.split(MANY):
+        rough_qE = part_qE.bfloat16()
+
+        def score(keys: slice, rough_qE: Tensor = rough_qE) -> Tensor:
+            return rough_qE @ keys_NE[keys].T
+
+        candidate_qC, least_q = best_of(score, len(keys_NE), SPARE * top_k)
+        # No other key scores more: what rounding took from a query meets no key longer than the longest.
+        most_q = least_q + ROUNDING * least_q.abs() + (part_qE - rough_qE.float()).norm(dim=-1) * longest
+        found.append(_proved(part_qE, keys_NE, candidate_qC, most_q, top_k))
+    index_QR, score_QR = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return index_QR, score_QR
+
+
+def _proved(
+    query_QE: Tensor, keys_NE: Tensor, candidate_QC: Tensor, most_Q: Tensor, top_k: int
+) -> tuple[Tensor, Tensor]:
+    """The best of each query's candidates, or of all keys where one that is no candidate, scoring up to `most_Q`, could
+    be among them."""
     index_QR, score_QR = rescore(query_QE, keys_NE, candidate_QC, top_k)
     unproved_Q = score_QR[:, -1] < most_Q
     if unproved_Q.any():
