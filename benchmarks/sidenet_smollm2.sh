@@ -4,10 +4,13 @@
 #
 #   benchmarks/sidenet_smollm2.sh STEP TRAIN HELDOUT OUT [OPTION of `longmem train` …]
 #
-# STEP: main, twin, paper (train into OUT/STEP), pack (OUT/main → OUT/int8, OUT/int4) or evaluate-NAME (OUT/NAME → OUT/evals).
-# TRAIN and HELDOUT: folders of texts, or of `longmem tokenize`. 3,100 steps are 101.6M tokens, on one H100 about 9 minutes
-# (main), 4 (twin), 4 (paper) and 3 for the evaluations of each. The SideNet that ships was trained with `--steps 2400`, and
-# so were its twin and the paper's recipe.
+# STEP, in this order:
+#   main, twin, paper     train into OUT/STEP
+#   pack-NAME             OUT/NAME → OUT/NAME-int8, OUT/NAME-int4
+#   told, twin-told       go on from OUT/main-int4 and OUT/twin with a quarter of histories (HISTORIES, of `longmem histories`)
+#   evaluate-NAME         OUT/NAME → OUT/evals
+# TRAIN, HELDOUT, HISTORIES: folders of texts, or of `longmem tokenize`. The SideNet that ships is `told-int4`, after `main
+# --steps 2400` (78.6M tokens, eight minutes of one H100) and `told` (104.9M tokens, nine minutes of one H200).
 set -euo pipefail
 step=$1 train=$2 heldout=$3 out=$4
 shift 4
@@ -15,6 +18,7 @@ longmem=(python3 -m longmem)
 memory=(--heads '17.1 18.2 20.2 23.0 23.1 23.2' --empty-weight 0.5 --wrong-fraction 0.1)
 common=(--backbone smollm2-135m --steps 3100 --rows 16 --segment 2048 --bank-tokens 32768 --max-segments 32
     --learning-rate 0.002 --warmup 100 --compile --log-every 50)
+told=(--steps 3200 --learning-rate 0.001 --mix '0.75 0.25' --answer-weight 10)
 mkdir -p "$out/evals"
 
 evaluate() { # NAME CONDITIONS
@@ -30,16 +34,25 @@ case $step in
     main) "${longmem[@]}" train "$train" --out "$out/main" "${memory[@]}" "${common[@]}" "$@" ;;
     twin) "${longmem[@]}" train "$train" --out "$out/twin" --no-memory "${memory[@]}" "${common[@]}" "$@" ;;
     paper) "${longmem[@]}" train "$train" --out "$out/paper" --recipe paper --below 3 --empty-weight 0 "${common[@]}" "$@" ;;
-    pack)
+    told)
+        "${longmem[@]}" train "$train" "${HISTORIES:?a folder of longmem histories}" --out "$out/told" \
+            --warm-from "$out/main-int4" "${common[@]}" --empty-weight 0.5 "${told[@]}" --wrong-fraction 0.25 \
+            --crowded-fraction 0.25 --newest-wins "$@"
+        ;;
+    twin-told)
+        "${longmem[@]}" train "$train" "${HISTORIES:?a folder of longmem histories}" --out "$out/twin-told" \
+            --warm-from "$out/twin" "${common[@]}" "${told[@]}" --no-memory "$@"
+        ;;
+    pack-*)
         for precision in int8 int4; do
-            "${longmem[@]}" pack "$out/main" --out "$out/$precision" --precision "$precision"
+            "${longmem[@]}" pack "$out/${step#pack-}" --out "$out/${step#pack-}-$precision" --precision "$precision"
         done
         ;;
-    evaluate-twin) evaluate twin bank_off ;;
-    evaluate-int4) evaluate int4 backbone_local,backbone_window,bank_off,bank_on,bank_wrong ;;
+    evaluate-twin*) evaluate "${step#evaluate-}" bank_off ;;
+    evaluate-*-int4) evaluate "${step#evaluate-}" backbone_local,backbone_window,bank_off,bank_on,bank_wrong ;;
     evaluate-*) evaluate "${step#evaluate-}" bank_off,bank_on,bank_wrong ;;
     *)
-        echo "unknown step $step: give main, twin, paper, pack or evaluate-NAME" >&2
+        echo "unknown step $step: the head of $0 lists those there are" >&2
         exit 2
         ;;
 esac

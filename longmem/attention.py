@@ -60,6 +60,7 @@ class MemoryRead:
         query_BKGTE: what the retrieved tokens were scored with.
         scaling: what q·k was multiplied by.
         found: the retrieved tokens.
+        discount_BKGT: what being older cost; None is nothing.
     """
 
     layer: int
@@ -67,6 +68,7 @@ class MemoryRead:
     query_BKGTE: Tensor
     scaling: float
     found: Retrieved
+    discount_BKGT: Tensor | None = None
 
     @property
     def index_BKGTR(self) -> Tensor:
@@ -81,7 +83,7 @@ class MemoryRead:
     @cached_property
     def log_weight_BKGTR(self) -> Tensor:
         """log of each retrieved token's share among the retrieved ones; computed when asked for."""
-        score_BKGTR = self.found.scores(self.query_BKGTE, self.scaling)
+        score_BKGTR = self.found.scores(self.query_BKGTE, self.scaling, self.discount_BKGT)
         return score_BKGTR.masked_fill(~self.valid_BKGTR.any(-1, keepdim=True), 0.0).log_softmax(-1)
 
     @property
@@ -95,8 +97,10 @@ class MemoryAttention(nn.Module):
 
     Trainable, one number a query head: a scale of memory scores (1 at the start), a bias b₀ and a bias per
     log of the bank's size b₁ (0; the size is counted in units of 16,384 tokens); and a null key with its bias, which
-    takes attention that would otherwise go to useless memories. With `fusion="gate"` the paper's static gate σ(g)
-    instead (equation 5).
+    takes attention that would otherwise go to useless memories. With `newest_wins` also what being older costs
+    (`longmem.ops.reference.discounted`), as a number and a vector that the query is multiplied by: a question may ask
+    for the newest of several memories, or for the one before. With `fusion="gate"` the paper's static gate σ(g) instead
+    of all (equation 5).
 
     Args:
         layer: backbone layer whose keys are queried.
@@ -107,12 +111,20 @@ class MemoryAttention(nn.Module):
     """
 
     def __init__(
-        self, layer: int, kv_heads: int, group: int, head_dim: int, scaling: float, fusion: Literal["joint", "gate"]
+        self,
+        layer: int,
+        kv_heads: int,
+        group: int,
+        head_dim: int,
+        scaling: float,
+        fusion: Literal["joint", "gate"],
+        newest_wins: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.scaling = scaling
         self.fusion = fusion
+        self.newest_wins = newest_wins
         if fusion == "gate":
             # σ(−4) ≈ 0.02: close to the backbone at the start, with a gradient.
             self.gate_KG = nn.Parameter(torch.full((kv_heads, group), -4.0))
@@ -122,6 +134,9 @@ class MemoryAttention(nn.Module):
             self.size_bias_KG = nn.Parameter(torch.zeros(kv_heads, group))
             self.null_key_KGE = nn.Parameter(torch.zeros(kv_heads, group, head_dim))
             self.null_bias_KG = nn.Parameter(torch.zeros(kv_heads, group))
+        if newest_wins:
+            self.newest_KG = nn.Parameter(torch.zeros(kv_heads, group))
+            self.newest_query_KGE = nn.Parameter(torch.zeros(kv_heads, group, head_dim))
 
     def forward(
         self, query_BKGTE: Tensor, local_BKGTE: Tensor, local_logsumexp_BKGT: Tensor, found: Retrieved
@@ -134,10 +149,14 @@ class MemoryAttention(nn.Module):
             local_logsumexp_BKGT: its log-sum-exp (not used by the gate).
             found: what the bank returned for these queries.
         """
+        discount_BKGT = None
+        if self.newest_wins:
+            asked_BKGT = (query_BKGTE * self.newest_query_KGE[..., None, :]).sum(-1).float() * self.scaling
+            discount_BKGT = self.newest_KG[..., None] + asked_BKGT
         if self.fusion == "joint":
             null_BKGT = (query_BKGTE * self.null_key_KGE[..., None, :]).sum(-1).float() * self.scaling
             query_BKGTE = query_BKGTE.float() * self.scale_KG[..., None, None].float()
-        memory_BKGTE, memory_BKGT = found.attend(query_BKGTE, self.scaling)
+        memory_BKGTE, memory_BKGT = found.attend(query_BKGTE, self.scaling, discount_BKGT)
         if self.fusion == "gate":
             mass_BKGT = self.gate_KG.sigmoid()[..., None].expand(memory_BKGT.shape)
             mass_BKGT = mass_BKGT.masked_fill(memory_BKGT == -torch.inf, 0.0)
@@ -150,4 +169,4 @@ class MemoryAttention(nn.Module):
         difference_BKGTE = mass_BKGT[..., None].to(local_BKGTE.dtype) * (
             memory_BKGTE.to(local_BKGTE.dtype) - local_BKGTE
         )
-        return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, query_BKGTE, self.scaling, found)
+        return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, query_BKGTE, self.scaling, found, discount_BKGT)

@@ -96,6 +96,8 @@ class SideNetConfig:
             retrieves whole chunks (paper, section 2.3).
         fusion: "joint" is one softmax over local and retrieved keys; "gate" mixes the two attention
             outputs by a learned static gate a head (paper, equation 5).
+        newest_wins: heads may learn to discount what they found by how much of the attention goes to what was
+            remembered later ("joint" only). A bank has no other sense of order.
         encode: how sources are cut when they are written.
     """
 
@@ -106,6 +108,7 @@ class SideNetConfig:
     top_k: int = 64
     chunk_size: int = 1
     fusion: Literal["joint", "gate"] = "joint"
+    newest_wins: bool = False
     encode: EncodeConfig = EncodeConfig()
 
     def __post_init__(self) -> None:
@@ -132,6 +135,8 @@ class SideNetConfig:
                 f"top_k must be a positive multiple of chunk_size; got top_k={self.top_k}, "
                 f"chunk_size={self.chunk_size}."
             )
+        if self.newest_wins and self.fusion != "joint":
+            raise ConfigError(f"newest_wins discounts shares of a joint softmax; fusion is {self.fusion!r}.")
 
     @property
     def memory_layers(self) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ class Retrieved:
         valid_BKGTR: False where the bank held fewer than R tokens.
         index_BKGTR: position in the row's bank.
         bank_size_B: float32, remembered tokens N of each row's bank.
+        order_BKGTR: int64, larger is newer.
     """
 
     keys_PNE: Tensor
@@ -39,18 +40,24 @@ class Retrieved:
     valid_BKGTR: Tensor
     index_BKGTR: Tensor
     bank_size_B: Tensor
+    order_BKGTR: Tensor
 
-    def attend(self, query_BKGTE: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        """Attention over what each query found: outputs (B, K, G, T, E) and log-sum-exps (B, K, G, T)."""
+    def attend(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Attention over what each query found: outputs (B, K, G, T, E) and log-sum-exps (B, K, G, T).
+
+        Args:
+            discount_BKGT: what being older costs, in nats for the whole of the attention.
+        """
         shape_BKGT = query_BKGTE.shape[:-1]
         output_XQE, logsumexp_XQ = attend_rows(
-            _flat(query_BKGTE), self.keys_PNE, self.values_PNE, *self._places, scaling=scaling
+            _flat(query_BKGTE), self.keys_PNE, self.values_PNE, *self._places, scaling, *self._newest(discount_BKGT)
         )
         return output_XQE.view(*shape_BKGT, -1), logsumexp_XQ.view(shape_BKGT)
 
-    def scores(self, query_BKGTE: Tensor, scaling: float) -> Tensor:
+    def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
         """Scaled scores (B, K, G, T, R) of what each query found, −inf where nothing was."""
-        return row_scores(_flat(query_BKGTE), self.keys_PNE, *self._places, scaling=scaling).view(self.slot_BKGTR.shape)
+        score_XQR = row_scores(_flat(query_BKGTE), self.keys_PNE, *self._places, scaling, *self._newest(discount_BKGT))
+        return score_XQR.view(self.slot_BKGTR.shape)
 
     def rows(self, rows_PNE: Tensor) -> Tensor:
         """Rows (B, K, G, T, R, E) of `keys_PNE` or `values_PNE`."""
@@ -61,6 +68,12 @@ class Retrieved:
     def _places(self) -> tuple[Tensor, Tensor, Tensor]:
         """Pools X, slots XQR and validity XQR."""
         return self.pool_BK.flatten(), _flat(self.slot_BKGTR), _flat(self.valid_BKGTR)
+
+    def _newest(self, discount_BKGT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Orders XQR and discounts XQ."""
+        if discount_BKGT is None:
+            return None, None
+        return _flat(self.order_BKGTR), _flat(discount_BKGT)
 
 
 def _flat(per_query: Tensor) -> Tensor:
@@ -141,7 +154,7 @@ class BankReader:
         keys_KNE, values_KNE, *found = self._search(0, bank, self.config.heads_of(layer), query_KQE)
         index, valid = (part_KQR.unflatten(1, (batch, group, tokens)).transpose(0, 1) for part_KQR in found)
         pool_BK = torch.arange(kv_heads, device=bank.device).expand(batch, kv_heads)
-        return Retrieved(keys_KNE, values_KNE, pool_BK, index, valid, index, self._sizes(bank.device))
+        return Retrieved(keys_KNE, values_KNE, pool_BK, index, valid, index, self._sizes(bank.device), index)
 
     def _read_each(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
         heads = self.config.heads_of(layer)
@@ -164,9 +177,8 @@ class BankReader:
             index[row] = index_KQR.unflatten(1, (group, tokens)).to(device)
         pool_BK = torch.arange(batch * kv_heads, device=device).view(batch, kv_heads)
         slot_BKGTR = torch.arange(found, device=device).view(shape[2:]).expand(shape)
-        return Retrieved(
-            keys_BKFE.flatten(0, 1), values_BKFE.flatten(0, 1), pool_BK, slot_BKGTR, valid, index, self._sizes(device)
-        )
+        pools = keys_BKFE.flatten(0, 1), values_BKFE.flatten(0, 1), pool_BK
+        return Retrieved(*pools, slot_BKGTR, valid, index, self._sizes(device), index)
 
 
 class PlacedReader(BankReader):
@@ -316,7 +328,14 @@ class StreamReader:
             slot, valid = slot.index_copy(0, self.crowded_M, at), valid.index_copy(0, self.crowded_M, real)
         pool_BK = torch.arange(kv_heads, device=slot.device).expand(batch, kv_heads)
         rows = keys_KBNE.flatten(1, 2), values_KBNE.flatten(1, 2)
-        return Retrieved(*rows, pool_BK, slot, valid, slot, self.size_B)
+        return Retrieved(*rows, pool_BK, slot, valid, slot, self.size_B, self._order(slot))
+
+    def _order(self, slot: Tensor) -> Tensor:
+        """How many of the tokens that a ring can hold were written before, or would have been."""
+        capacity = self.streams.capacity
+        if not self.streams.config.newest_wins:
+            return slot
+        return (slot - self.streams.written_B[slot // capacity]) % capacity
 
     def _search(
         self, query_BKGTE: Tensor, keys_KPNE: Tensor, pool_B: Tensor, length_BK: Tensor | None

@@ -106,7 +106,9 @@ class SideNetLayer(nn.Module):
         if config.update == "alpha":
             self.alpha_D = nn.Parameter(torch.zeros(weight_DF.shape[0], device=weight_DF.device))
         if kv_heads:
-            self.memory = MemoryAttention(lo, len(kv_heads), group, head_dim, family.scaling(source), config.fusion)
+            self.memory = MemoryAttention(
+                lo, len(kv_heads), group, head_dim, family.scaling(source), config.fusion, config.newest_wins
+            )
             self.memory.to(weight_DF.device)
             # Only the columns of memory heads can matter: elsewhere joint and local attention are equal.
             columns = weight_DF.unflatten(1, (-1, group, head_dim))[:, kv_heads].flatten(1)

@@ -85,14 +85,14 @@ def retrievals(draw: st.DrawFn) -> tuple:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random)
 
-    attention = MemoryAttention(1, kv_heads, group, head_dim, SCALING, "joint")
+    attention = MemoryAttention(1, kv_heads, group, head_dim, SCALING, "joint", newest_wins=draw(st.booleans()))
     with torch.no_grad():
         for parameter in attention.parameters():
             parameter += 0.5 * normal(*parameter.shape)
     shape = (batch, kv_heads, group, queries)
     valid_BKGTR = torch.rand(*shape, found, generator=random) < draw(st.sampled_from([0.0, 0.5, 1.0]))
     sizes_B = torch.randint(1, 10**6, (batch,), generator=random).float()
-    index_BKGTR = torch.zeros(*shape, found, dtype=torch.int64)
+    index_BKGTR = torch.randint(9, (*shape, found), generator=random)
     memories = tiny.retrieved(
         normal(*shape, found, head_dim), normal(*shape, found, head_dim), valid_BKGTR, index_BKGTR, sizes_B
     )
@@ -122,6 +122,12 @@ def test_joint_attention_is_one_softmax_over_local_retrieved_and_null_keys(case:
             found.rows(found.keys_PNE)[b, k, g, t] @ query_BKGTE[b, k, g, t] * SCALING * attention.scale_KG[k, g] + bias
         )
         score_R[~valid_R] = -torch.inf
+        if attention.newest_wins and valid_R.any():
+            discount = attention.newest_KG[k, g] + query_BKGTE[b, k, g, t] @ attention.newest_query_KGE[k, g] * SCALING
+            share_R, order = score_R.softmax(0), found.order_BKGTR[b, k, g, t].tolist()
+            for r, mine in enumerate(order):
+                newer = [s for s, other in enumerate(order) if other > mine or (other == mine and s < r)]
+                score_R[r] = score_R[r] - discount * share_R[newer].sum()
         null = query_BKGTE[b, k, g, t] @ attention.null_key_KGE[k, g] * SCALING + attention.null_bias_KG[k, g]
         weights = torch.cat((local_score_BKGTS[b, k, g, t], score_R, null[None])).softmax(0)
         local_S, memory_R, null_1 = weights.split([local_score_BKGTS.shape[-1], len(valid_R), 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -122,6 +124,27 @@ def test_a_ring_keeps_the_last_tokens_of_each_row(data: st.DataObject) -> None:
                     for r, i in enumerate(best):
                         assert torch.equal(found.rows(found.keys_PNE)[b, k, g, t, r], row[i][1][k])
                         assert torch.equal(found.rows(found.values_PNE)[b, k, g, t, r], row[i][2][k])
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 12))
+def test_a_ring_knows_what_is_newer(written: list[int], capacity: int) -> None:
+    settings = replace(config(4), newest_wins=True)
+    rings = StreamBanks(2, capacity, settings, 4, dtype=torch.float32, device=torch.device("cpu"))
+    total = 0
+    for tokens in written:
+        ids_BT = torch.arange(total, total + tokens).expand(2, tokens)
+        rings.append(normal(3, 2, tokens, 4, seed=total), normal(3, 2, tokens, 4), ids_BT)
+        total += tokens
+    reader = rings.reader()
+    found = reader(1, normal(2, 2, 2, 3, 4))
+    # Token ids count upwards here.
+    for ids_R, order_R, valid_R in zip(
+        reader.token_ids(found.index_BKGTR).flatten(0, 3),
+        found.order_BKGTR.flatten(0, 3),
+        found.valid_BKGTR.flatten(0, 3),
+        strict=True,
+    ):
+        assert torch.equal(ids_R[valid_R].argsort(), order_R[valid_R].argsort())
 
 
 @given(st.permutations(range(3)))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longmem.ops import gather_rows, linear_cross_entropy, linear_nll, reference, topk_scan
+from longmem.ops.reference import discounted
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -111,6 +112,27 @@ def test_linear_nll_is_the_loss_of_each_row(rows: int, chunk: int, seed: int) ->
     expected_X = F.cross_entropy(hidden_XD @ weight_VD.T, target_X, reduction="none")
     nll_X = linear_nll(hidden_XD, weight_VD, target_X, chunk)
     torch.testing.assert_close(nll_X, expected_X, atol=1e-5, rtol=1e-4)
+
+
+@given(st.integers(1, 9), st.floats(-5, 5), st.integers(0, 99))
+def test_the_discount_counts_what_is_newer_whenever_it_was(found: int, discount: float, seed: int) -> None:
+    score_XQR = normal(2, 3, found, seed=seed)
+    order_XQR = torch.rand(2, 3, 1000, generator=torch.Generator().manual_seed(seed)).argsort(-1)[..., :found]
+    discount_XQ = torch.full((2, 3), discount)
+    scores = discounted(score_XQR, order_XQR, discount_XQ)
+    # Only the order matters, not the time between.
+    assert torch.equal(scores, discounted(score_XQR, order_XQR**2 + 7, discount_XQ))
+    # The newest loses nothing; the oldest all but its own share.
+    newest_XQ1, oldest_XQ1 = order_XQR.argmax(-1, keepdim=True), order_XQR.argmin(-1, keepdim=True)
+    lost_XQR = score_XQR - scores
+    torch.testing.assert_close(lost_XQR.gather(-1, newest_XQ1), torch.zeros(2, 3, 1))
+    share_XQ1 = score_XQR.softmax(-1).gather(-1, oldest_XQ1)
+    torch.testing.assert_close(lost_XQR.gather(-1, oldest_XQ1), discount * (1 - share_XQ1), atol=1e-5, rtol=1e-4)
+
+
+def test_of_two_equal_rows_the_older_loses_half_the_discount() -> None:
+    scores = discounted(torch.tensor([[[1.0, 1.0, -torch.inf]]]), torch.tensor([[[8, 3, 9]]]), torch.tensor([[4.0]]))
+    torch.testing.assert_close(scores, torch.tensor([[[1.0, -1.0, -torch.inf]]]))
 
 
 def test_losses_of_bfloat16_are_float32_and_close() -> None:

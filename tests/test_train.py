@@ -38,7 +38,9 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
 
-@pytest.mark.parametrize("form", [{"update": "alpha"}, {"update": "difference"}, {"fusion": "gate", "chunk_size": 4}])
+@pytest.mark.parametrize(
+    "form", [{"update": "alpha"}, {"update": "difference"}, {"newest_wins": True}, {"fusion": "gate", "chunk_size": 4}]
+)
 def test_a_few_steps_learn_and_leave_the_backbone_alone(form: dict[str, Any], tmp_path: Path) -> None:
     model = fresh(**form)
     before = {name: parameter.clone() for name, parameter in model.backbone.named_parameters()}
@@ -52,6 +54,8 @@ def test_a_few_steps_learn_and_leave_the_backbone_alone(form: dict[str, Any], tm
     assert model.bank_spec.weights == hashed
     again = LongMem.from_pretrained(tmp_path, backbone=model.backbone)
     assert again.config == model.config
+    newest = [parameter for name, parameter in model.sidenet.named_parameters() if ".newest_" in name]
+    assert len(newest) == (4 if model.config.newest_wins else 0) and all(parameter.any() for parameter in newest)
 
 
 def test_mixed_precision_trains_too(tmp_path: Path) -> None:
@@ -65,7 +69,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("form", [{"update": "alpha"}, {"update": "difference", "fusion": "gate"}])
+@pytest.mark.parametrize("form", [{"update": "alpha"}, {"update": "difference", "newest_wins": True}])
 def test_a_resumed_run_is_the_run_that_was_never_interrupted(form: dict[str, Any], tmp_path: Path) -> None:
     config = dataclasses.replace(SMALL, lookup_weight=0.1, save_every=2, eval_every=3, steps=7)
     settings: dict[str, Any] = {"heldout": REPETITIVE, "evaluation": EVALUATION}

@@ -135,6 +135,15 @@ def test_search_with_one_length_and_one_pool_for_all(queries: int) -> None:
         torch.testing.assert_close(mine, plain)
 
 
+def test_search_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    query_XQE, keys_PNE = normal(2, 40, 16), normal(2, 300, 16, seed=1)
+    whole = topk_scan(query_XQE, keys_PNE, 5)
+    monkeypatch.setattr(search, "MOST_BYTES", 2 * 300 * 17)
+    index_XQR, score_XQR = topk_scan(query_XQE, keys_PNE, 5)
+    assert torch.equal(index_XQR, whole[0])
+    torch.testing.assert_close(score_XQR, whole[1])  # the last block is small, and sums in another order
+
+
 def test_search_of_nothing() -> None:
     for queries, keys in ((0, 5), (3, 0)):
         index_XQR, score_XQR = topk_scan(normal(2, queries, 16), normal(2, keys, 16), 4)
@@ -145,10 +154,18 @@ def test_search_of_nothing() -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 20), st.integers(1, 9),
-    st.sampled_from([8, 20]), st.booleans(), st.integers(0, 99),
+    st.sampled_from([8, 20]), st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_attention_over_rows(
-    pools: int, searches: int, queries: int, keys: int, found: int, head_dim: int, rounded: bool, seed: int
+    pools: int,
+    searches: int,
+    queries: int,
+    keys: int,
+    found: int,
+    head_dim: int,
+    rounded: bool,
+    newest: bool,
+    seed: int,
 ) -> None:
     dtype = torch.bfloat16 if rounded else torch.float32
     rows = [normal(pools, keys, head_dim, seed=seed + i, dtype=dtype) for i in (1, 2)]
@@ -156,13 +173,17 @@ def test_attention_over_rows(
     valid_XQR = integers(0, 3, searches, queries, found, seed=seed) > 0
     valid_XQR[0, 0] = False
     grads = normal(searches, queries, head_dim, seed=seed), normal(searches, queries, seed=seed + 1)
+    order_XQR = integers(0, 6, searches, queries, found, seed=seed + 4)  # with ties
     results = []
     for attend in (attend_rows, reference.attend_rows):
         query_XQE = normal(searches, queries, head_dim, seed=seed + 3).requires_grad_()
-        output_XQE, logsumexp_XQ = attend(query_XQE, *rows, pool_X, slot_XQR, valid_XQR, 0.3)
+        discount_XQ = (2 * normal(searches, queries, seed=seed + 5)).requires_grad_()
+        discounts = (order_XQR, discount_XQ) if newest else ()
+        output_XQE, logsumexp_XQ = attend(query_XQE, *rows, pool_X, slot_XQR, valid_XQR, 0.3, *discounts)
         finite_XQ = logsumexp_XQ.masked_fill(logsumexp_XQ == -torch.inf, 0.0)
         ((output_XQE * grads[0]).sum() + (finite_XQ * grads[1]).sum()).backward()
-        results.append((output_XQE.detach(), logsumexp_XQ.detach(), query_XQE.grad))
+        grad_XQ = discount_XQ.grad if newest else torch.zeros(())
+        results.append((output_XQE.detach(), logsumexp_XQ.detach(), query_XQE.grad, grad_XQ))
     for mine, plain in zip(*results, strict=True):
         torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-4)
     assert not results[0][0][0, 0].any() and results[0][1][0, 0] == -torch.inf

@@ -140,6 +140,7 @@ def train(
     above: Annotated[int, _shape("SideNet layers from the last memory layer up.")] = 2,
     update: Annotated[Literal["alpha", "difference"], _shape("How a layer changes the difference.")] = "alpha",
     top_k: Annotated[int, _shape("Remembered tokens that each query head retrieves.")] = 64,
+    newest_wins: Annotated[bool, _shape("Heads may learn to prefer what was remembered later.")] = False,
     steps: Annotated[int, _setting("Optimiser steps.")] = 2000,
     rows: Annotated[int, _setting("Streams side by side.")] = 16,
     segment: Annotated[int, _setting("Tokens of a segment.")] = 1024,
@@ -212,12 +213,23 @@ def train(
     frozen = common.load_backbone(backbone, device, precision)
     if warm_from is not None:
         model = LongMem.from_pretrained(warm_from, backbone=frozen)
+        if newest_wins and not model.config.newest_wins:
+            # What is new is zero at the start, so this is the same network.
+            weights = model.sidenet.state_dict()
+            model = LongMem(frozen, dataclasses.replace(model.config, newest_wins=True))
+            model.sidenet.load_state_dict(weights, strict=False)
     else:
         if recipe == "paper":
             layout = paper_recipe(frozen, below=below, above=above, update=update, top_k=top_k)
         else:
             layout = _default_recipe(
-                frozen, _memory_heads(heads, probe, backbone), below=below, above=above, update=update, top_k=top_k
+                frozen,
+                _memory_heads(heads, probe, backbone),
+                below=below,
+                above=above,
+                update=update,
+                top_k=top_k,
+                newest_wins=newest_wins,
             )
         model = LongMem(frozen, layout)
     if shares is None:

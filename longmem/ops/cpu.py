@@ -163,30 +163,46 @@ def attend_rows(
     slot_XQR: Tensor,
     valid_XQR: Tensor,
     scaling: float,
+    order_XQR: Tensor | None = None,
+    discount_XQ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attend_rows`, for the few queries of one token in fewer operations: each costs more than its numbers.
 
     More than `FEW` queries a search, and searches that found too little, are left to the reference.
     """
     if not 0 < query_XQE.shape[1] <= FEW or not valid_XQR.numel():
-        return reference.attend_rows(query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling)
+        return reference.attend_rows(
+            query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ
+        )
     outputs, logsumexps = [], []
     # Each search by itself: what one found changes nothing for the others.
-    for query_QE, pool, slot_QR, valid_QR in zip(query_XQE, pool_X.tolist(), slot_XQR, valid_XQR, strict=True):
+    for x, (query_QE, pool, slot_QR, valid_QR) in enumerate(
+        zip(query_XQE, pool_X.tolist(), slot_XQR, valid_XQR, strict=True)
+    ):
         pools = keys_PNE[pool], values_PNE[pool]
-        output_QE, logsumexp_Q = _attend(query_QE, *pools, slot_QR, valid_QR, scaling)
+        order_QR, discount_Q = (None if part is None else part[x] for part in (order_XQR, discount_XQ))
+        output_QE, logsumexp_Q = _attend(query_QE, *pools, slot_QR, valid_QR, scaling, order_QR, discount_Q)
         outputs.append(output_QE)
         logsumexps.append(logsumexp_Q)
     return torch.stack(outputs), torch.stack(logsumexps)
 
 
 def _attend(
-    query_QE: Tensor, keys_NE: Tensor, values_NE: Tensor, slot_QR: Tensor, valid_QR: Tensor, scaling: float
+    query_QE: Tensor,
+    keys_NE: Tensor,
+    values_NE: Tensor,
+    slot_QR: Tensor,
+    valid_QR: Tensor,
+    scaling: float,
+    order_QR: Tensor | None,
+    discount_Q: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if not valid_QR.all():
         one_1 = torch.zeros(1, dtype=torch.int64)
+        pools = keys_NE[None], values_NE[None], one_1
+        newest = (None if part is None else part[None] for part in (order_QR, discount_Q))
         output_1QE, logsumexp_1Q = reference.attend_rows(
-            query_QE[None], keys_NE[None], values_NE[None], one_1, slot_QR[None], valid_QR[None], scaling
+            query_QE[None], *pools, slot_QR[None], valid_QR[None], scaling, *newest
         )
         return output_1QE[0], logsumexp_1Q[0]
     key_QRE, value_QRE = (
@@ -194,6 +210,8 @@ def _attend(
         for rows_NE in (keys_NE, values_NE)
     )
     score_QR = torch.bmm(key_QRE, query_QE[..., None]).squeeze(-1).float() * scaling
+    if order_QR is not None and discount_Q is not None:
+        score_QR = reference.discounted(score_QR, order_QR, discount_Q)
     logsumexp_Q1 = score_QR.logsumexp(-1, keepdim=True)
     weight_QR = (score_QR - logsumexp_Q1).exp().to(value_QRE.dtype)
     return torch.bmm(weight_QR[:, None], value_QRE).squeeze(1), logsumexp_Q1.squeeze(-1)

@@ -39,8 +39,10 @@ def attend_rows(
     slot_XQR: Tensor,
     valid_XQR: Tensor,
     scaling: float,
+    order_XQR: Tensor | None = None,
+    discount_XQ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    inputs = (query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling)
+    inputs = (query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ)
     if HAS_TRITON and query_XQE.is_cuda:
         from longmem.ops.triton import attention
 

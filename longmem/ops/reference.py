@@ -100,23 +100,26 @@ def attend_rows(
     slot_XQR: Tensor,
     valid_XQR: Tensor,
     scaling: float,
+    order_XQR: Tensor | None = None,
+    discount_XQ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query over its own R rows of a pool.
 
     Args:
-        query_XQE: queries; the only input that gets a gradient.
+        query_XQE: queries; they and `discount_XQ` are the only inputs that get a gradient.
         keys_PNE, values_PNE: pools.
         pool_X: which pool the queries of x draw on.
         slot_XQR: rows of that pool, int64.
         valid_XQR: False where there is no such row.
         scaling: what q·k is multiplied by.
+        order_XQR, discount_XQ: as in `discounted`; without them nothing is discounted.
 
     Returns:
         Outputs (X, Q, E) in the queries' dtype and log-sum-exps of the scores (X, Q) in float32; 0 and −inf where no
         row is valid.
     """
     value_XQRE = gather_rows(values_PNE, slot_XQR, pool_X).to(query_XQE.dtype)
-    score_XQR = row_scores(query_XQE, keys_PNE, pool_X, slot_XQR, valid_XQR, scaling)
+    score_XQR = row_scores(query_XQE, keys_PNE, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ)
     nothing_XQ1 = ~valid_XQR.any(-1, keepdim=True)
     # An all −inf row has no softmax; any finite stand-in will do, since its weights are set to 0.
     weight_XQR = score_XQR.masked_fill(nothing_XQ1, 0.0).softmax(-1).masked_fill(nothing_XQ1, 0.0)
@@ -126,12 +129,39 @@ def attend_rows(
 
 
 def row_scores(
-    query_XQE: Tensor, keys_PNE: Tensor, pool_X: Tensor, slot_XQR: Tensor, valid_XQR: Tensor, scaling: float
+    query_XQE: Tensor,
+    keys_PNE: Tensor,
+    pool_X: Tensor,
+    slot_XQR: Tensor,
+    valid_XQR: Tensor,
+    scaling: float,
+    order_XQR: Tensor | None = None,
+    discount_XQ: Tensor | None = None,
 ) -> Tensor:
-    """Scaled scores (X, Q, R) of each query's own rows, float32; −inf where there is no row."""
+    """Scaled scores (X, Q, R) of each query's own rows, float32, discounted if asked; −inf where there is no row."""
     key_XQRE = gather_rows(keys_PNE, slot_XQR, pool_X).to(query_XQE.dtype)
     score_XQR = torch.matmul(key_XQRE, query_XQE[..., None]).squeeze(-1).float() * scaling
-    return score_XQR.masked_fill(~valid_XQR, -torch.inf)
+    score_XQR = score_XQR.masked_fill(~valid_XQR, -torch.inf)
+    if order_XQR is None or discount_XQ is None:
+        return score_XQR
+    return discounted(score_XQR, order_XQR, discount_XQ)
+
+
+def discounted(score_XQR: Tensor, order_XQR: Tensor, discount_XQ: Tensor) -> Tensor:
+    """Scores (X, Q, R) less `discount_XQ` times the share of the attention that goes to what is newer.
+
+    With c the discount and w = softmax(score):  score_r − c · Σ w_s over all s newer than r. Of two rows that match
+    equally well the older loses c/2, whenever they were remembered; a row that nothing newer rivals loses nothing.
+
+    Args:
+        order_XQR: int64, larger is newer; of equal ones the first counts as newer.
+    """
+    nothing_XQ1 = (score_XQR == -torch.inf).all(-1, keepdim=True)
+    weight_XQR = score_XQR.masked_fill(nothing_XQ1, 0.0).softmax(-1)
+    newest_first_XQR = order_XQR.argsort(dim=-1, descending=True, stable=True)
+    sorted_XQR = weight_XQR.gather(-1, newest_first_XQR)
+    newer_XQR = torch.zeros_like(weight_XQR).scatter(-1, newest_first_XQR, sorted_XQR.cumsum(-1) - sorted_XQR)
+    return score_XQR - discount_XQ[..., None] * newer_XQR
 
 
 def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:

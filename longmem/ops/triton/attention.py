@@ -20,45 +20,65 @@ def attend_rows(
     slot_XQR: Tensor,
     valid_XQR: Tensor,
     scaling: float,
+    order_XQR: Tensor | None = None,
+    discount_XQ: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `longmem.ops.reference.attend_rows`: outputs (X, Q, E) and log-sum-exps (X, Q).
 
-    The gradient reaches the queries alone: what is remembered is frozen.
+    The gradient reaches queries and discounts alone: what is remembered is frozen.
     """
-    return _AttendRows.apply(query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling)
+    if order_XQR is None:
+        discount_XQ = None
+    return _AttendRows.apply(
+        query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ
+    )
 
 
 class _AttendRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling):
+    def forward(ctx, query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ):
         searches, queries, head_dim = query_XQE.shape
         found = slot_XQR.shape[-1]
         query_XQE, slot_XQR, valid_XQR = query_XQE.contiguous(), slot_XQR.contiguous(), valid_XQR.contiguous()
         pool_X = pool_X.contiguous()
+        newest = discount_XQ is not None
+        # A kernel that discounts nothing reads neither.
+        order_XQR = order_XQR.contiguous() if newest else slot_XQR
+        discount_XQ = discount_XQ.float().contiguous() if newest else query_XQE
         assert keys_PNE.stride() == values_PNE.stride() and keys_PNE.stride(2) == 1
         output_XQE = torch.empty_like(query_XQE)
         logsumexp_XQ = torch.empty(searches, queries, dtype=torch.float32, device=query_XQE.device)
         ctx.sizes = (queries, found, head_dim, keys_PNE.stride(0), keys_PNE.stride(1), scaling)
-        ctx.blocks = {"R": triton.next_power_of_2(found), "E": triton.next_power_of_2(head_dim)}
+        ctx.blocks = {
+            "R": triton.next_power_of_2(found),
+            "E": triton.next_power_of_2(head_dim),
+            "NEWEST": newest,
+        }
         if logsumexp_XQ.numel():
             _attend_forward[(searches * queries,)](
-                query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, output_XQE, logsumexp_XQ,
-                *ctx.sizes, **ctx.blocks, num_warps=2,
+                query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, order_XQR, discount_XQ,
+                output_XQE, logsumexp_XQ, *ctx.sizes, **ctx.blocks, num_warps=4 if newest else 2,
             )  # fmt: skip
-        ctx.save_for_backward(query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, output_XQE, logsumexp_XQ)
+        ctx.save_for_backward(
+            query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, order_XQR, discount_XQ,
+            output_XQE, logsumexp_XQ,
+        )  # fmt: skip
         return output_XQE, logsumexp_XQ
 
     @staticmethod
     def backward(ctx, grad_output_XQE, grad_logsumexp_XQ):  # type: ignore[override]
         query_XQE, *_ = ctx.saved_tensors
+        newest = ctx.blocks["NEWEST"]
         grad_query_XQE = torch.empty_like(query_XQE)
+        grad_discount_XQ = torch.empty_like(grad_logsumexp_XQ, dtype=torch.float32) if newest else None
         programs = grad_logsumexp_XQ.numel()
         if programs:
             _attend_backward[(programs,)](
                 *ctx.saved_tensors, grad_output_XQE.contiguous(), grad_logsumexp_XQ.contiguous(), grad_query_XQE,
-                *ctx.sizes, **ctx.blocks, num_warps=2,
+                grad_query_XQE if grad_discount_XQ is None else grad_discount_XQ,
+                *ctx.sizes, **ctx.blocks, num_warps=4 if newest else 2,
             )  # fmt: skip
-        return grad_query_XQE, None, None, None, None, None, None
+        return grad_query_XQE, None, None, None, None, None, None, None, grad_discount_XQ
 
 
 @triton.jit
@@ -69,9 +89,27 @@ def _gather(rows_ptr, pool, slot_R, valid_R, stride_p, stride_n, head_dim, e):
 
 
 @triton.jit
+def _normalised(score_R):
+    """Softmax of scores, and their log-sum-exp; 0 and −inf where all are −inf."""
+    highest = tl.max(score_R, axis=0)
+    highest = tl.where(highest > float("-inf"), highest, 0.0)
+    weight_R = tl.exp(score_R - highest)
+    total = tl.sum(weight_R, axis=0)
+    logsumexp = tl.where(total > 0.0, highest + tl.log(tl.maximum(total, 1e-30)), float("-inf"))
+    return weight_R / tl.maximum(total, 1e-30), logsumexp
+
+
+@triton.jit
+def _newer(order_R, r):
+    """(R, R) bool: whether the row of the second dimension is newer than that of the first."""
+    same = order_R[None, :] == order_R[:, None]
+    return (order_R[None, :] > order_R[:, None]) | (same & (r[None, :] < r[:, None]))
+
+
+@triton.jit
 def _attend_forward(
-    query_ptr, keys_ptr, values_ptr, pool_ptr, slot_ptr, valid_ptr, output_ptr, logsumexp_ptr,
-    queries, found, head_dim, stride_p, stride_n, scaling, R: tl.constexpr, E: tl.constexpr,
+    query_ptr, keys_ptr, values_ptr, pool_ptr, slot_ptr, valid_ptr, order_ptr, discount_ptr, output_ptr, logsumexp_ptr,
+    queries, found, head_dim, stride_p, stride_n, scaling, R: tl.constexpr, E: tl.constexpr, NEWEST: tl.constexpr,
 ):  # fmt: skip
     xq = tl.program_id(0).to(tl.int64)
     r, e = tl.arange(0, R), tl.arange(0, E)
@@ -82,22 +120,21 @@ def _attend_forward(
     key_RE = _gather(keys_ptr, pool, slot_R, valid_R, stride_p, stride_n, head_dim, e)
     value_RE = _gather(values_ptr, pool, slot_R, valid_R, stride_p, stride_n, head_dim, e)
     score_R = tl.where(valid_R, tl.sum(key_RE * query_E[None, :], axis=1) * scaling, float("-inf"))
-    highest = tl.max(score_R, axis=0)
-    # With nothing valid the output is 0 and the log-sum-exp −inf.
-    highest = tl.where(highest > float("-inf"), highest, 0.0)
-    weight_R = tl.exp(score_R - highest)
-    total = tl.sum(weight_R, axis=0)
-    output_E = tl.sum(weight_R[:, None] * value_RE, axis=0) / tl.maximum(total, 1e-30)
-    logsumexp = tl.where(total > 0.0, highest + tl.log(tl.maximum(total, 1e-30)), float("-inf"))
+    weight_R, logsumexp = _normalised(score_R)
+    if NEWEST:
+        order_R = tl.load(order_ptr + xq * found + r, mask=r < found, other=0)
+        newer_R = tl.sum(tl.where(_newer(order_R, r), weight_R[None, :], 0.0), axis=1)
+        weight_R, logsumexp = _normalised(score_R - tl.load(discount_ptr + xq) * newer_R)
+    output_E = tl.sum(weight_R[:, None] * value_RE, axis=0)
     tl.store(output_ptr + xq * head_dim + e, output_E.to(output_ptr.dtype.element_ty), mask=e < head_dim)
     tl.store(logsumexp_ptr + xq, logsumexp)
 
 
 @triton.jit
 def _attend_backward(
-    query_ptr, keys_ptr, values_ptr, pool_ptr, slot_ptr, valid_ptr, output_ptr, logsumexp_ptr,
-    grad_output_ptr, grad_logsumexp_ptr, grad_query_ptr,
-    queries, found, head_dim, stride_p, stride_n, scaling, R: tl.constexpr, E: tl.constexpr,
+    query_ptr, keys_ptr, values_ptr, pool_ptr, slot_ptr, valid_ptr, order_ptr, discount_ptr, output_ptr, logsumexp_ptr,
+    grad_output_ptr, grad_logsumexp_ptr, grad_query_ptr, grad_discount_ptr,
+    queries, found, head_dim, stride_p, stride_n, scaling, R: tl.constexpr, E: tl.constexpr, NEWEST: tl.constexpr,
 ):  # fmt: skip
     xq = tl.program_id(0).to(tl.int64)
     r, e = tl.arange(0, R), tl.arange(0, E)
@@ -111,10 +148,24 @@ def _attend_backward(
     value_RE = _gather(values_ptr, pool, slot_R, valid_R, stride_p, stride_n, head_dim, e)
     logsumexp = tl.load(logsumexp_ptr + xq)
     logsumexp = tl.where(logsumexp > float("-inf"), logsumexp, 0.0)
-    weight_R = tl.where(valid_R, tl.exp(tl.sum(key_RE * query_E[None, :], axis=1) * scaling - logsumexp), 0.0)
+    score_R = tl.where(valid_R, tl.sum(key_RE * query_E[None, :], axis=1) * scaling, float("-inf"))
     # d output / d score_r = w_r (v_r − output), d logsumexp / d score_r = w_r
     slope_R = tl.sum(value_RE * grad_E[None, :], axis=1) - tl.sum(output_E * grad_E) + tl.load(grad_logsumexp_ptr + xq)
-    grad_query_E = tl.sum((weight_R * slope_R)[:, None] * key_RE, axis=0) * scaling
+    if NEWEST:
+        # With c the discount, a the weights before it, n_r = Σ a_s over the newer s:
+        # dn_r / d score_s = a_s ([s newer] − n_r)
+        discount = tl.load(discount_ptr + xq)
+        before_R, _ = _normalised(score_R)
+        newer_RR = _newer(tl.load(order_ptr + xq * found + r, mask=r < found, other=0), r)
+        newer_R = tl.sum(tl.where(newer_RR, before_R[None, :], 0.0), axis=1)
+        grad_R = tl.exp(score_R - discount * newer_R - logsumexp) * slope_R
+        grad_discount = -tl.sum(grad_R * newer_R, axis=0)
+        tl.store(grad_discount_ptr + xq, grad_discount)
+        older_R = tl.sum(tl.where(newer_RR, grad_R[:, None], 0.0), axis=0)
+        grad_R = grad_R - discount * before_R * (older_R + grad_discount)
+    else:
+        grad_R = tl.exp(score_R - logsumexp) * slope_R
+    grad_query_E = tl.sum(grad_R[:, None] * key_RE, axis=0) * scaling
     tl.store(grad_query_ptr + xq * head_dim + e, grad_query_E.to(grad_query_ptr.dtype.element_ty), mask=e < head_dim)
 
 

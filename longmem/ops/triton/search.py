@@ -24,6 +24,8 @@ TILE = tl.constexpr(128)
 MOST_GROUPS = 4096
 # Groups of a query that are scored again, at most; and keys of those that are ranked. Slots fit eight bits.
 WIDTH = tl.constexpr(128)
+# Memory that a search may take beside its result: more queries are searched in blocks.
+MOST_BYTES = 6 << 30
 # Keys that are read again at a time.
 ROWS = tl.constexpr(64)
 
@@ -52,6 +54,12 @@ def topk_scan(
     if queries == 0 or num_keys == 0 or searches == 0:
         index_XQR = torch.zeros(searches, queries, top_k, dtype=torch.int64, device=device)
         return index_XQR, torch.full(index_XQR.shape, -torch.inf, device=device)
+    # Maxima, slots and scores of groups take about a byte a key and query.
+    most = max(16, MOST_BYTES // (searches * num_keys))
+    if queries > most:
+        blocks = [topk_scan(part, keys_PNE, top_k, length_X, pool_X, parts=parts) for part in query_XQE.split(most, 1)]
+        index_XQR, score_XQR = (torch.cat(found, dim=1) for found in zip(*blocks, strict=True))
+        return index_XQR, score_XQR
     query_XQE = query_XQE.to(keys_PNE.dtype).contiguous()
     if keys_PNE.stride(2) != 1:
         keys_PNE = keys_PNE.contiguous()
