@@ -46,7 +46,6 @@ from longmem.sketch import Basis, recall
 
 RESULTS = Path(__file__).parent / "results" / "search_peers.csv"
 SCORES = 1 << 27  # of a block of queries, where all are kept at once
-GRAPHS = 1 << 16  # tokens up to which graphs are built: it takes minutes, and they find less the larger they are
 SEGMENT = 1024
 
 Search = Callable[[int, Tensor], Tensor]  # (layer, (G, T, E)) → index (G, T, R)
@@ -237,8 +236,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400_000, help="to encode, at least")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1 << 16, 1 << 17, 1 << 18, 1 << 20])
     parser.add_argument("--largest-segment", type=int, default=1 << 18, help="tokens up to which segments are timed")
+    parser.add_argument(
+        "--graphs",
+        type=int,
+        default=1 << 16,
+        help="tokens up to which graphs are built: it takes minutes, and they find less the larger they are",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=60.0, help="of timing a size and regime, about")
+    parser.add_argument("--append", action="store_true", help="keep the rows of --out that are not measured again")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -259,14 +265,17 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "faiss-cpu"))
     common = {"commit": commit, "device": processor(), "threads": arguments.threads, "versions": versions}
-    rows: list[dict[str, Any]] = []
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    if arguments.append and arguments.out.exists():
+        with arguments.out.open(newline="") as file:
+            rows = {(row["N"], row["regime"], row["way"]): row for row in csv.DictReader(file)}
     known = Settings()
     for size in sorted(set(arguments.sizes)):
         real = size <= real_XNE.shape[1]
         keys_XNE = bank_of(real_XNE, lengths_D, size) if real else tiled(real_XNE, size)
         truth_XQR = reference.topk_scan(asked_XGTE.flatten(1, 2), keys_XNE, TOP_K)[0] if real else None
         all_ways, found = [], []
-        for way in ways(keys_XNE, recorded_XQE, known, real, group, size <= GRAPHS):
+        for way in ways(keys_XNE, recorded_XQE, known, real, group, size <= arguments.graphs):
             all_ways.append(way)
             index_XQR = torch.stack([way.search(x, asked_GTE).flatten(0, 1) for x, asked_GTE in enumerate(asked_XGTE)])
             found.append("" if truth_XQR is None else "/".join(f"{r:.4f}" for r in recall(index_XQR, truth_XQR)))
@@ -286,14 +295,14 @@ def main() -> None:
                 row |= {"settings": way.settings}
                 row |= {f"p{p}_ms": f"{value:.3f}" for p, value in zip((20, 50, 80, 95), shown, strict=True)}
                 row |= {"wall_p50_ms": f"{wall.median():.3f}", "steps": len(mine), "recall": shares}
-                rows.append(row | {"load": f"{load:.1f}"})
+                rows[str(row["N"]), regime, way.name] = row | {"load": f"{load:.1f}"}
                 figures = "  ".join(f"{value:10.2f}" for value in shown)
                 print(f"{way.name:<32}{figures}  {len(mine):4}  {shares}  {way.settings}", flush=True)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             with arguments.out.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
+                writer = csv.DictWriter(file, next(iter(rows.values())))
                 writer.writeheader()
-                writer.writerows(rows)
+                writer.writerows(rows.values())
         del all_ways, keys_XNE
         gc.collect()
 
