@@ -31,10 +31,9 @@ RESULTS = Path(__file__).parent / "results" / "agreement.json"
 class PlainReader(BankReader):
     """Searches by the reference alone."""
 
-    def _search(self, row: int, bank: MemoryBank, heads: slice, query_KQE: Tensor) -> tuple:
-        keys_KNE, values_KNE = bank.keys_HNE[heads], bank.values_HNE[heads]
-        index_KQR, score_KQR = reference.topk_scan(query_KQE, keys_KNE, self.config.top_k)
-        return keys_KNE, values_KNE, index_KQR, score_KQR > -torch.inf
+    def _search(self, bank: MemoryBank, heads: slice, query_KQE: Tensor) -> tuple[Tensor, Tensor]:
+        index_KQR, score_KQR = reference.topk_scan(query_KQE, bank.keys_HNE[heads], self.config.top_k)
+        return index_KQR, score_KQR > -torch.inf
 
 
 def bank_of(model: LongMem, ids_N: Tensor, keys_values: tuple[Tensor, Tensor]) -> MemoryBank:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from longmem import LongMem
-from longmem.batch import BatchDecoder
+from longmem.steps import BatchDecoder
 
 PROMPT, STEPS = 200, 20
 

@@ -1,6 +1,6 @@
 """Decoding on a GPU: recorded steps, first checked against plain reading, then timed against the backbone alone.
 
-    python benchmarks/decode_gpu.py [--out FILE.csv] [--no-compile] [--check-only]
+    python benchmarks/decode_gpu.py [--out FILE.csv] [--no-compile] [--check-only] [--rows 1 32] [--largest TOKENS]
 
 The backbone has SmolLM2-135M's shape and random weights, banks hold random keys and values: neither changes what has
 to be computed. Of every step p20, p50 and p80. `share` is the speed against the backbone alone (`memory=0`) in the same
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
+import datetime
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -19,38 +21,66 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from train_speed import ALL, build
+from train_speed import ALL, LOOK_UP, build
 
+from longmem.approximate import BankIndex
 from longmem.bank import MemoryBank
-from longmem.batch import BatchDecoder
 from longmem.model import LongMem
+from longmem.sketch import Basis, Sketch
+from longmem.steps import BatchDecoder
 
 CAPACITY = 1536
 
 
-def model_for(device: str, dtype: torch.dtype) -> LongMem:
-    model = build(device, ALL, dtype)
+def model_for(device: str, heads: tuple, dtype: torch.dtype) -> LongMem:
+    model = build(device, heads, dtype)
+    # As the SideNet that ships.
+    model = LongMem(model.backbone, dataclasses.replace(model.config, newest_wins=True))
     random = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.sidenet.named_parameters():
-            if name.endswith(("alpha_D", "bias_KG")):
+            if name.endswith(("alpha_D", "bias_KG", "newest_KG")):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=random, device=device).to(parameter.dtype)
     model.sidenet.to(model.backbone.dtype)
     return model.eval().requires_grad_(False)
 
 
 def bank_of(model: LongMem, tokens: int, seed: int = 0) -> MemoryBank:
-    """Random keys and values, without texts; half as much room again, as a bank that has grown."""
+    """Random keys and values, without texts."""
     bank = model.new_bank()
-    heads, head_dim = len(model.config.memory_heads), model.backbone.head_dim
-    shape = (heads, tokens, head_dim)
+    shape = (len(model.config.memory_heads), tokens, model.backbone.head_dim)
     random = torch.Generator(model.device).manual_seed(seed)
     for name in ("_keys_HCE", "_values_HCE"):
         rows_HCE = torch.empty(shape, dtype=torch.bfloat16, device=model.device)
-        for head in range(heads):
-            rows_HCE[head].normal_(generator=random)
+        for rows_CE in rows_HCE:
+            rows_CE.normal_(generator=random)
         setattr(bank, name, rows_HCE)
     bank._length = tokens
+    return bank
+
+
+def grown(bank: MemoryBank, capacity: int) -> None:
+    """A bank moves to a larger place and holds as much as fits there."""
+    for name in ("_keys_HCE", "_values_HCE"):
+        old_HCE = getattr(bank, name)
+        new_HCE = torch.randn(old_HCE.shape[0], capacity, old_HCE.shape[2], device=old_HCE.device).to(old_HCE.dtype)
+        new_HCE[:, : len(bank)] = old_HCE[:, : len(bank)]
+        setattr(bank, name, new_HCE)
+    bank._length = capacity
+
+
+def index_of(bank: MemoryBank, size: int) -> BankIndex:
+    """An index as `BankIndex.choose` makes it, of so many coordinates. What it finds of random keys says nothing."""
+    asked = torch.randn(len(bank.keys_HNE), 512, bank.spec.head_dim, device=bank.device)
+    heads = [
+        Sketch.build(keys_1NE, Basis.fit(keys_1NE, query_1QE), size)
+        for keys_1NE, query_1QE in zip(bank.keys_HNE.split(1), asked.split(1), strict=True)
+    ]
+    return BankIndex(tuple(heads), 64, 0.99, "")
+
+
+def with_index(bank: MemoryBank) -> MemoryBank:
+    bank._index = index_of(bank, 48)
     return bank
 
 
@@ -59,6 +89,10 @@ def begin(model: LongMem, rows: int, banks: Sequence[MemoryBank | None], **setti
     for row, bank in enumerate(banks):
         decoder.begin(row, text_of(model, row), bank)
     return decoder
+
+
+def error(found_BV: Tensor, expected_BV: Tensor) -> float:
+    return float(((found_BV - expected_BV).float().norm(dim=-1) / expected_BV.float().norm(dim=-1)).max())
 
 
 def text_of(model: LongMem, row: int) -> Tensor:
@@ -70,21 +104,36 @@ def text_of(model: LongMem, row: int) -> Tensor:
 @torch.no_grad()
 def check(model: LongMem, compile: bool) -> None:
     """Every row's logits, step after step, against reading the whole text at once."""
-    large = bank_of(model, 5000)
-    cases = [[None], [large], [large] * 3, [large, None, bank_of(model, 300, seed=2)]]
-    worst = 0.0
-    for banks in cases:
+    vocabulary, worst = model.backbone.config.vocab_size, 0.0
+    for sizes, shared in (([0], False), ([5000], False), ([5000] * 3, True), ([5000, 0, 300], False)):
+        banks = [bank_of(model, size, seed=i) if size else None for i, size in enumerate(sizes)]
+        banks = banks[:1] * len(banks) if shared else banks
         decoder = begin(model, len(banks), banks, compile=compile)
-        vocabulary = model.backbone.config.vocab_size
-        texts = [text_of(model, row) for row in range(len(banks))]
-        for step in range(6):
-            now = [(31 * step + row) % vocabulary for row in range(len(banks))]
-            logits_BV, _ = decoder.step(now, banks)
-            texts = [torch.cat((text, torch.tensor([token]))) for text, token in zip(texts, now, strict=True)]
-            for row, (text, bank) in enumerate(zip(texts, banks, strict=True)):
-                expected_V = model(text.to(model.device)[None], [bank], last_only=True).logits_BTV[0, -1].float()
-                error = float((logits_BV[row].float() - expected_V).norm() / expected_V.norm())
-                worst = max(worst, error)
+        for order in (banks, banks[::-1]):
+            # The second time rows begin anew, with each other's banks: a recorded step is replayed over others.
+            texts = [text_of(model, row) for row in range(len(banks))]
+            for row, bank in enumerate(order):
+                decoder.begin(row, texts[row], bank)
+            for step in range(4):
+                now = [(31 * step + row) % vocabulary for row in range(len(banks))]
+                logits_BV, _ = decoder.step(now, order)
+                texts = [torch.cat((text, torch.tensor([token]))) for text, token in zip(texts, now, strict=True)]
+                for row, (text, bank) in enumerate(zip(texts, order, strict=True)):
+                    expected = model(text.to(model.device)[None], [bank], last_only=True).logits_BTV[0, -1]
+                    worst = max(worst, error(logits_BV[row][None], expected[None]))
+        # Banks that move and grow between steps, with an index in the end: the same step, replayed and not.
+        recordings = {decoder._recorded}
+        for extra, by_index in ((1000, False), (3000, False), (40_000, False), (0, True), (1000, True)):
+            for bank in {id(bank): bank for bank in banks if bank is not None}.values():
+                if by_index and bank.index is None and model.device.type == "cuda" and (shared or len(banks) == 1):
+                    bank._index = index_of(bank, 48)
+                grown(bank, len(bank) + extra)
+            decoder._token_B1.fill_(7)
+            decoder._cache.look_at(decoder.capacity)
+            expected_BV = decoder.run(model.reader(banks, len(banks)))[0].clone()
+            worst = max(worst, error(decoder.step([7] * len(banks), banks)[0], expected_BV))
+            recordings.add(decoder._recorded)
+        print(f"  {len(banks)} rows, {sum(map(bool, banks))} with banks: recorded {len(recordings)} times", flush=True)
     print(f"check in float32, compile={compile}: relative error {worst:.1e}", flush=True)
     assert worst < 1e-3
 
@@ -102,26 +151,38 @@ def quantiles(run: Callable[[], object], device: str, repeats: int) -> list[floa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--no-compile", action="store_true", help="layers as they are, for comparison")
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument(
+        "--look-up-only", action="store_true", help="the three look-up heads, without those of layer 23"
+    )
     parser.add_argument("--largest", type=int, default=1 << 24, help="tokens of the largest bank")
+    parser.add_argument("--rows", type=int, nargs="*", help="texts side by side, 1 and 32 by default")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     compile = device == "cuda" and not args.no_compile
     # In bfloat16 the same sums in another order differ by some per cent, which would hide a fault.
-    check(model_for(device, torch.float32), compile)
+    heads = LOOK_UP if args.look_up_only else ALL
+    check(model_for(device, heads, torch.float32), compile)
     if args.check_only:
         return
-    model = model_for(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    model = model_for(device, heads, torch.bfloat16 if device == "cuda" else torch.float32)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    about = {"commit": commit, "device": name, "torch": torch.__version__, "compile": compile}
+    about = {
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+        "device": name,
+        "torch": torch.__version__,
+        "compile": compile,
+        "heads": len(heads),
+    }
     alone: dict[int, float] = {}
     results = []
     sizes = [1 << 16, 1 << 20, 1 << 24] if device == "cuda" else [1 << 12]
-    for rows in (1, 32) if device == "cuda" else (1, 2):
+    for rows in args.rows or ((1, 32) if device == "cuda" else (1, 2)):
         plan: list[tuple[str, Callable[[], list[MemoryBank | None]], float]] = [
             ("backbone alone", lambda rows=rows: [None] * rows, 0.0),
             ("empty bank", lambda rows=rows: [None] * rows, 1.0),
@@ -129,6 +190,14 @@ def main() -> None:
         for size in sizes:
             if size <= args.largest:
                 plan.append((f"one bank, {size:,}", lambda rows=rows, size=size: [bank_of(model, size)] * rows, 1.0))
+                if device == "cuda" and size > sizes[0]:
+                    plan.append(
+                        (
+                            f"one bank, {size:,}, index of 48",
+                            lambda rows=rows, size=size: [with_index(bank_of(model, size))] * rows,
+                            1.0,
+                        )
+                    )
         if rows > 1:
             plan.append(
                 (
@@ -148,12 +217,12 @@ def main() -> None:
                 lambda d=decoder, t=tokens, b=banks: d.step(t, b)[0].argmax(-1).tolist(), device, 60
             )
             alone.setdefault(rows, p50)
-            row = {"rows": rows, "bank": what, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "share": alone[rows] / p50}
+            row = {
+                "rows": rows, "bank": what, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
+                "tokens_per_second": 1000 * rows / p50, "share": alone[rows] / p50,
+            }  # fmt: skip
             results.append({**row, **about})
-            print(
-                f"{rows:3} rows, {what:24} {p50:8.3f} ms, {1000 * rows / p50:8.0f} tokens/s, {row['share']:.2f}",
-                flush=True,
-            )
+            print(described(results[-1]), flush=True)
             del decoder, banks
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -162,6 +231,16 @@ def main() -> None:
             writer = csv.DictWriter(file, list(results[0]))
             writer.writeheader()
             writer.writerows(results)
+    print()
+    for row in results:
+        print(described(row))
+
+
+def described(row: dict[str, Any]) -> str:
+    return (
+        f"{row['rows']:3} rows, {row['bank']:32} {row['p50_ms']:8.3f} ms ({row['p20_ms']:.3f} – {row['p80_ms']:.3f}), "
+        f"{row['tokens_per_second']:8.0f} tokens/s, {row['share']:.2f} of the backbone alone"
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longmem.errors import ConfigError
 from longmem.ivf import InvertedFile
+from longmem.ops import Pools, reads_apart
 from longmem.sketch import Sketch
 
 # From so many tokens on, reading some lists is faster than reading a few numbers of every key (docs/search.md).
@@ -64,12 +65,13 @@ class BankIndex:
         """The least index of each head that reaches a target recall.
 
         Args:
-            keys_HNE: of a bank, on the CPU.
+            keys_HNE: of a bank.
             query_HQE: recorded queries, at least two, better hundreds. The first half chooses, the second measures.
             top_k: R, what recall is measured at.
             target: recall among the R true nearest, of the queries that choose. What is then measured may fall short by
                 a per cent: ask for more than you need.
-            lists: inverted files or sketches; by default what is faster for so many keys, and installed.
+            lists: inverted files or sketches; by default what is faster for so many keys, and installed. On a GPU
+                sketches.
             on_head: called with 1 for each head that is done.
 
         Raises:
@@ -77,8 +79,10 @@ class BankIndex:
             MissingExtraError: inverted files were asked for, and faiss is not installed.
         """
         check(keys_HNE.shape[1], top_k, target)
+        require_searchable(keys_HNE.device, top_k)
         if lists is None:
-            lists = keys_HNE.shape[1] >= LISTS_FROM and importlib.util.find_spec("faiss") is not None
+            large = keys_HNE.shape[1] >= LISTS_FROM and keys_HNE.device.type == "cpu"
+            lists = large and importlib.util.find_spec("faiss") is not None
         heads = []
         for head in range(len(keys_HNE)):
             one = slice(head, head + 1)
@@ -102,11 +106,37 @@ class BankIndex:
             for head in self.heads
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is searched."""
+        return next(
+            (head.basis.centre_XE.device for head in self.heads if isinstance(head, Sketch)), torch.device("cpu")
+        )
+
+    def to(self, device: torch.device) -> BankIndex:
+        """The index on a device; itself if it is there.
+
+        Raises:
+            ConfigError: it cannot be searched there, or has inverted files, which are searched on a CPU.
+        """
+        if device.type == self.device.type:
+            return self
+        require_searchable(device, self.top_k)
+        heads = [head.to(device) for head in self.heads if isinstance(head, Sketch)]
+        if len(heads) < len(self.heads):
+            raise ConfigError(
+                f"This index has inverted files, which are searched on a CPU; the bank is on {device}. Make an index "
+                "for the bank where it is, open it with device='cpu' (--device cpu), or search it exactly."
+            )
+        return replace(self, heads=tuple(heads))
+
     def outgrown(self, num_tokens: int) -> bool:
         """Whether a bank of so many tokens deserves a new index: what was appended is read whole at every search."""
         return num_tokens - len(self) > TAIL * len(self)
 
-    def search(self, heads: slice, query_KQE: Tensor, keys_KNE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    def search(
+        self, heads: slice, query_KQE: Tensor, keys_KNE: Tensor | Pools, top_k: int, length_K: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The `top_k` keys of largest dot product for each query of some heads, but for the share that `recall` says.
 
         Args:
@@ -114,23 +144,29 @@ class BankIndex:
             query_KQE: their queries.
             keys_KNE: the bank's keys of these heads: those indexed, and any that were appended since.
             top_k: R.
+            length_K: how many keys there are, if `keys_KNE` has room for more (on a GPU).
 
         Returns:
             index_KQR and score_KQR as `ops.topk_scan` returns them.
         """
-        found = [
-            index.search(query_KQE[k : k + 1], keys_KNE[k : k + 1], top_k) for k, index in enumerate(self.heads[heads])
-        ]
+        found = []
+        for k, index in enumerate(self.heads[heads]):
+            one = slice(k, k + 1)
+            if isinstance(keys_KNE, Pools):
+                assert isinstance(index, Sketch) and length_K is not None
+                found.append(index.search_on_gpu(query_KQE[one], keys_KNE.some(one), top_k, length_K[one]))
+            else:
+                found.append(index.search(query_KQE[one], keys_KNE[one], top_k))
         index_KQR, score_KQR = (torch.cat(parts) for parts in zip(*found, strict=True))
         return index_KQR, score_KQR
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What `from_state` makes the same index of: tensors by name, and settings for JSON."""
+        """What `from_state` makes the same index of: tensors by name, on the CPU, and settings for JSON."""
         tensors: dict[str, Tensor] = {}
         heads = []
         for head, index in enumerate(self.heads):
             parts, settings = index.state()
-            tensors |= {f"{head}.{name}": part for name, part in parts.items()}
+            tensors |= {f"{head}.{name}": part.cpu() for name, part in parts.items()}
             heads.append({"kind": "sketch" if isinstance(index, Sketch) else "lists", **settings})
         settings = {"top_k": self.top_k, "target": self.target, "fingerprint": self.fingerprint, "heads": heads}
         return tensors, settings
@@ -174,12 +210,21 @@ def check(num_tokens: int, top_k: int, target: float) -> None:
         )
 
 
+def require_searchable(device: torch.device, top_k: int) -> None:
+    """Raise `ConfigError` unless an index can be searched on a device."""
+    if device.type != "cpu" and not reads_apart(device, top_k):
+        raise ConfigError(
+            f"An index is searched on a CPU, or for up to 64 keys on an NVIDIA GPU; this bank is on {device}, and "
+            f"{top_k} are asked for. Open it with device='cpu' (--device cpu), or search it exactly."
+        )
+
+
 def fingerprint(keys_HNE: Tensor) -> str:
     """sha256 of keys: an index fits a bank if it was made from these very keys in this order."""
     digest = hashlib.sha256(str(tuple(keys_HNE.shape)).encode())
     for keys_NE in keys_HNE:
-        digest.update(keys_NE.contiguous().view(torch.uint8).numpy().data)
+        digest.update(keys_NE.cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-__all__ = ["BankIndex", "check", "fingerprint"]
+__all__ = ["BankIndex", "check", "fingerprint", "require_searchable"]

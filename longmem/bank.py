@@ -125,14 +125,14 @@ class MemoryBank:
     def use_index(self, index: BankIndex | None) -> None:
         """Search with an index from now on (`longmem.indexing.make_index`); None searches exactly.
 
-        Tokens that are appended later are searched exactly. Forgetting drops the index.
+        Tokens that are appended later are searched exactly. Forgetting drops the index. It goes to the bank's device.
 
         Raises:
             BankIndexError: the index was not made from this bank's tokens.
-            ConfigError: the bank is not on the CPU.
+            ConfigError: the bank is not on the CPU, and the index has inverted files.
         """
         if index is not None:
-            require_cpu(self)
+            index = index.to(self.device)
             keys_HNE = self.keys_HNE[:, : len(index)]
             if len(index) > len(self) or fingerprint(keys_HNE) != index.fingerprint:
                 raise BankIndexError(
@@ -222,10 +222,14 @@ class MemoryBank:
         return SourceSpan(source, start, end, self.text_of(source, start, end))
 
     def to(self, device: torch.device | str) -> MemoryBank:
-        """Move keys and values to a device, in place. An index is for the CPU and is dropped elsewhere."""
+        """Move keys and values to a device, in place. An index goes along, unless it has inverted files: that is
+        dropped, since only a CPU searches it."""
         self.device = torch.device(device)
-        if self.device.type != "cpu":
-            self._index = None
+        if self._index is not None:
+            try:
+                self._index = self._index.to(self.device)
+            except ConfigError:
+                self._index = None
         self._keys_HCE = self._keys_HCE.to(self.device)
         self._values_HCE = self._values_HCE.to(self.device)
         self._token_ids_C = self._token_ids_C.to(self.device)
@@ -291,12 +295,3 @@ class MemoryBank:
         self._token_ids_C = grown(self._token_ids_C, 0)
         self._source_C = grown(self._source_C, 0)
         self._offsets_C2 = grown(self._offsets_C2, 0)
-
-
-def require_cpu(bank: MemoryBank) -> None:
-    """Raise `ConfigError` unless the bank can have an index."""
-    if bank.device.type != "cpu":
-        raise ConfigError(
-            f"An index is searched on a CPU; this bank is on {bank.device}. Open it with device='cpu' (--device cpu), "
-            "or search it exactly, which a GPU does fast."
-        )

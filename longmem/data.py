@@ -288,6 +288,12 @@ class Segments:
         answers_BS = None if self.answers_BS is None else to_device(self.answers_BS, device)
         return Segments(to_device(self.tokens_BS, device), to_device(self.starts_B, device), answers_BS)
 
+    def cut(self, tokens: int) -> Segments:
+        """The same in windows of so many tokens, which divide a segment: those of a row are neighbours, in order."""
+        windows_BS = self.tokens_BS.unflatten(1, (-1, tokens)).flatten(0, 1)
+        answers_BS = None if self.answers_BS is None else self.answers_BS.unflatten(1, (-1, tokens)).flatten(0, 1)
+        return Segments(windows_BS, self.starts_B.repeat_interleave(len(windows_BS) // len(self.starts_B)), answers_BS)
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on the CPU, copied to a device without waiting for what the device has still to do."""

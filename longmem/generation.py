@@ -23,10 +23,11 @@ from longmem.attention import MemoryRead
 from longmem.bank import BankEntry, MemoryBank
 from longmem.errors import ConfigError
 from longmem.model import LongMem, ModelCache
+from longmem.steps import BatchDecoder, read_on, records
 
 DEFAULT_WINDOW = 1536
-# Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces.
-_PREFILL = 256
+# Tokens that are read in recorded steps one by one; for more, the whole window is read again at once.
+_MOST_STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -325,16 +326,6 @@ class TextDecoder:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-@torch.no_grad()
-def read_on(
-    model: LongMem, tokens_N: Tensor, bank: MemoryBank | None, cache: ModelCache, memory: float
-) -> tuple[Tensor, list[MemoryRead]]:
-    """Read tokens behind what `cache` holds; next-token logits (V,), and what the last piece read."""
-    for piece_T in tokens_N.to(model.device).split(_PREFILL):
-        output = model.forward(piece_T[None], bank, memory=memory, cache=cache, last_only=True)
-    return output.logits_BTV[0, -1], output.reads
-
-
 # ---- the local window ------------------------------------------------------------------------------------------
 
 
@@ -371,6 +362,7 @@ class LocalWindow:
         self.decoder = TextDecoder(model.tokenizer)
         self._source = source
         self._cache: ModelCache | None = None
+        self._steps: BatchDecoder | None = None
         self._read = 0
         # The window is [unremembered | in the bank | not yet in the bank]
         self._unremembered = 0
@@ -400,15 +392,28 @@ class LocalWindow:
 
     @torch.no_grad()
     def logits(self) -> tuple[Tensor, list[MemoryRead]]:
-        """Next-token logits (V,), and what the last token read."""
+        """Next-token logits (V,), and what the last token read; on a GPU both until the next call."""
         tokens_N = self.tokens_N.to(self.model.device)
         if not self.config.cache:
             output = self.model.forward(tokens_N[None], self.visible, memory=self.config.memory, last_only=True)
             return output.logits_BTV[0, -1], output.reads
+        if records(self.model.device):
+            return self._step(tokens_N)
         if self._cache is None or self._read == len(tokens_N):
             self._cache, self._read = self.model.new_cache(), 0
         unread_N, self._read = tokens_N[self._read :], len(tokens_N)
         return read_on(self.model, unread_N, self.visible, self._cache, self.config.memory)
+
+    def _step(self, tokens_N: Tensor) -> tuple[Tensor, list[MemoryRead]]:
+        """`logits` by recorded steps, as texts side by side take them."""
+        if self._steps is None:
+            settings = {"memory": self.config.memory, "compile": self.model.fuses_steps}
+            self._steps = BatchDecoder(self.model, 1, self.size, **settings)
+        unread, known, self._read = tokens_N[self._read :].tolist(), self._read, len(tokens_N)
+        if not known or not 0 < len(unread) <= _MOST_STEPS:
+            return self._steps.begin(0, tokens_N, self.visible)
+        logits_1V, reads = [self._steps.step([token], [self.visible]) for token in unread][-1]
+        return logits_1V[0], reads
 
     def _move(self) -> int:
         """Make room: the older half leaves."""

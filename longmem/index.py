@@ -13,10 +13,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longmem.approximate import BankIndex
 from longmem.bank import MemoryBank
 from longmem.config import SideNetConfig
 from longmem.data import to_device
-from longmem.ops import attend_rows, gather_rows, row_scores, topk_scan
+from longmem.ops import Pools, attend_rows, gather_rows, reads_apart, row_scores, topk_scan
+
+# Tokens that a recorded step has room for at least.
+_LEAST_ROOM = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Retrieved:
     """What a layer's memory heads found, and where its keys and values lie.
 
     Attributes:
-        keys_PNE, values_PNE: pools of remembered rows.
+        keys_PNE, values_PNE: pools of remembered rows. Those that lie apart may change with the reader's next step.
         pool_BK: which pool a head draws on.
         slot_BKGTR: which rows of its pool each query found.
         valid_BKGTR: False where the bank held fewer than R tokens.
@@ -33,8 +37,8 @@ class Retrieved:
         order_BKGTR: int64, larger is newer.
     """
 
-    keys_PNE: Tensor
-    values_PNE: Tensor
+    keys_PNE: Tensor | Pools
+    values_PNE: Tensor | Pools
     pool_BK: Tensor
     slot_BKGTR: Tensor
     valid_BKGTR: Tensor
@@ -56,10 +60,12 @@ class Retrieved:
 
     def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
         """Scaled scores (B, K, G, T, R) of what each query found, −inf where nothing was."""
-        score_XQR = row_scores(_flat(query_BKGTE), self.keys_PNE, *self._places, scaling, *self._newest(discount_BKGT))
+        pool_X, slot_XQR, valid_XQR = self._places
+        key_XQRE = gather_rows(self.keys_PNE, slot_XQR, pool_X)
+        score_XQR = row_scores(_flat(query_BKGTE), key_XQRE, valid_XQR, scaling, *self._newest(discount_BKGT))
         return score_XQR.view(self.slot_BKGTR.shape)
 
-    def rows(self, rows_PNE: Tensor) -> Tensor:
+    def rows(self, rows_PNE: Tensor | Pools) -> Tensor:
         """Rows (B, K, G, T, R, E) of `keys_PNE` or `values_PNE`."""
         pool_X, slot_XQR, _ = self._places
         return gather_rows(rows_PNE, slot_XQR, pool_X).view(*self.slot_BKGTR.shape, -1)
@@ -114,6 +120,26 @@ def search_tokens(
     return index_XQR, valid_XQR
 
 
+def _shared(banks: Sequence[MemoryBank | None]) -> bool:
+    """Whether all rows read one bank."""
+    return all(bank is banks[0] for bank in banks)
+
+
+def _capacity(banks: Sequence[MemoryBank | None]) -> int:
+    """Tokens that the largest bank has room for."""
+    return max((bank.capacity for bank in banks if bank is not None), default=0)
+
+
+def _index(banks: Sequence[MemoryBank | None]) -> BankIndex | None:
+    """Of the bank that all rows read."""
+    return banks[0].index if banks[0] is not None and _shared(banks) else None
+
+
+def _dtype(banks: Sequence[MemoryBank | None]) -> torch.dtype | None:
+    """Of the keys; None if there is no bank."""
+    return next((bank.buffers_HCE[0].dtype for bank in banks if bank is not None), None)
+
+
 class BankReader:
     """Reads one bank a batch row (None is an empty one) for a SideNet, by the bank's index if it has one.
 
@@ -128,20 +154,19 @@ class BankReader:
     @torch.no_grad()
     def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
         bank = self.banks[0]
-        shared = all(other is bank for other in self.banks)
-        if bank is not None and shared and len(bank) and bank.device == query_BKGTE.device:
+        if bank is not None and _shared(self.banks) and len(bank) and bank.device == query_BKGTE.device:
             return self._read_one(bank, layer, query_BKGTE)
+        if len(self.banks) > 1 and PlacedReader.takes(self.banks, self.config, query_BKGTE.device):
+            return PlacedReader(self.banks, self.config, query_BKGTE.device)(layer, query_BKGTE)
         return self._read_each(layer, query_BKGTE)
 
-    def _search(
-        self, row: int, bank: MemoryBank, heads: slice, query_KQE: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys and values (K, N, E) of a row's bank, and which of them the queries found: indices and validity KQR."""
-        config, keys_KNE, values_KNE = self.config, bank.keys_HNE[heads], bank.values_HNE[heads]
+    def _search(self, bank: MemoryBank, heads: slice, query_KQE: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows of a bank the queries found: indices and validity KQR."""
+        config, keys_KNE = self.config, bank.keys_HNE[heads]
         if bank.index is not None and config.chunk_size == 1:
             index_KQR, score_KQR = bank.index.search(heads, query_KQE, keys_KNE, config.top_k)
-            return keys_KNE, values_KNE, index_KQR, score_KQR > -torch.inf
-        return keys_KNE, values_KNE, *search_tokens(query_KQE, keys_KNE, config.top_k, config.chunk_size)
+            return index_KQR, score_KQR > -torch.inf
+        return search_tokens(query_KQE, keys_KNE, config.top_k, config.chunk_size)
 
     def _sizes(self, device: torch.device) -> Tensor:
         """Remembered tokens of each row's bank, (B,)."""
@@ -150,11 +175,12 @@ class BankReader:
     def _read_one(self, bank: MemoryBank, layer: int, query_BKGTE: Tensor) -> Retrieved:
         """All rows read one bank: its keys are read once, and found rows where they lie."""
         batch, kv_heads, group, tokens, _ = query_BKGTE.shape
-        query_KQE = query_BKGTE.transpose(0, 1).flatten(1, 3)
-        keys_KNE, values_KNE, *found = self._search(0, bank, self.config.heads_of(layer), query_KQE)
+        heads, query_KQE = self.config.heads_of(layer), query_BKGTE.transpose(0, 1).flatten(1, 3)
+        found = self._search(bank, heads, query_KQE)
         index, valid = (part_KQR.unflatten(1, (batch, group, tokens)).transpose(0, 1) for part_KQR in found)
         pool_BK = torch.arange(kv_heads, device=bank.device).expand(batch, kv_heads)
-        return Retrieved(keys_KNE, values_KNE, pool_BK, index, valid, index, self._sizes(bank.device), index)
+        rows = bank.keys_HNE[heads], bank.values_HNE[heads]
+        return Retrieved(*rows, pool_BK, index, valid, index, self._sizes(bank.device), index)
 
     def _read_each(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
         heads = self.config.heads_of(layer)
@@ -170,9 +196,9 @@ class BankReader:
             if bank is None or len(bank) == 0:
                 continue
             query_KQE = query_BKGTE[row].flatten(1, 2).to(bank.device)
-            keys_KNE, values_KNE, index_KQR, valid_KQR = self._search(row, bank, heads, query_KQE)
-            keys_BKFE[row] = gather_rows(keys_KNE, index_KQR).flatten(1, 2).to(keys_BKFE)
-            values_BKFE[row] = gather_rows(values_KNE, index_KQR).flatten(1, 2).to(values_BKFE)
+            index_KQR, valid_KQR = self._search(bank, heads, query_KQE)
+            keys_BKFE[row] = gather_rows(bank.keys_HNE[heads], index_KQR).flatten(1, 2).to(keys_BKFE)
+            values_BKFE[row] = gather_rows(bank.values_HNE[heads], index_KQR).flatten(1, 2).to(values_BKFE)
             valid[row] = valid_KQR.unflatten(1, (group, tokens)).to(device)
             index[row] = index_KQR.unflatten(1, (group, tokens)).to(device)
         pool_BK = torch.arange(batch * kv_heads, device=device).view(batch, kv_heads)
@@ -181,51 +207,93 @@ class BankReader:
         return Retrieved(*pools, slot_BKGTR, valid, index, self._sizes(device), index)
 
 
-class PlacedReader(BankReader):
-    """As `BankReader`, for a recorded step: how many tokens a bank holds lies on the device and may change from step to
-    step, as long as its memory stays where it was when the step was recorded (`places`).
+class PlacedReader:
+    """As `BankReader`, all banks in one search. What kernels are told of a bank, where it lies and how many tokens it
+    holds, lies on the device itself.
+
+    So a step that is recorded over some banks can be replayed over others (`read`), as long as `fits` says so: none of
+    them has room for more than the largest had, and all rows read the same bank or they do not, as they did.
 
     Args:
         banks: on `device`, or None.
+
+    Attributes:
+        room: tokens that a bank may have room for.
     """
 
     def __init__(self, banks: Sequence[MemoryBank | None], config: SideNetConfig, device: torch.device) -> None:
-        super().__init__(banks, config)
+        self.config, self.device = config, device
+        self.shared, self.dtype, self.index = _shared(banks), _dtype(banks), _index(banks)
+        # In powers of two: a bank that is a little larger than the one before it is no reason to record again.
+        self.room = max(_LEAST_ROOM, 1 << (_capacity(banks) - 1).bit_length())
+        # Where the keys of each head and bank begin, where its values do, and its length; once if all read one bank.
+        heads, self._searched = len(config.memory_heads), 1 if self.shared else len(banks)
+        self._place_3HB = torch.zeros(3, heads, self._searched, dtype=torch.int64, device=device)
         self._length_B = torch.zeros(len(banks), dtype=torch.int64, device=device)
+        row_B1 = torch.zeros(len(banks), 1) if self.shared else torch.arange(len(banks))[:, None]
+        self._pool_BH = to_device((torch.arange(heads) * self._searched + row_B1).long(), device)
+        self._buffers: list[tuple[Tensor, Tensor] | None] = []
         self.read(banks)
 
     @staticmethod
-    def places(banks: Sequence[MemoryBank | None]) -> tuple[tuple[int, int, int, int] | None, ...]:
-        """Where the banks lie: a step recorded over banks of the same places may be replayed.
+    def takes(banks: Sequence[MemoryBank | None], config: SideNetConfig, device: torch.device) -> bool:
+        """Whether such banks can be read so: on a GPU, single tokens, exactly or all rows by one index."""
+        real = [bank for bank in banks if bank is not None]
+        return (
+            reads_apart(device, config.top_k)
+            and config.chunk_size == 1
+            and all(bank.device == device for bank in real)
+            and (_shared(banks) or all(bank.index is None for bank in real))
+            and len({bank.buffers_HCE[0].dtype for bank in real}) <= 1
+        )
 
-        Also which row is the first that reads the same bank, since one bank of all rows is searched once.
-        """
-
-        def place(bank: MemoryBank | None) -> tuple[int, int, int, int] | None:
-            if not bank:
-                return None
-            keys_HCE, values_HCE = bank.buffers_HCE
-            first = next(row for row, other in enumerate(banks) if other is bank)
-            return keys_HCE.data_ptr(), values_HCE.data_ptr(), bank.capacity, first
-
-        return tuple(map(place, banks))
+    def fits(self, banks: Sequence[MemoryBank | None]) -> bool:
+        """Whether a step that was recorded with this reader can be replayed over these banks."""
+        alike = self.shared == _shared(banks) and self.index is _index(banks) and _dtype(banks) in (None, self.dtype)
+        return alike and len(banks) == len(self._length_B) and _capacity(banks) <= self.room
 
     def read(self, banks: Sequence[MemoryBank | None]) -> None:
-        """From now on read these banks, which lie where the first ones did."""
-        self.banks = banks
+        """From now on read these banks, which `fits` has agreed to."""
+        # Held until the next step: what was found lies there, even if a bank grows out of it meanwhile.
+        self._buffers[:] = [bank.buffers_HCE if bank is not None and bank.capacity else None for bank in banks]
         lengths = [0 if bank is None else len(bank) for bank in banks]
-        self._length_B.copy_(to_device(torch.tensor(lengths), self._length_B.device))
+        begins, spans = [], []
+        for buffers, length in zip(self._buffers[: self._searched], lengths, strict=False):
+            begins.append([rows_HCE.data_ptr() for rows_HCE in buffers or ()] or [0, 0])
+            # Bytes from head to head. A part of a bank has the strides of the whole.
+            spans.append([rows_HCE.stride(0) * rows_HCE.element_size() for rows_HCE in buffers or ()] or [0, 0])
+            begins[-1].append(length)
+            spans[-1].append(0)
+        begin_31B, span_31B = (torch.tensor(part_B3).T[:, None] for part_B3 in (begins, spans))
+        place_3HB = begin_31B + span_31B * torch.arange(self._place_3HB.shape[1])[:, None]
+        self._place_3HB.copy_(to_device(place_3HB, self.device))
+        self._length_B.copy_(to_device(torch.tensor(lengths), self.device))
 
-    def _search(
-        self, row: int, bank: MemoryBank, heads: slice, query_KQE: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        keys_KCE, values_KCE = (buffer_HCE[heads] for buffer_HCE in bank.buffers_HCE)
-        length_K = self._length_B[row : row + 1].expand(len(keys_KCE))
-        found = search_tokens(query_KQE, keys_KCE, self.config.top_k, self.config.chunk_size, length_K)
-        return keys_KCE, values_KCE, *found
+    @torch.no_grad()
+    def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
+        batch, kv_heads, group, tokens, head_dim = query_BKGTE.shape
+        heads, top_k = self.config.heads_of(layer), self.config.top_k
+        keys_X, values_X, length_X = (part_HB[heads].flatten() for part_HB in self._place_3HB)
+        keys, values = (self._pools(i, address_X, heads, head_dim) for i, address_X in enumerate((keys_X, values_X)))
+        # Searches are counted as places are: heads first, then banks.
+        query_XQE = query_BKGTE.transpose(0, 1).reshape(len(length_X), -1, head_dim)
+        if self.index is None:
+            found = topk_scan(query_XQE, keys, top_k, length_X)
+        else:
+            found = self.index.search(heads, query_XQE, keys, top_k, length_X)
+        index, score = (part_XQR.view(kv_heads, batch, group, tokens, top_k).transpose(0, 1) for part_XQR in found)
+        pool_BK = self._pool_BH[:, :kv_heads]
+        return Retrieved(keys, values, pool_BK, index, score > -torch.inf, index, self._length_B.float(), index)
 
-    def _sizes(self, device: torch.device) -> Tensor:
-        return self._length_B.float()
+    def _pools(self, which: int, address_X: Tensor, heads: slice, head_dim: int) -> Pools:
+        """The keys (0) or values (1) of some heads."""
+        dtype, rows = self.dtype or torch.bfloat16, []
+        if self.device.type == "cpu":
+            # An empty bank has no row, not even one to be masked.
+            nothing_H1E = torch.zeros(len(self._pool_BH[0]), 1, head_dim, dtype=dtype)
+            held = [buffers[which] if buffers else nothing_H1E for buffers in self._buffers[: self._searched]]
+            rows = [rows_HCE[head] for head in range(heads.start, heads.stop) for rows_HCE in held]
+        return Pools(address_X, self.room, head_dim, dtype, tuple(rows), self._buffers)
 
 
 class StreamBanks:

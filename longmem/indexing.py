@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from longmem.approximate import BankIndex, check
-from longmem.bank import MemoryBank, require_cpu
+from longmem.approximate import BankIndex, check, require_searchable
+from longmem.bank import MemoryBank
 from longmem.errors import ConfigError
 from longmem.index import BankReader, Retrieved
 from longmem.model import LongMem
@@ -43,11 +43,10 @@ def make_index(
         on_step: called with 1 for each of `steps(model)` steps that is done.
 
     Raises:
-        ConfigError: the bank is too small or not on a CPU, the text too short, or the model reads chunks.
+        ConfigError: the bank is too small or where no index is searched, the text too short, or the model reads chunks.
         BankMismatchError: the bank belongs to another model.
     """
     model.check(bank)
-    require_cpu(bank)
     top_k = model.config.top_k
     if model.config.chunk_size != 1:
         raise ConfigError(
@@ -55,7 +54,8 @@ def make_index(
             "is for one that retrieves single tokens."
         )
     check(len(bank), top_k, recall)
-    query_HQE = recorded_queries(model, bank, text, on_step)
+    require_searchable(bank.device, top_k)
+    query_HQE = recorded_queries(model, bank, text, on_step).to(bank.device)
     return BankIndex.choose(bank.keys_HNE, query_HQE, top_k=top_k, target=recall, on_head=on_step)
 
 
@@ -68,7 +68,7 @@ def steps(model: LongMem) -> int:
 def recorded_queries(
     model: LongMem, bank: MemoryBank, text: str | None = None, on_step: Callable[[int], None] | None = None
 ) -> Tensor:
-    """What the memory heads ask while the model reads `WINDOWS` stretches of text, (H, Q, E) float32.
+    """What the memory heads ask while the model reads `WINDOWS` stretches of text, (H, Q, E) float32, on the CPU.
 
     The first half of the queries is of every other stretch, the second half of the rest: no text is in both.
     Each stretch is read in a window of its own with the tokens before it as the bank.

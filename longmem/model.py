@@ -50,7 +50,7 @@ class ModelCache:
 
 
 class Cache(Protocol):
-    """Local windows that `LongMem.read` extends: `ModelCache`, or those of a batch (`longmem.batch.BatchCache`)."""
+    """Local windows that `LongMem.read` extends: `ModelCache`, or those of a batch (`longmem.steps.BatchCache`)."""
 
     @property
     def backbone(self) -> Any: ...
@@ -78,10 +78,14 @@ class LongMem(nn.Module):
     Args:
         backbone: frozen.
         sidenet: trained, or fresh from a `SideNetConfig`.
+
+    Attributes:
+        fuses_steps: recorded steps are compiled (`compile_decoding`).
     """
 
     def __init__(self, backbone: Backbone, sidenet: SideNet | SideNetConfig) -> None:
         super().__init__()
+        self.fuses_steps = False
         self.backbone = backbone
         self.sidenet = new_sidenet(sidenet, backbone) if isinstance(sidenet, SideNetConfig) else sidenet
 
@@ -102,7 +106,7 @@ class LongMem(nn.Module):
             backbone: another backbone of the same architecture; by default the one the SideNet was trained for.
             device: "auto" takes a GPU if there is one.
             dtype: "auto" is bfloat16 on a GPU and float32 elsewhere.
-            compile: generate faster on a CPU (see `compile_decoding`).
+            compile: generate faster (see `compile_decoding`).
 
         Raises:
             SideNetNotFoundError: nothing of that name.
@@ -176,21 +180,28 @@ class LongMem(nn.Module):
 
     @torch.no_grad()
     def compile_decoding(self) -> None:
-        """Generate faster on a CPU from now on: single tokens of a batch of one run through compiled steps.
+        """Generate faster from now on.
 
-        The arithmetic stays float32; logits differ in the order of sums. It takes some seconds, fewer where the
-        compiler's cache on disk has the steps already, and memory for a copy of those weights that bfloat16 holds
-        exactly (see `longmem.decoding`). The steps keep the weights as they are now, so compile after training.
+        On a CPU single tokens of a batch of one run through compiled steps. The arithmetic stays float32; logits differ
+        in the order of sums. It takes some seconds, fewer where the compiler's cache on disk has the steps already, and
+        memory for a copy of those weights that bfloat16 holds exactly (see `longmem.decoding`). The steps keep the
+        weights as they are now, so compile after training.
+
+        On a GPU steps are recorded in any case; what a layer does to a token is fused, too, when the first is taken,
+        which takes about a minute.
 
         Raises:
-            ConfigError: the model is not in float32 on a CPU.
+            ConfigError: the model is neither in float32 on a CPU nor on a CUDA GPU.
             CompilerError: no working C++ compiler.
         """
+        if self.device.type == "cuda":
+            self.fuses_steps = True
+            return
         if self.device.type != "cpu" or self.backbone.dtype != torch.float32:
             raise ConfigError(
-                f"Compiled decoding is for float32 on a CPU; this model is {str(self.backbone.dtype)[6:]} on "
-                f"{self.device.type}. Load it with device='cpu' and dtype='float32', or do not compile. On a GPU "
-                "`generate_batch` records its steps, for one text or many."
+                f"Compiled decoding is for float32 on a CPU, or for a CUDA GPU; this model is "
+                f"{str(self.backbone.dtype)[6:]} on {self.device.type}. Load it with device='cpu' and dtype='float32', "
+                "or do not compile."
             )
         self.decode_by(RowDecoder(self.backbone.family))
         try:

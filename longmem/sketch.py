@@ -1,9 +1,11 @@
-"""A sketch of a bank's keys: a few int8 numbers a key that rank keys almost as their scores do, for search on a CPU.
+"""A sketch of a bank's keys: a few int8 numbers a key that rank keys almost as their scores do.
 
 What a memory head asks varies in few directions. In the basis where the scores of recorded queries vary most, first,
 the leading 24 to 32 of 64 coordinates rank the keys of real text nearly perfectly; the best are then scored again from
 the keys themselves. A search reads a quarter of the bytes that exact search reads. A sketch of all coordinates (`size`
 is the head size) and `exact=True` is an exact search that reads half of them.
+
+On a GPU the sketch ranks groups of 8 or 16 keys, and all keys of the best are scored again (`ops.topk_coded`).
 
 X searches (a memory head of a bank each), Q queries, N keys, n of a block, E head size, S coordinates kept,
 C candidates, R retrieved.
@@ -17,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longmem.ops import cpu
+from longmem.ops import Pools, cpu, reads_apart, topk_coded, topk_scan
 
 # Candidates for each retrieved key, scored again in float32. What is to be proved exact needs some more.
 SPARE = 4
@@ -27,6 +29,8 @@ SPARE_EXACT = 6
 LEAST_VARIANCE = 1e-3
 # Queries that measure recall. The exact search that tells the truth is most of their cost.
 MEASURED = 256
+# On a GPU, keys that are scored again for each retrieved one: two groups. More than all are not worth it.
+_AGAIN = 32
 _SAMPLE = 1 << 16  # keys that a basis is fitted to
 _BLOCK = 1 << 16  # keys encoded at a time
 _SCORES = 1 << 20  # scores of a block of queries
@@ -93,6 +97,12 @@ class Sketch:
         """Keys of each search."""
         return self.codes_XNS.shape[1]
 
+    def to(self, device: torch.device | str) -> Sketch:
+        """The sketch on a device."""
+        names = ("codes_XNS", "scale_XS", "left_out_X", "rounded_X")
+        tensors = {name: getattr(self, name).to(device) for name in names}
+        return replace(self, basis=Basis(*(part.to(device) for part in self.basis)), **tensors)
+
     def __getitem__(self, searches: slice) -> Sketch:
         """The sketch of some of the searches (such as a layer's heads), sharing memory."""
         basis, *rest = (getattr(self, field.name) for field in fields(self))
@@ -103,7 +113,7 @@ class Sketch:
         """Sketch all keys, with as few coordinates as reach a target recall.
 
         Args:
-            keys_XNE: on the CPU, at least one.
+            keys_XNE: at least one.
             query_XQE: recorded queries in the order they were asked, some hundreds at least. The first half chooses,
                 the second measures.
             top_k: R, what recall is measured at.
@@ -112,14 +122,14 @@ class Sketch:
         choosing_XQE, measuring_XQE = halves(query_XQE)
         basis = Basis.fit(keys_XNE, choosing_XQE)
         choosing_XQE, measuring_XQE = some(choosing_XQE), some(measuring_XQE)
-        truth_XQR = cpu.topk_scan(choosing_XQE, keys_XNE, top_k)[0]
+        truth_XQR = topk_scan(choosing_XQE, keys_XNE, top_k)[0]
         head_dim = keys_XNE.shape[-1]
-        for size in (*range(16, head_dim, 8), head_dim):
+        for size in (*range(16, head_dim, 16 if keys_XNE.is_cuda else 8), head_dim):
             sketch = cls.build(keys_XNE, basis, size)
             if recall(sketch.search(choosing_XQE, keys_XNE, top_k)[0], truth_XQR).amin() >= target:
                 break
         found_XQR = sketch.search(measuring_XQE, keys_XNE, top_k)[0]
-        measured_X = recall(found_XQR, cpu.topk_scan(measuring_XQE, keys_XNE, top_k)[0])
+        measured_X = recall(found_XQR, topk_scan(measuring_XQE, keys_XNE, top_k)[0])
         return replace(sketch, recall=tuple(measured_X.tolist()))
 
     @classmethod
@@ -127,13 +137,13 @@ class Sketch:
         """Sketch all keys.
 
         Args:
-            keys_XNE: on the CPU.
-            size: S, coordinates kept; multiples of 8 are fastest.
+            keys_XNE: on the device of the basis.
+            size: S, coordinates kept; multiples of 8 are fastest, of 16 on a GPU.
         """
-        searches, num_keys, _ = keys_XNE.shape
-        codes_XNS = torch.empty(searches, num_keys, size, dtype=torch.int8)
-        scale_XS = torch.full((searches, size), 1e-30)
-        left_out_X, rounded_X = torch.zeros(searches), torch.zeros(searches)
+        (searches, num_keys, _), device = keys_XNE.shape, keys_XNE.device
+        codes_XNS = torch.empty(searches, num_keys, size, dtype=torch.int8, device=device)
+        scale_XS = torch.full((searches, size), 1e-30, device=device)
+        left_out_X, rounded_X = torch.zeros(2, searches, device=device)
         blocks = [slice(first, first + _BLOCK) for first in range(0, num_keys, _BLOCK)]
 
         def coordinates(block: slice) -> Tensor:
@@ -175,14 +185,16 @@ class Sketch:
             keys_XNE: the bank's keys: those sketched, and any that were appended since. These are searched exactly.
             top_k: R.
             exact: search again, without the sketch, each query that the sketch is not proved to have answered exactly.
-                Few need it if all coordinates are kept, nearly all otherwise.
+                Few need it if all coordinates are kept, nearly all otherwise. On a CPU.
 
         Returns:
             index_XQR and score_XQR as `ops.topk_scan` returns them; scores are those of the keys themselves.
         """
         searches, queries, _ = query_XQE.shape
         if len(self) <= SPARE_EXACT * top_k:
-            return cpu.topk_scan(query_XQE, keys_XNE, top_k)
+            return topk_scan(query_XQE, keys_XNE, top_k)
+        if reads_apart(query_XQE.device, top_k):
+            return self.search_on_gpu(query_XQE, Pools.of(list(keys_XNE)), top_k)
         index_XQR = torch.empty(searches, queries, top_k, dtype=torch.int64)
         score_XQR = torch.empty(searches, queries, top_k)
         step = max(cpu.FEW, _SCORES // len(self))
@@ -193,6 +205,34 @@ class Sketch:
                     x, query_XQE[x, rows].float(), keys_XNE[x, : len(self)], top_k, exact
                 )
         return with_tail(index_XQR, score_XQR, query_XQE, keys_XNE, len(self))
+
+    def search_on_gpu(
+        self, query_XQE: Tensor, keys: Pools, top_k: int, length_X: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `search`.
+
+        Args:
+            length_X: how many keys there are, no fewer than those sketched; all of `keys` by default.
+        """
+        searches, queries, _ = query_XQE.shape
+        if length_X is None:
+            length_X = torch.full((searches,), keys.most, device=query_XQE.device)
+        if len(self) <= SPARE_EXACT * top_k or _AGAIN * top_k * queries > len(self):
+            return topk_scan(query_XQE, keys, top_k, length_X)
+        known = torch.full_like(length_X, len(self))
+        codes = self.code_queries(query_XQE), self.codes_XNS
+        index_XQR, score_XQR = topk_coded(query_XQE, keys.between(0, len(self)), *codes, top_k, known)
+        if len(self) == keys.most:
+            return index_XQR, score_XQR
+        late = topk_scan(query_XQE, keys.between(len(self), keys.most), top_k, length_X - len(self))
+        return both(index_XQR, score_XQR, *late, len(self))
+
+    def code_queries(self, query_XQE: Tensor) -> Tensor:
+        """What stands for queries (X, Q, S), int8: products with codes rank keys nearly as scores do."""
+        size = self.codes_XNS.shape[-1]
+        scaled_XQS = (query_XQE.float() @ self.basis.queries_XEE)[..., :size] * self.scale_XS[:, None]
+        unit_XQ1 = scaled_XQS.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+        return (scaled_XQS / unit_XQ1).round().to(torch.int8)
 
     def _search(self, x: int, query_QE: Tensor, keys_NE: Tensor, top_k: int, exact: bool) -> tuple[Tensor, Tensor]:
         size = self.codes_XNS.shape[-1]
@@ -238,9 +278,15 @@ def with_tail(
     if known == keys_XNE.shape[1]:
         return index_XQR, score_XQR
     top_k = index_XQR.shape[-1]
-    late_index_XQR, late_score_XQR = cpu.topk_scan(query_XQE, keys_XNE[:, known:], top_k)
+    return both(index_XQR, score_XQR, *topk_scan(query_XQE, keys_XNE[:, known:], top_k), known)
+
+
+def both(
+    index_XQR: Tensor, score_XQR: Tensor, late_index_XQR: Tensor, late_score_XQR: Tensor, known: int
+) -> tuple[Tensor, Tensor]:
+    """What was found among the first `known` keys, and among those behind them, in one."""
     late_index_XQR = torch.where(late_score_XQR > -torch.inf, late_index_XQR + known, late_index_XQR)
-    score_XQR, among_XQR = torch.cat((score_XQR, late_score_XQR), dim=-1).topk(top_k, dim=-1)
+    score_XQR, among_XQR = torch.cat((score_XQR, late_score_XQR), dim=-1).topk(score_XQR.shape[-1], dim=-1)
     return torch.cat((index_XQR, late_index_XQR), dim=-1).gather(-1, among_XQR), score_XQR
 
 

@@ -3,7 +3,8 @@
 Streams of consecutive segments, one bank a stream. Each step reads what earlier steps wrote, and only then is its own
 text written, so a segment never retrieves itself. The backbone gets no gradient.
 
-B streams, S tokens of a segment, T = S + 1 with the prefix; K, G, R as in `longmem.attention`.
+B streams, S tokens of a segment, T = S + 1 with the prefix; in starved steps B counts windows and S their tokens.
+K, G, R as in `longmem.attention`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from longmem.attention import MemoryRead
+from longmem.backbone import BackboneOutput
 from longmem.bank import DTYPES
 from longmem.config import SideNetConfig, read_json
 from longmem.data import Mixture, Segments, Streams, TokenizedDocuments, to_device
@@ -52,6 +54,9 @@ class TrainConfig:
         wrong_fraction: share of streams that read another stream's bank in a step, so that a wrong one costs little.
         crowded_fraction: share of streams that read their bank among others' in a step, as one `crowd` times as large.
         crowd: streams whose banks are one to those that are crowded.
+        starved_fraction: share of steps in which segments are read in windows of `starved` tokens, none of which sees
+            the others, so that questions with little before them are learned too. Nobody is crowded then.
+        starved: tokens of such a window; divides `segment`.
         lookup_weight: of the memory regulariser: attention among retrieved tokens should fall on those that are the
             next token.
         answer_weight: of marked answers (see `longmem.data.Document`), beside 1 for any other token, in rows that read
@@ -79,6 +84,8 @@ class TrainConfig:
     wrong_fraction: float = 0.1
     crowded_fraction: float = 0.0
     crowd: int = 4
+    starved_fraction: float = 0.0
+    starved: int = 256
     lookup_weight: float = 0.0
     answer_weight: float = 1.0
     memory: bool = True
@@ -99,6 +106,10 @@ class TrainConfig:
             raise ConfigError(f"crowded_fraction is a share of the batch, from 0 to 1; got {self.crowded_fraction}.")
         if self.crowded_fraction and (self.crowd < 1 or self.rows % self.crowd):
             raise ConfigError(f"crowd must divide the {self.rows} rows; got {self.crowd}.")
+        if not 0 <= self.starved_fraction <= 1:
+            raise ConfigError(f"starved_fraction is a share of the steps, from 0 to 1; got {self.starved_fraction}.")
+        if self.starved_fraction and (self.starved < 1 or self.segment % self.starved):
+            raise ConfigError(f"starved must divide the {self.segment} tokens of a segment; got {self.starved}.")
         if self.empty_weight < 0:
             raise ConfigError(f"empty_weight must not be negative; got {self.empty_weight}.")
         if self.answer_weight < 0:
@@ -165,14 +176,17 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One optimiser step; returns what there is to log."""
-        segments = self.streams.next().to(self.device)
-        tokens_BS = segments.tokens_BS
+        whole = segments = self.streams.next().to(self.device)
         self.banks.reset(segments.starts_B)
-        prefix_B1 = tokens_BS.new_full((tokens_BS.shape[0], 1), self.model.backbone.prefix_token_id)
-        boundaries = {*self.sidenet.boundaries, *self.model.config.memory_layers, self.model.backbone.num_layers}
-        seen = self.model.backbone(torch.cat((prefix_B1, tokens_BS), dim=1), boundaries=boundaries)
+        # Drawn only where it matters, so that other runs draw what they always did.
+        starves = bool(self.config.starved_fraction) and self.rng.random() < self.config.starved_fraction
+        if starves:
+            segments = whole.cut(self.config.starved)
+        tokens_BS = segments.tokens_BS
+        memory_layers = set(self.model.config.memory_layers)
+        seen = self._see(tokens_BS, {*self.sidenet.boundaries, *memory_layers, self.model.backbone.num_layers})
 
-        reader, right_B = self._reader()
+        reader, right_B = self._reader(windows=len(tokens_BS) // self.config.rows)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             hidden_BTD, reads = self.model.correct(seen, reader)
             factor_BS = self._factors(segments, right_B if reader is not None else torch.zeros_like(right_B))
@@ -194,23 +208,29 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.memory:
-            self._write(seen, tokens_BS)
+            # What is remembered was read as a whole, as it would be in use.
+            self._write(self._see(whole.tokens_BS, memory_layers) if starves else seen, whole.tokens_BS)
         self.done += 1
         self.tokens += tokens_BS.numel()
         return self._figures(loss, lookup, answers, norm, reads)
 
-    def _reader(self) -> tuple[StreamReader | None, Tensor]:
-        """The banks as this step sees them, and which rows see their own."""
+    def _see(self, tokens_BS: Tensor, boundaries: set[int]) -> BackboneOutput:
+        prefix_B1 = tokens_BS.new_full((tokens_BS.shape[0], 1), self.model.backbone.prefix_token_id)
+        return self.model.backbone(torch.cat((prefix_B1, tokens_BS), dim=1), boundaries=boundaries)
+
+    def _reader(self, windows: int = 1) -> tuple[StreamReader | None, Tensor]:
+        """The banks as this step sees them, and which rows see their own, given how many windows a stream has."""
         config, rows = self.config, self.config.rows
         draw_B = self.rng.random(rows)
         source_B, shift = np.arange(rows), int(self.rng.integers(1, max(2, rows)))
         wrong_B = draw_B < config.wrong_fraction
         crowded = np.zeros(0, dtype=np.int64)
         # What was never written must not be read: until every ring is full, nobody is crowded.
-        if config.crowded_fraction and self.done * config.segment >= config.bank_tokens:
+        if config.crowded_fraction and windows == 1 and self.done * config.segment >= config.bank_tokens:
             crowded = np.sort(self.rng.permutation(rows)[: round(config.crowded_fraction * rows)])
             wrong_B[crowded] = False
-        source_B = np.where(wrong_B, (source_B + shift) % rows, source_B)
+        source_B = np.where(wrong_B, (source_B + shift) % rows, source_B).repeat(windows)
+        wrong_B = wrong_B.repeat(windows)
         right_B = to_device(torch.from_numpy(~wrong_B), self.device)
         if not config.memory:
             return None, right_B
@@ -265,7 +285,7 @@ class Trainer:
         return total / count.clamp(min=1)
 
     @torch.no_grad()
-    def _write(self, seen: Any, tokens_BS: Tensor) -> None:
+    def _write(self, seen: BackboneOutput, tokens_BS: Tensor) -> None:
         keys_HBTE, values_HBTE = self.model.keys_values(seen)
         self.banks.append(keys_HBTE[:, :, 1:], values_HBTE[:, :, 1:], tokens_BS)
 

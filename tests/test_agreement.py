@@ -23,10 +23,9 @@ TOKENS, REMEMBERED = 24, 500
 class PlainReader(BankReader):
     """Searches by the reference alone."""
 
-    def _search(self, row: int, bank: MemoryBank, heads: slice, query_KQE: Tensor) -> tuple:
-        keys_KNE, values_KNE = bank.keys_HNE[heads], bank.values_HNE[heads]
-        index_KQR, score_KQR = reference.topk_scan(query_KQE.float(), keys_KNE, self.config.top_k)
-        return keys_KNE, values_KNE, index_KQR, score_KQR > -torch.inf
+    def _search(self, bank: MemoryBank, heads: slice, query_KQE: Tensor) -> tuple[Tensor, Tensor]:
+        index_KQR, score_KQR = reference.topk_scan(query_KQE.float(), bank.keys_HNE[heads], self.config.top_k)
+        return index_KQR, score_KQR > -torch.inf
 
 
 @torch.no_grad()

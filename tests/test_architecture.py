@@ -25,6 +25,7 @@ LAYERS = (
     {"sidenet"},
     {"checkpoint"},
     {"model"},
+    {"steps"},
     {"generation", "recall", "indexing", "bench", "evals"},
     {"batch"},
     {"chat", "histories", "train"},

@@ -189,3 +189,11 @@ def test_without_a_compiler_the_error_says_what_to_install():
 def test_only_float32_is_compiled():
     with pytest.raises(ConfigError, match="float32"):
         tiny.model(dtype=torch.bfloat16).compile_decoding()
+
+
+def test_on_a_gpu_compiling_is_left_to_the_first_step(monkeypatch: pytest.MonkeyPatch):
+    model = tiny.model(dtype=torch.bfloat16)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert not model.fuses_steps
+    model.compile_decoding()
+    assert model.fuses_steps

@@ -36,6 +36,7 @@ from longmem.generation import (
     sampler,
 )
 from longmem.model import LongMem
+from longmem.steps import BatchDecoder
 
 FACTS = "Ada keeps bees on the roof. Her brother Émile paints boats in Brest 🎨. The roof is green.\n" * 3
 VOCABULARY = 300
@@ -132,13 +133,15 @@ def endless(model: LongMem, *, cached: bool) -> tuple[torch.Tensor, list[int], i
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("by_rows", [False, True])
-def test_cached_generation_equals_the_uncached_loop(family, by_rows):
+@pytest.mark.parametrize("way", ["eager", "compiled", "recorded"])
+def test_cached_generation_equals_the_uncached_loop(family, way, monkeypatch):
     model = tiny(family)
     plain, plain_bank, _ = endless(model, cached=False)
+    # Steps as a GPU records them, without recording them.
+    monkeypatch.setattr("longmem.generation.records", lambda device: way == "recorded")
     try:
         # Steps of single tokens as compiled decoding takes them, without compiling them.
-        model.decode_by(RowDecoder(model.backbone.family, compile=False) if by_rows else None)
+        model.decode_by(RowDecoder(model.backbone.family, compile=False) if way == "compiled" else None)
         cached, cached_bank, moved = endless(model, cached=True)
     finally:
         model.decode_by(None)
@@ -442,6 +445,29 @@ def test_an_empty_prompt_continues_from_the_prefix():
 
 def test_window_defaults_to_what_the_backbone_can_take():
     assert LocalWindow(tiny(), None, GenerationConfig()).size == 128
+
+
+@pytest.mark.parametrize("more", [1, 32, 33])
+def test_a_few_tokens_are_read_in_steps_and_many_at_once(more, monkeypatch):
+    monkeypatch.setattr("longmem.generation.records", lambda device: True)
+    steps, begun = [], []
+    for name, calls in (("step", steps), ("begin", begun)):
+        original = getattr(BatchDecoder, name)
+        monkeypatch.setattr(
+            BatchDecoder, name, lambda self, *given, do=original, calls=calls: calls.append(given) or do(self, *given)
+        )
+    model = tiny()
+    window = LocalWindow(model, full_bank(model), GenerationConfig())
+    window.extend([5, 6, 7])
+    window.logits()
+    assert (len(begun), len(steps)) == (1, 0)
+    window.extend(list(range(8, 8 + more)))
+    logits_V, _ = window.logits()
+    assert (len(begun), len(steps)) == ((1, more) if more <= 32 else (2, 0))
+    plain = LocalWindow(model, window.bank, GenerationConfig(cache=False))
+    plain.extend(window.token_ids)
+    assert (logits_V - plain.logits()[0]).abs().max() < 1e-3
+    assert torch.equal(window.logits()[0].argmax(-1), logits_V.argmax(-1))  # asked again, with nothing new
 
 
 def test_continue_text_keeps_every_token_in_the_window():

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longmem import index, sketch
 from longmem.approximate import BankIndex
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead, SideNetConfig
@@ -196,33 +197,100 @@ def test_rows_that_are_no_whole_crowds_are_named() -> None:
         rings.reader(None, [0], 3)
 
 
-def test_a_reader_of_places_reads_what_banks_hold_now() -> None:
+def grow(bank: MemoryBank, tokens: int, seed: int = 5) -> None:
+    offsets_N2 = torch.stack([torch.arange(tokens), torch.arange(1, tokens + 1)], dim=1)
+    keys_HNE, values_HNE = 3 * normal(3, tokens, 4, seed=seed), normal(3, tokens, 4, seed=seed + 1)
+    bank.append(BankEntry(f"more {len(bank)}", "y" * tokens, 0, torch.arange(tokens), offsets_N2, keys_HNE, values_HNE))
+
+
+@pytest.fixture(params=["tensors", "addresses"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How a `PlacedReader` finds rows: as a CPU does, or as kernels on a GPU do, in Triton's interpreter."""
+    if request.param == "addresses":
+        triton = pytest.importorskip("longmem.ops.triton")
+        for name in ("topk_scan", "attend_rows", "gather_rows"):
+            monkeypatch.setattr(index, name, getattr(triton, name))
+    return request.param
+
+
+def test_a_reader_of_places_reads_what_banks_hold_now(by: str) -> None:
     one, other, device = make_bank(12), make_bank(30, seed=1), torch.device("cpu")
     query_BKGTE = normal(3, 2, 2, 1, 4)
-    for banks in ([one, other, None], [one, one, one], [None, make_bank(0), other]):
-        same(PlacedReader(banks, config(), device)(1, query_BKGTE), BankReader(banks, config())(1, query_BKGTE))
-    # Room for more: the bank grows where it lies.
-    one._reserve(40)
-    placed, places = PlacedReader([one] * 3, config(), device), PlacedReader.places([one] * 3)
-    offsets_N2 = torch.stack([torch.arange(9), torch.arange(1, 10)], dim=1)
-    keys_HNE, values_HNE = 3 * normal(3, 9, 4, seed=5), normal(3, 9, 4, seed=6)
-    one.append(BankEntry("more", "y" * 9, 0, torch.arange(9), offsets_N2, keys_HNE, values_HNE))
-    assert PlacedReader.places([one] * 3) == places != PlacedReader.places([one, one, other])
-    # As long as it is one bank to all of them: part of it has a length of its own.
-    assert PlacedReader.places([one, one, one.between(0, 5)]) != places
-    placed.read([one] * 3)
-    found = placed(1, query_BKGTE)
-    assert (found.index_BKGTR >= 12).any()
-    same(found, BankReader([one] * 3, config())(1, query_BKGTE))
+    assert PlacedReader([one, other, None], config(), device).room < 1 << 15
+    for banks in ([one, other, None], [one, one, one], [None, make_bank(0), other], [one, one, one.between(3, 8)]):
+        placed = PlacedReader(banks, config(), device)
+        for layer, heads in ((1, 2), (2, 1)):
+            same(placed(layer, query_BKGTE[:, :heads]), BankReader(banks, config()), layer, query_BKGTE[:, :heads])
+        # Banks grow where they lie or move to another place, others come in their stead, and one becomes empty.
+        for changed in (banks, [banks[2], banks[0], banks[1]]):
+            for bank in {id(bank): bank for bank in banks if bank is not None and bank.sources}.values():
+                grow(bank, 9)
+            assert placed.fits(changed)
+            placed.read(changed)
+            same(placed(1, query_BKGTE), BankReader(changed, config()), 1, query_BKGTE)
+        placed.read([None] * 3)
+        assert not placed(1, query_BKGTE).valid_BKGTR.any()
 
 
-def same(one: Retrieved, other: Retrieved) -> None:
+def test_a_reader_of_places_says_what_it_was_not_made_for() -> None:
+    one, other, device = make_bank(12), make_bank(30, seed=1), torch.device("cpu")
+    apart, shared = PlacedReader([one, other], config(), device), PlacedReader([one, one], config(), device)
+    assert apart.fits([other, one]) and apart.fits([None, one]) and apart.fits([one, one.between(0, 5)])
+    assert shared.fits([other, other]) and not shared.fits([one, other]) and not shared.fits([one, one.between(0, 5)])
+    assert not apart.fits([one, one]) and not apart.fits([one, other, other])
+    one._reserve(apart.room)
+    assert apart.fits([one, other])
+    one._reserve(apart.room + 1)
+    assert not apart.fits([one, other])
+    rounded = MemoryBank(BankSpec("tiny", "0" * 64, HEADS, 4, "bfloat16"))
+    assert not apart.fits([rounded, None])
+    assert not PlacedReader.takes([one, other], config(), device)  # a CPU has no use for it
+
+
+def test_a_reader_of_places_reads_by_an_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bank of all rows, in Triton's interpreter; tokens appended since are found as well."""
+    search = pytest.importorskip("longmem.ops.triton.search")
+    for module, names in ((index, ["topk_scan"]), (sketch, ["topk_scan", "topk_coded"])):
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(search, name))
+    monkeypatch.setattr(sketch, "_AGAIN", 0)  # so few keys would be searched exactly
+    bank, query_BKGTE, asked = make_bank(100), normal(3, 2, 2, 1, 4), []
+    bank.use_index(BankIndex.choose(bank.keys_HNE, normal(3, 200, 4, seed=7), top_k=4, target=1.0))
+    monkeypatch.setattr(sketch, "topk_coded", lambda *given: asked.append(given) or search.topk_coded(*given))
+    placed = PlacedReader([bank] * 3, config(), torch.device("cpu"))
+    for _ in range(2):
+        found, made = placed(1, query_BKGTE), bank.index
+        bank.use_index(None)
+        exact = BankReader([bank] * 3, config())(1, query_BKGTE)
+        assert not placed.fits([bank] * 3)
+        bank.use_index(made)
+        assert placed.fits([bank] * 3) and len(asked) == 2
+        assert torch.equal(found.index_BKGTR, exact.index_BKGTR) and torch.equal(found.valid_BKGTR, exact.valid_BKGTR)
+        asked.clear()
+        grow(bank, 9)
+        placed.read([bank] * 3)
+
+
+def test_what_was_found_stays_where_it_was_found(by: str) -> None:
+    """A bank that outgrows its memory is copied; what a step found in the old memory can still be looked at."""
+    bank, query_BKGTE = make_bank(12), normal(1, 2, 2, 1, 4)
+    found = PlacedReader([bank], config(), torch.device("cpu"))(1, query_BKGTE)
+    expected = found.scores(query_BKGTE, 0.3)
+    before = bank.buffers_HCE[0].data_ptr()
+    grow(bank, 500)
+    assert bank.buffers_HCE[0].data_ptr() != before
+    assert torch.equal(found.scores(query_BKGTE, 0.3), expected)
+
+
+def same(one: Retrieved, reader: BankReader, layer: int, query_BKGTE: Tensor) -> None:
+    other = reader(layer, query_BKGTE)
     assert torch.equal(one.valid_BKGTR, other.valid_BKGTR)
     assert torch.equal(one.index_BKGTR * one.valid_BKGTR, other.index_BKGTR * other.valid_BKGTR)
     assert torch.equal(one.bank_size_B, other.bank_size_B)
-    valid = one.valid_BKGTR[..., None]
-    assert torch.equal(one.rows(one.keys_PNE) * valid, other.rows(other.keys_PNE) * valid)
-    assert torch.equal(one.rows(one.values_PNE) * valid, other.rows(other.values_PNE) * valid)
+    for mine, its in zip(one.attend(query_BKGTE, 0.3), other.attend(query_BKGTE, 0.3), strict=True):
+        torch.testing.assert_close(mine, its, atol=1e-5, rtol=1e-5)
+    scores = (read.scores(query_BKGTE, 0.3) for read in (one, other))
+    torch.testing.assert_close(*scores, atol=1e-5, rtol=1e-5)
 
 
 def test_a_ring_and_a_bank_of_the_same_tokens_are_read_alike() -> None:

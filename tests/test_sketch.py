@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longmem.ops import cpu, topk_scan
+from longmem import sketch
+from longmem.ops import Pools, cpu, topk_scan
 from longmem.sketch import Basis, Sketch, halves, recall, some
 
 
@@ -134,3 +135,26 @@ def test_its_state_gives_back_the_same_sketch() -> None:
     for exact in (False, True):
         mine, its = (s.search(query_XQE, keys_XNE, 4, exact=exact) for s in (again, sketch))
         assert torch.equal(mine[0], its[0]) and torch.equal(mine[1], its[1])
+
+
+@pytest.mark.parametrize("tail", [0, 150])
+def test_a_gpu_finds_as_much(tail: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its kernels, in Triton's interpreter: from a tensor, and from pools with room for more."""
+    search = pytest.importorskip("longmem.ops.triton.search")
+    keys_XNE, query_XQE = (rows.float() for rows in keys_and_queries(2, 1500 + tail, 200))
+    built = Sketch.build(keys_XNE[:, :1500], Basis.fit(keys_XNE[:, :1500], query_XQE[:, 20:]), 8)
+    query_XQE = query_XQE[:, :3]
+    truth_XQR, score_XQR = topk_scan(query_XQE, keys_XNE, 8)
+    for name in ("topk_coded", "topk_scan"):
+        monkeypatch.setattr(sketch, name, getattr(search, name))
+    monkeypatch.setattr(sketch, "reads_apart", lambda device, top_k: True)
+    found = built.search(query_XQE, keys_XNE, 8)
+    assert recall(found[0], truth_XQR).min() > 0.95
+    torch.testing.assert_close(found[1][..., 0], score_XQR[..., 0], atol=1e-3, rtol=1e-4)
+    true_XQR = (query_XQE @ keys_XNE.mT).gather(-1, found[0])
+    torch.testing.assert_close(found[1], true_XQR, atol=1e-3, rtol=1e-4)
+    roomy_XNE = torch.nn.functional.pad(keys_XNE, (0, 0, 0, 300), value=torch.nan)
+    for room_XNE in (roomy_XNE, roomy_XNE[:, : 1500 + tail]):
+        length_X = torch.full((2,), 1500 + tail)
+        again = built.search_on_gpu(query_XQE, Pools.of(list(room_XNE)), 8, length_X)
+        assert all(map(torch.equal, again, found))

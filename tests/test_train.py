@@ -65,6 +65,28 @@ def test_mixed_precision_trains_too(tmp_path: Path) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in model.sidenet.parameters())
 
 
+def test_starved_steps_read_in_short_windows_and_write_whole_segments(tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, wrong_fraction=0.0, learning_rate=0.0, starved_fraction=1.0, starved=4)
+    starved = Trainer(fresh(), REPETITIVE, config)
+    whole = Trainer(fresh(), REPETITIVE, dataclasses.replace(config, starved_fraction=0.0))
+    seen: list[tuple[int, ...]] = []
+    hook = starved.sidenet.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[1].shape)))
+    for _ in range(3):
+        starved.step()
+        whole.step()
+    hook.remove()
+    assert set(seen) == {(2 * 4, 4 + 1)}
+    assert torch.equal(starved.banks.keys_HBNE, whole.banks.keys_HBNE)
+    assert torch.equal(starved.banks.token_ids_BN, whole.banks.token_ids_BN)
+    # All windows of a stream read its bank, and what they are about is cut in the same order.
+    reader, right_B = starved._reader(windows=4)
+    assert reader is not None and reader.source_B.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and right_B.all()
+    segments = starved.streams.next()
+    assert torch.equal(segments.cut(4).tokens_BS.view(2, 16), segments.tokens_BS)
+    train(fresh(), REPETITIVE, dataclasses.replace(config, learning_rate=1e-3, starved_fraction=0.5), tmp_path)
+    assert all(math.isfinite(row["loss"]) for row in log_of(tmp_path))
+
+
 class Interrupted(Exception):
     pass
 
@@ -290,6 +312,8 @@ def test_documents_too_short_leave_no_folder(tmp_path: Path) -> None:
         {"log_every": 0},
         {"wrong_fraction": 1.2},
         {"crowded_fraction": 1.2},
+        {"starved_fraction": -0.1},
+        {"starved": 5, "starved_fraction": 0.5},
         {"empty_weight": -0.1},
         {"answer_weight": -1.0},
         {"dtype": "float16"},

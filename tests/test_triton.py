@@ -14,12 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longmem.ops import reference
+from longmem.ops import Pools, reference
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (it comes for Linux only)", allow_module_level=True)
 
-from longmem.ops.triton import attend_rows, causal_logsumexp, cross_entropy_slope, search, topk_scan
+from longmem.ops.triton import (
+    attend_rows,
+    causal_logsumexp,
+    cross_entropy_slope,
+    gather_rows,
+    search,
+    topk_coded,
+    topk_scan,
+)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -37,6 +45,13 @@ def assert_same_search(
     expected = reference.topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X)
     assert index_XQR.dtype == torch.int64 and score_XQR.dtype == torch.float32
     torch.testing.assert_close(score_XQR, expected[1], atol=1e-4, rtol=1e-4)
+    assert_true_scores(query_XQE, keys_PNE, top_k, length_X, pool_X, found)
+
+
+def assert_true_scores(
+    query_XQE: Tensor, keys_PNE: Tensor, top_k: int, length_X: Tensor, pool_X: Tensor, found
+) -> None:
+    index_XQR, score_XQR = found
     # Indices are those of the scores returned (ties aside), each once.
     for x in range(query_XQE.shape[0]):
         keys_NE = keys_PNE[pool_X[x]].float()
@@ -144,11 +159,93 @@ def test_search_in_blocks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(score_XQR, whole[1])  # the last block is small, and sums in another order
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.integers(0, 500), min_size=1, max_size=4), st.integers(0, 99), st.sampled_from([8, 20]), st.data())
+def test_pools_that_lie_apart_are_read_as_one_tensor_of_them(
+    sizes: list[int], seed: int, head_dim: int, data: st.DataObject
+) -> None:
+    """Banks of different sizes, each in memory of its own: searched, attended to and gathered from by address."""
+    most, searches = max(1, *sizes), len(sizes) + 1
+    queries = data.draw(st.sampled_from([3, 17]))
+    rows_PNE = normal(2, len(sizes), most, head_dim, seed=seed)
+    keys, values = (Pools.of([part[p, :size].clone() for p, size in enumerate(sizes)]) for part in rows_PNE)
+    pool_X = integers(0, len(sizes), searches, seed=seed)
+    length_X = torch.tensor(sizes)[pool_X]
+    query_XQE = normal(searches, queries, head_dim, seed=seed + 1)
+    found = topk_scan(query_XQE, keys, 16, length_X, pool_X)
+    assert_same_search(query_XQE, rows_PNE[0], 16, length_X, pool_X, found)
+    for mine, plain in zip(found, reference.topk_scan(query_XQE, keys, 16, length_X, pool_X), strict=True):
+        torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-4)
+    valid_XQR = found[1] > -torch.inf
+    one = attend_rows(query_XQE, *rows_PNE, pool_X, found[0], valid_XQR, 0.3)
+    for mine, plain in zip(attend_rows(query_XQE, keys, values, pool_X, found[0], valid_XQR, 0.3), one, strict=True):
+        assert torch.equal(mine, plain)
+    full = [x for x in range(searches) if length_X[x]]
+    if full:
+        slot_XQR, pool_X = found[0][full], pool_X[full]
+        assert torch.equal(gather_rows(keys, slot_XQR, pool_X), reference.gather_rows(keys, slot_XQR, pool_X))
+
+
+def test_pools_are_rows_without_gaps() -> None:
+    assert Pools.of([normal(3, 8), normal(0, 8)]).shape == (2, 3, 8)
+    for wrong in (normal(8, 3).T, normal(3, 16)[:, ::2], normal(3, 4), normal(3, 8).bfloat16()):
+        with pytest.raises(ValueError, match="without gaps"):
+            Pools.of([normal(3, 8), wrong])
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_search_by_codes(data: st.DataObject) -> None:
+    pools, searches = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    queries, keys = data.draw(st.integers(1, 4) | st.just(17)), data.draw(st.integers(1, 900))
+    head_dim, size, top_k = 20, data.draw(st.sampled_from([5, 20, 40])), data.draw(st.sampled_from([1, 3, 16]))
+    parts, seed = data.draw(st.sampled_from([1, 2, 5])), data.draw(st.integers(0, 99))
+    query_XQE = normal(searches, queries, head_dim, seed=seed)
+    keys_PNE = normal(pools, keys, head_dim, seed=seed + 1)
+    # Whole numbers: a code that keeps all of them is exact, one that keeps some ranks as well as it can.
+    query_XQE, keys_PNE = (query_XQE * 9).round(), (keys_PNE * 9).round()
+    codes = [torch.nn.functional.pad(rows, (0, max(0, size - 20)))[..., :size] for rows in (query_XQE, keys_PNE)]
+    code_query_XQD, codes_PND = (code.to(torch.int8) for code in codes)
+    pool_X, length_X = integers(0, pools, searches, seed=seed), integers(0, keys + 1, searches, seed=seed)
+    for p in range(pools):
+        mine_X = length_X[pool_X == p]
+        keys_PNE[p, mine_X.max() if len(mine_X) else 0 :] = torch.nan
+    inputs = (query_XQE, keys_PNE, code_query_XQD, codes_PND, top_k, length_X, pool_X)
+    found = topk_coded(*inputs, parts=parts)
+    clean_PNE = keys_PNE.nan_to_num()
+    if size >= head_dim:
+        assert_same_search(query_XQE, clean_PNE, top_k, length_X, pool_X, found)
+    plain = reference.topk_coded(*inputs, group=8)
+    # Groups that are as good as the last are looked at as well: never less is found.
+    assert (found[1] >= plain[1] - 1e-3).all()
+    assert_true_scores(query_XQE, clean_PNE, top_k, length_X, pool_X, found)
+    assert_true_scores(query_XQE, clean_PNE, top_k, length_X, pool_X, plain)
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_groups_are_chosen_from_in_as_many_rounds_as_it_takes(coded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of hundreds of millions of keys: 8 parts, of which two at a time are chosen from."""
+    monkeypatch.setattr(search, "MOST_GROUPS", 256)
+    keys, length_X, pool_X = 8 * 256 * 16 - 100, torch.tensor([8 * 256 * 16 - 333]), torch.tensor([0])
+    query_XQE, keys_PNE = (normal(1, rows, 16, seed=rows) * 9 for rows in (2, keys))
+    query_XQE, keys_PNE = query_XQE.round(), keys_PNE.round()
+    keys_PNE[:, int(length_X) :] = torch.nan
+    if coded:
+        codes = query_XQE.to(torch.int8), keys_PNE.nan_to_num().to(torch.int8)
+        found = topk_coded(query_XQE, keys_PNE, *codes, 64, length_X, pool_X)
+    else:
+        found = topk_scan(query_XQE, keys_PNE, 64, length_X, pool_X)
+    assert_same_search(query_XQE, keys_PNE.nan_to_num(), 64, length_X, pool_X, found)
+
+
 def test_search_of_nothing() -> None:
     for queries, keys in ((0, 5), (3, 0)):
-        index_XQR, score_XQR = topk_scan(normal(2, queries, 16), normal(2, keys, 16), 4)
-        assert index_XQR.shape == score_XQR.shape == (2, queries, 4)
-        assert not index_XQR.any() and (score_XQR == -torch.inf).all()
+        query_XQE, keys_PNE = normal(2, queries, 16), normal(2, keys, 16)
+        codes = query_XQE.to(torch.int8), keys_PNE.to(torch.int8)
+        for found in (topk_scan(query_XQE, keys_PNE, 4), topk_coded(query_XQE, keys_PNE, *codes, 4)):
+            index_XQR, score_XQR = found
+            assert index_XQR.shape == score_XQR.shape == (2, queries, 4)
+            assert not index_XQR.any() and (score_XQR == -torch.inf).all()
 
 
 @settings(max_examples=25, deadline=None)

@@ -42,12 +42,12 @@ Compile = Annotated[
     bool,
     typer.Option(
         "--compile",
-        help="Faster on a CPU, after some seconds of compiling; needs a C++ compiler.",
+        help="Faster, after some seconds of compiling (on a GPU a minute); needs a C++ compiler.",
     ),
 ]
 Search = Annotated[
     Literal["exact", "index"],
-    typer.Option(help="index is faster in large banks, on a CPU, and finds nearly all (see `longmem index`)."),
+    typer.Option(help="index is faster in large banks, and finds nearly all (see `longmem index`)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 Documents = Annotated[

@@ -158,6 +158,8 @@ def train(
     wrong_fraction: Annotated[float, _setting("Share of streams that read another's bank in a step.")] = 0.1,
     crowded_fraction: Annotated[float, _setting("Share of streams that read their bank among others'.")] = 0.0,
     crowd: Annotated[int, _setting("Streams whose banks are one to those that are crowded.")] = 4,
+    starved_fraction: Annotated[float, _setting("Share of steps that read segments in short windows.")] = 0.0,
+    starved: Annotated[int, _setting("Tokens of such a window.")] = 256,
     lookup_weight: Annotated[float, _setting("Of the memory regulariser.")] = 0.0,
     answer_weight: Annotated[float, _setting("Of tokens that documents mark as answers; of all others 1.")] = 1.0,
     memory: Annotated[bool, _setting("--no-memory trains the memory-free twin.")] = True,

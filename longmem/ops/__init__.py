@@ -3,17 +3,21 @@
 `reference` is the plain PyTorch truth that every faster kernel (`triton`) is checked against; `dispatch` chooses.
 """
 
-from longmem.ops.dispatch import attend_rows, causal_logsumexp, topk_scan
+from longmem.ops.dispatch import attend_rows, causal_logsumexp, gather_rows, reads_apart, topk_coded, topk_scan
 from longmem.ops.loss import linear_cross_entropy, linear_nll
-from longmem.ops.reference import causal_mask, gather_rows, row_scores
+from longmem.ops.pools import Pools
+from longmem.ops.reference import causal_mask, row_scores
 
 __all__ = [
+    "Pools",
     "attend_rows",
     "causal_logsumexp",
     "causal_mask",
     "gather_rows",
     "linear_cross_entropy",
     "linear_nll",
+    "reads_apart",
     "row_scores",
+    "topk_coded",
     "topk_scan",
 ]

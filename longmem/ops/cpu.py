@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longmem.ops import reference
+from longmem.ops.pools import Pools
 
 # Up to so many queries of a search (those of one token), reading the keys is what costs; beyond, the products are.
 FEW = 16
@@ -35,7 +36,7 @@ ROWS = 64
 
 def topk_scan(
     query_XQE: Tensor,
-    keys_PNE: Tensor,
+    keys_PNE: Tensor | Pools,
     top_k: int,
     length_X: Tensor | None = None,
     pool_X: Tensor | None = None,
@@ -66,7 +67,7 @@ def topk_scan(
     score_XQR = torch.empty(searches, queries, top_k)
     for x, (pool, length) in enumerate(zip(pools, lengths, strict=True)):
         query_QE = query_XQE[x] if plainly else query_XQE[x].float()
-        index_XQR[x], score_XQR[x] = search(query_QE, keys_PNE[pool, :length], top_k)
+        index_XQR[x], score_XQR[x] = search(query_QE, keys_PNE[pool][:length], top_k)
     return index_XQR, score_XQR
 
 
@@ -157,8 +158,8 @@ def rescore(
 
 def attend_rows(
     query_XQE: Tensor,
-    keys_PNE: Tensor,
-    values_PNE: Tensor,
+    keys_PNE: Tensor | Pools,
+    values_PNE: Tensor | Pools,
     pool_X: Tensor,
     slot_XQR: Tensor,
     valid_XQR: Tensor,

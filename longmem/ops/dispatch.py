@@ -5,25 +5,35 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
 from torch import Tensor
 
 from longmem.ops import reference
+from longmem.ops.pools import Pools
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+def reads_apart(device: torch.device, top_k: int) -> bool:
+    """Whether searches for so many keys on a device are kernels, which search all pools of `Pools` at once."""
+    if not HAS_TRITON or device.type != "cuda":
+        return False
+    from longmem.ops.triton import search
+
+    return top_k <= search.MOST
+
+
 def topk_scan(
     query_XQE: Tensor,
-    keys_PNE: Tensor,
+    keys_PNE: Tensor | Pools,
     top_k: int,
     length_X: Tensor | None = None,
     pool_X: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if HAS_TRITON and query_XQE.is_cuda:
+    if reads_apart(query_XQE.device, top_k):
         from longmem.ops.triton import search
 
-        if top_k <= search.MOST:
-            return search.topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X)
+        return search.topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X)
     if query_XQE.device.type == "cpu":
         from longmem.ops import cpu
 
@@ -31,10 +41,35 @@ def topk_scan(
     return reference.topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X)
 
 
+def topk_coded(
+    query_XQE: Tensor,
+    keys_PNE: Tensor | Pools,
+    code_query_XQD: Tensor,
+    codes_PND: Tensor | Pools,
+    top_k: int,
+    length_X: Tensor | None = None,
+    pool_X: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    inputs = (query_XQE, keys_PNE, code_query_XQD, codes_PND, top_k, length_X, pool_X)
+    if reads_apart(query_XQE.device, top_k):
+        from longmem.ops.triton import search
+
+        return search.topk_coded(*inputs)
+    return reference.topk_coded(*inputs)
+
+
+def gather_rows(rows_PNE: Tensor | Pools, index_XQR: Tensor, pool_X: Tensor | None = None) -> Tensor:
+    if HAS_TRITON and index_XQR.is_cuda and isinstance(rows_PNE, Pools):
+        from longmem.ops.triton import rows
+
+        return rows.gather_rows(rows_PNE, index_XQR, pool_X)
+    return reference.gather_rows(rows_PNE, index_XQR, pool_X)
+
+
 def attend_rows(
     query_XQE: Tensor,
-    keys_PNE: Tensor,
-    values_PNE: Tensor,
+    keys_PNE: Tensor | Pools,
+    values_PNE: Tensor | Pools,
     pool_X: Tensor,
     slot_XQR: Tensor,
     valid_XQR: Tensor,
@@ -70,5 +105,5 @@ def cross_entropy_slope(logits_XV: Tensor, target_X: Tensor, row_weight_X: Tenso
     return reference.cross_entropy_slope(logits_XV, target_X, row_weight_X)
 
 
-for _function in (topk_scan, attend_rows, causal_logsumexp, cross_entropy_slope):
+for _function in (topk_scan, topk_coded, gather_rows, attend_rows, causal_logsumexp, cross_entropy_slope):
     _function.__doc__ = getattr(reference, _function.__name__).__doc__

@@ -1,7 +1,8 @@
 """Plain PyTorch kernels: the truth that faster ones are tested against.
 
 X independent searches (a memory head and a batch row each), Q queries, P pools of N keys and values, E head size,
-R retrieved; B batch, K key-value heads, G query heads each, T query tokens, S local keys; V vocabulary.
+R retrieved, D numbers of a code, M groups of keys, C candidates; B batch, K key-value heads, G query heads each,
+T query tokens, S local keys; V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,17 +11,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longmem.ops.pools import Pools
+
 # A block of scores is kept below this many elements, so that a search needs bounded memory however large the bank.
 MAX_SCORES = {"cpu": 1 << 25, "cuda": 1 << 30}
 # Keys are first ranked by the best of this many neighbours: the R best keys lie in the R best groups.
 GROUP = 16
+# Groups of keys that are chosen by their codes lie within so many keys, as far apart as they can.
+TILE = 128
 # Score of a key that does not exist; far below any real one, and finite in bfloat16.
 BEYOND = -1e30
 
 
 def topk_scan(
     query_XQE: Tensor,
-    keys_PNE: Tensor,
+    keys_PNE: Tensor | Pools,
     top_k: int,
     length_X: Tensor | None = None,
     pool_X: Tensor | None = None,
@@ -31,7 +36,8 @@ def topk_scan(
         query_XQE: queries.
         keys_PNE: pools of keys, any strides.
         top_k: R; may exceed N.
-        length_X: only the first `length_X[x]` keys of each search count; all by default.
+        length_X: only the first `length_X[x]` keys of each search count; all by default. Of `Pools`, which may differ
+            in size, it has to be given.
         pool_X: which pool each search reads; its own by default (P = X).
 
     Returns:
@@ -39,6 +45,9 @@ def topk_scan(
         score is −inf and the index 0.
     """
     searches, queries, _ = query_XQE.shape
+    if isinstance(keys_PNE, Pools):
+        assert length_X is not None
+        return _topk_scan_apart(query_XQE, keys_PNE, top_k, length_X, pool_X)
     keys_XNE = keys_PNE if pool_X is None else keys_PNE[pool_X]
     num_keys = keys_XNE.shape[1]
     kept = min(top_k, num_keys)
@@ -67,6 +76,69 @@ def topk_scan(
     return index_XQR.masked_fill_(nothing_XQR, 0), score_XQR.masked_fill_(nothing_XQR, -torch.inf)
 
 
+def _topk_scan_apart(
+    query_XQE: Tensor, keys: Pools, top_k: int, length_X: Tensor, pool_X: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`topk_scan`, one search after another."""
+    pools = range(len(query_XQE)) if pool_X is None else pool_X.tolist()
+    found = [
+        topk_scan(query_XQE[x : x + 1], keys[pool][None, :length], top_k)
+        for x, (pool, length) in enumerate(zip(pools, length_X.tolist(), strict=True))
+    ]
+    index_XQR, score_XQR = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return index_XQR, score_XQR
+
+
+def topk_coded(
+    query_XQE: Tensor,
+    keys_PNE: Tensor | Pools,
+    code_query_XQD: Tensor,
+    codes_PND: Tensor | Pools,
+    top_k: int,
+    length_X: Tensor | None = None,
+    pool_X: Tensor | None = None,
+    *,
+    group: int = GROUP,
+) -> tuple[Tensor, Tensor]:
+    """The `top_k` keys of largest dot product among those of the 2 · R groups whose codes score best.
+
+    Scores are those of the keys; what a code's rounding can hide is a key in a group of none but worse looking ones.
+
+    Args:
+        query_XQE, keys_PNE, top_k, length_X, pool_X: as for `topk_scan`.
+        code_query_XQD, codes_PND: int8; what stands for a query and for each of the keys. Products of the two rank
+            keys nearly as their scores do.
+        group: keys of a group; of each 128 keys the first group holds every (128 / `group`)-th.
+
+    Returns:
+        index_XQR and score_XQR as `topk_scan` returns them.
+    """
+    searches, queries, _ = query_XQE.shape
+    index_XQR = torch.zeros(searches, queries, top_k, dtype=torch.int64, device=query_XQE.device)
+    score_XQR = torch.full(index_XQR.shape, -torch.inf, device=query_XQE.device)
+    for x in range(searches if queries else 0):
+        pool = x if pool_X is None else int(pool_X[x])
+        length = keys_PNE.shape[1] if length_X is None else int(length_X[x])
+        keys_NE, codes_ND = keys_PNE[pool][:length].float(), codes_PND[pool][:length]
+        if length == 0:
+            continue
+        # int8 products are exact in float32 as long as rows are shorter than a thousand numbers.
+        rough_QN = code_query_XQD[x].float() @ codes_ND.float().T
+        padded_QN = F.pad(rough_QN, (0, -length % TILE), value=-torch.inf)
+        best_QM = padded_QN.unflatten(-1, (-1, group, TILE // group)).amax(-2).flatten(1)
+        kept = min(2 * top_k, best_QM.shape[-1])
+        group_QM = best_QM.topk(kept, dim=-1).indices
+        first_QM = group_QM // (TILE // group) * TILE + group_QM % (TILE // group)
+        candidate_QC = (first_QM[..., None] + TILE // group * torch.arange(group, device=first_QM.device)).flatten(1)
+        score_QN = query_XQE[x].float() @ keys_NE.T
+        score_QC = score_QN.gather(-1, candidate_QC.clamp(max=length - 1))
+        score_QC = score_QC.masked_fill(candidate_QC >= length, -torch.inf)
+        kept = min(top_k, score_QC.shape[-1])
+        score_XQR[x, :, :kept], among_QR = score_QC.topk(kept, dim=-1)
+        index_XQR[x, :, :kept] = candidate_QC.gather(-1, among_QR)
+    return index_XQR.masked_fill_(score_XQR == -torch.inf, 0), score_XQR
+
+
 def _topk(score_XQN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """`score_XQN.topk(top_k)`, several times cheaper for long rows: groups of keys are ranked first."""
     num_keys = score_XQN.shape[-1]
@@ -85,8 +157,11 @@ def _topk(score_XQN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return best_XQR, candidate_XQC.gather(-1, among_XQR)
 
 
-def gather_rows(rows_PNE: Tensor, index_XQR: Tensor, pool_X: Tensor | None = None) -> Tensor:
+def gather_rows(rows_PNE: Tensor | Pools, index_XQR: Tensor, pool_X: Tensor | None = None) -> Tensor:
     """Rows of pools by index, (X, Q, R, E); x reads pool `pool_X[x]`, its own by default (P = X)."""
+    if isinstance(rows_PNE, Pools):
+        pools = range(len(index_XQR)) if pool_X is None else pool_X.tolist()
+        return torch.stack([rows_PNE[pool][index_QR] for pool, index_QR in zip(pools, index_XQR, strict=True)])
     pool_X = torch.arange(len(rows_PNE), device=rows_PNE.device) if pool_X is None else pool_X
     # Not by flattening pools: those of a bank that has room to grow are a view, and would be copied whole.
     return rows_PNE[pool_X[:, None, None], index_XQR]
@@ -94,8 +169,8 @@ def gather_rows(rows_PNE: Tensor, index_XQR: Tensor, pool_X: Tensor | None = Non
 
 def attend_rows(
     query_XQE: Tensor,
-    keys_PNE: Tensor,
-    values_PNE: Tensor,
+    keys_PNE: Tensor | Pools,
+    values_PNE: Tensor | Pools,
     pool_X: Tensor,
     slot_XQR: Tensor,
     valid_XQR: Tensor,
@@ -119,7 +194,8 @@ def attend_rows(
         row is valid.
     """
     value_XQRE = gather_rows(values_PNE, slot_XQR, pool_X).to(query_XQE.dtype)
-    score_XQR = row_scores(query_XQE, keys_PNE, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ)
+    key_XQRE = gather_rows(keys_PNE, slot_XQR, pool_X)
+    score_XQR = row_scores(query_XQE, key_XQRE, valid_XQR, scaling, order_XQR, discount_XQ)
     nothing_XQ1 = ~valid_XQR.any(-1, keepdim=True)
     # An all −inf row has no softmax; any finite stand-in will do, since its weights are set to 0.
     weight_XQR = score_XQR.masked_fill(nothing_XQ1, 0.0).softmax(-1).masked_fill(nothing_XQ1, 0.0)
@@ -130,17 +206,14 @@ def attend_rows(
 
 def row_scores(
     query_XQE: Tensor,
-    keys_PNE: Tensor,
-    pool_X: Tensor,
-    slot_XQR: Tensor,
+    key_XQRE: Tensor,
     valid_XQR: Tensor,
     scaling: float,
     order_XQR: Tensor | None = None,
     discount_XQ: Tensor | None = None,
 ) -> Tensor:
-    """Scaled scores (X, Q, R) of each query's own rows, float32, discounted if asked; −inf where there is no row."""
-    key_XQRE = gather_rows(keys_PNE, slot_XQR, pool_X).to(query_XQE.dtype)
-    score_XQR = torch.matmul(key_XQRE, query_XQE[..., None]).squeeze(-1).float() * scaling
+    """Scaled scores (X, Q, R) of each query's own keys, float32, discounted if asked; −inf where there is none."""
+    score_XQR = torch.matmul(key_XQRE.to(query_XQE.dtype), query_XQE[..., None]).squeeze(-1).float() * scaling
     score_XQR = score_XQR.masked_fill(~valid_XQR, -torch.inf)
     if order_XQR is None or discount_XQ is None:
         return score_XQR

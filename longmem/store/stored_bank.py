@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longmem.approximate import BankIndex
-from longmem.bank import BankEntry, MemoryBank, require_cpu
+from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec
 from longmem.errors import (
     BankError,
@@ -184,6 +184,7 @@ class StoredBank(MemoryBank):
         store = self._store
         store.manifest.require_writable()
         self.use_index(index)
+        used = self.index
         path = store.index_path(self._id)
         temporary = path.with_name(f"{secrets.token_hex(16)}.tmp")
         try:
@@ -191,7 +192,7 @@ class StoredBank(MemoryBank):
             write_index(temporary, index)
             with store.manifest.transaction():
                 self.refresh()
-                if self.index is not index:
+                if self.index is not used:
                     raise BankIndexError(
                         f"A source of bank {self.name!r} was forgotten while its index was made, so the index was not "
                         "kept. Make it again."
@@ -215,9 +216,8 @@ class StoredBank(MemoryBank):
             BankIndexError: there is none, or it was made for other tokens.
             StoreCorruptError: its file is damaged.
             MissingExtraError: it needs faiss, which is not installed.
-            ConfigError: the bank is not on the CPU.
+            ConfigError: the bank is not on the CPU, and the index has inverted files.
         """
-        require_cpu(self)
         path = self._store.index_path(self._id)
         again = f"Make one: `longmem index --store {self._store.folder} --bank {self.name}`; or search exactly."
         if not path.exists():

@@ -11,11 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longmem.ops.pools import Pools
+from longmem.ops.triton.rows import Source, pool_at
+
 
 def attend_rows(
     query_XQE: Tensor,
-    keys_PNE: Tensor,
-    values_PNE: Tensor,
+    keys_PNE: Tensor | Pools,
+    values_PNE: Tensor | Pools,
     pool_X: Tensor,
     slot_XQR: Tensor,
     valid_XQR: Tensor,
@@ -29,62 +32,61 @@ def attend_rows(
     """
     if order_XQR is None:
         discount_XQ = None
+    keys, values = Source.of(keys_PNE), Source.of(values_PNE)
+    assert keys[2:] == values[2:] and keys.rows.dtype == values.rows.dtype
     return _AttendRows.apply(
-        query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ
+        query_XQE, *keys[:2], *values, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ
     )
 
 
 class _AttendRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ):
+    def forward(
+        ctx, query_XQE, keys, keys_address_P, values, values_address_P, stride_p, stride_n,
+        pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ,
+    ):  # fmt: skip
         searches, queries, head_dim = query_XQE.shape
         found = slot_XQR.shape[-1]
         query_XQE, slot_XQR, valid_XQR = query_XQE.contiguous(), slot_XQR.contiguous(), valid_XQR.contiguous()
-        pool_X = pool_X.contiguous()
         newest = discount_XQ is not None
-        # A kernel that discounts nothing reads neither.
-        order_XQR = order_XQR.contiguous() if newest else slot_XQR
-        discount_XQ = discount_XQ.float().contiguous() if newest else query_XQE
-        assert keys_PNE.stride() == values_PNE.stride() and keys_PNE.stride(2) == 1
+        inputs = (
+            query_XQE, keys, keys_address_P, values, values_address_P, pool_X.contiguous(), slot_XQR, valid_XQR,
+            order_XQR.contiguous() if newest else None, discount_XQ.float().contiguous() if newest else None,
+        )  # fmt: skip
         output_XQE = torch.empty_like(query_XQE)
         logsumexp_XQ = torch.empty(searches, queries, dtype=torch.float32, device=query_XQE.device)
-        ctx.sizes = (queries, found, head_dim, keys_PNE.stride(0), keys_PNE.stride(1), scaling)
+        ctx.sizes = (queries, found, head_dim, stride_p, stride_n, scaling)
         ctx.blocks = {
+            "ALIGNED": Source(values, values_address_P, stride_p, stride_n).aligned,
             "R": triton.next_power_of_2(found),
             "E": triton.next_power_of_2(head_dim),
-            "NEWEST": newest,
         }
+        ctx.warps = 4 if newest else 2
         if logsumexp_XQ.numel():
             _attend_forward[(searches * queries,)](
-                query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, order_XQR, discount_XQ,
-                output_XQE, logsumexp_XQ, *ctx.sizes, **ctx.blocks, num_warps=4 if newest else 2,
-            )  # fmt: skip
-        ctx.save_for_backward(
-            query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, order_XQR, discount_XQ,
-            output_XQE, logsumexp_XQ,
-        )  # fmt: skip
+                *inputs, output_XQE, logsumexp_XQ, *ctx.sizes, **ctx.blocks, num_warps=ctx.warps
+            )
+        ctx.save_for_backward(*inputs, output_XQE, logsumexp_XQ)
         return output_XQE, logsumexp_XQ
 
     @staticmethod
     def backward(ctx, grad_output_XQE, grad_logsumexp_XQ):  # type: ignore[override]
-        query_XQE, *_ = ctx.saved_tensors
-        newest = ctx.blocks["NEWEST"]
+        query_XQE, *_, discount_XQ, _, _ = ctx.saved_tensors
         grad_query_XQE = torch.empty_like(query_XQE)
-        grad_discount_XQ = torch.empty_like(grad_logsumexp_XQ, dtype=torch.float32) if newest else None
+        grad_discount_XQ = None if discount_XQ is None else torch.empty_like(discount_XQ)
         programs = grad_logsumexp_XQ.numel()
         if programs:
             _attend_backward[(programs,)](
                 *ctx.saved_tensors, grad_output_XQE.contiguous(), grad_logsumexp_XQ.contiguous(), grad_query_XQE,
-                grad_query_XQE if grad_discount_XQ is None else grad_discount_XQ,
-                *ctx.sizes, **ctx.blocks, num_warps=4 if newest else 2,
+                grad_discount_XQ, *ctx.sizes, **ctx.blocks, num_warps=ctx.warps,
             )  # fmt: skip
-        return grad_query_XQE, None, None, None, None, None, None, None, grad_discount_XQ
+        return grad_query_XQE, *[None] * 11, grad_discount_XQ
 
 
 @triton.jit
-def _gather(rows_ptr, pool, slot_R, valid_R, stride_p, stride_n, head_dim, e):
+def _gather(begin, slot_R, valid_R, stride_n, head_dim, e):
     """Rows (R, E) of a pool, in float32."""
-    at = rows_ptr + pool * stride_p + slot_R[:, None] * stride_n + e[None, :]
+    at = begin + slot_R[:, None] * stride_n + e[None, :]
     return tl.load(at, mask=valid_R[:, None] & (e < head_dim)[None, :], other=0.0).to(tl.float32)
 
 
@@ -108,20 +110,22 @@ def _newer(order_R, r):
 
 @triton.jit
 def _attend_forward(
-    query_ptr, keys_ptr, values_ptr, pool_ptr, slot_ptr, valid_ptr, order_ptr, discount_ptr, output_ptr, logsumexp_ptr,
-    queries, found, head_dim, stride_p, stride_n, scaling, R: tl.constexpr, E: tl.constexpr, NEWEST: tl.constexpr,
+    query_ptr, keys_ptr, keys_address_ptr, values_ptr, values_address_ptr, pool_ptr, slot_ptr, valid_ptr,
+    order_ptr, discount_ptr, output_ptr, logsumexp_ptr, queries, found, head_dim, stride_p, stride_n, scaling,
+    ALIGNED: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     xq = tl.program_id(0).to(tl.int64)
     r, e = tl.arange(0, R), tl.arange(0, E)
-    pool = tl.load(pool_ptr + xq // queries).to(tl.int64)
+    keys = pool_at(keys_ptr, keys_address_ptr, pool_ptr, xq // queries, stride_p, ALIGNED)
+    values = pool_at(values_ptr, values_address_ptr, pool_ptr, xq // queries, stride_p, ALIGNED)
     slot_R = tl.load(slot_ptr + xq * found + r, mask=r < found, other=0)
     valid_R = tl.load(valid_ptr + xq * found + r, mask=r < found, other=0) != 0
     query_E = tl.load(query_ptr + xq * head_dim + e, mask=e < head_dim, other=0.0).to(tl.float32)
-    key_RE = _gather(keys_ptr, pool, slot_R, valid_R, stride_p, stride_n, head_dim, e)
-    value_RE = _gather(values_ptr, pool, slot_R, valid_R, stride_p, stride_n, head_dim, e)
+    key_RE = _gather(keys, slot_R, valid_R, stride_n, head_dim, e)
+    value_RE = _gather(values, slot_R, valid_R, stride_n, head_dim, e)
     score_R = tl.where(valid_R, tl.sum(key_RE * query_E[None, :], axis=1) * scaling, float("-inf"))
     weight_R, logsumexp = _normalised(score_R)
-    if NEWEST:
+    if discount_ptr is not None:
         order_R = tl.load(order_ptr + xq * found + r, mask=r < found, other=0)
         newer_R = tl.sum(tl.where(_newer(order_R, r), weight_R[None, :], 0.0), axis=1)
         weight_R, logsumexp = _normalised(score_R - tl.load(discount_ptr + xq) * newer_R)
@@ -132,26 +136,28 @@ def _attend_forward(
 
 @triton.jit
 def _attend_backward(
-    query_ptr, keys_ptr, values_ptr, pool_ptr, slot_ptr, valid_ptr, order_ptr, discount_ptr, output_ptr, logsumexp_ptr,
+    query_ptr, keys_ptr, keys_address_ptr, values_ptr, values_address_ptr, pool_ptr, slot_ptr, valid_ptr,
+    order_ptr, discount_ptr, output_ptr, logsumexp_ptr,
     grad_output_ptr, grad_logsumexp_ptr, grad_query_ptr, grad_discount_ptr,
-    queries, found, head_dim, stride_p, stride_n, scaling, R: tl.constexpr, E: tl.constexpr, NEWEST: tl.constexpr,
+    queries, found, head_dim, stride_p, stride_n, scaling, ALIGNED: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     xq = tl.program_id(0).to(tl.int64)
     r, e = tl.arange(0, R), tl.arange(0, E)
-    pool = tl.load(pool_ptr + xq // queries).to(tl.int64)
+    keys = pool_at(keys_ptr, keys_address_ptr, pool_ptr, xq // queries, stride_p, ALIGNED)
+    values = pool_at(values_ptr, values_address_ptr, pool_ptr, xq // queries, stride_p, ALIGNED)
     slot_R = tl.load(slot_ptr + xq * found + r, mask=r < found, other=0)
     valid_R = tl.load(valid_ptr + xq * found + r, mask=r < found, other=0) != 0
     query_E = tl.load(query_ptr + xq * head_dim + e, mask=e < head_dim, other=0.0).to(tl.float32)
     output_E = tl.load(output_ptr + xq * head_dim + e, mask=e < head_dim, other=0.0).to(tl.float32)
     grad_E = tl.load(grad_output_ptr + xq * head_dim + e, mask=e < head_dim, other=0.0).to(tl.float32)
-    key_RE = _gather(keys_ptr, pool, slot_R, valid_R, stride_p, stride_n, head_dim, e)
-    value_RE = _gather(values_ptr, pool, slot_R, valid_R, stride_p, stride_n, head_dim, e)
+    key_RE = _gather(keys, slot_R, valid_R, stride_n, head_dim, e)
+    value_RE = _gather(values, slot_R, valid_R, stride_n, head_dim, e)
     logsumexp = tl.load(logsumexp_ptr + xq)
     logsumexp = tl.where(logsumexp > float("-inf"), logsumexp, 0.0)
     score_R = tl.where(valid_R, tl.sum(key_RE * query_E[None, :], axis=1) * scaling, float("-inf"))
     # d output / d score_r = w_r (v_r − output), d logsumexp / d score_r = w_r
     slope_R = tl.sum(value_RE * grad_E[None, :], axis=1) - tl.sum(output_E * grad_E) + tl.load(grad_logsumexp_ptr + xq)
-    if NEWEST:
+    if discount_ptr is not None:
         # With c the discount, a the weights before it, n_r = Σ a_s over the newer s:
         # dn_r / d score_s = a_s ([s newer] − n_r)
         discount = tl.load(discount_ptr + xq)

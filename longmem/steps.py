@@ -1,0 +1,209 @@
+"""Texts side by side, one step a token for all of them.
+
+    tokens of a text → forward, once → its place in the windows
+    one token of every row → backbone + SideNet ⇄ banks → logits, recorded on a GPU and replayed
+
+A token of one text makes a GPU wait for the launch of some thousand kernels and for the weights to be read; a
+recorded step is one launch, and its weights serve every text.
+
+B texts, T tokens, N tokens of a stretch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from longmem.attention import MemoryRead
+from longmem.bank import MemoryBank
+from longmem.data import to_device
+from longmem.decoding import KeyValueBuffer
+from longmem.errors import ConfigError
+from longmem.index import PlacedReader, Retrieve
+from longmem.model import LongMem, ModelCache
+from longmem.windows import WindowBuffer, Windows, window_step
+
+# Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces.
+_PREFILL = 256
+
+
+def records(device: torch.device) -> bool:
+    """Whether steps are recorded on a device."""
+    return device.type == "cuda"
+
+
+@torch.no_grad()
+def read_on(
+    model: LongMem, tokens_N: Tensor, bank: MemoryBank | None, cache: ModelCache, memory: float
+) -> tuple[Tensor, list[MemoryRead]]:
+    """Read tokens behind what `cache` holds; next-token logits (V,), and what the last piece read."""
+    for piece_T in tokens_N.to(model.device).split(_PREFILL):
+        output = model.forward(piece_T[None], bank, memory=memory, cache=cache, last_only=True)
+    return output.logits_BTV[0, -1], output.reads
+
+
+class BatchCache:
+    """Local windows of B texts: what `LongMem.read` extends by one token a row."""
+
+    def __init__(self, rows: int, capacity: int, device: torch.device, *, compile: bool) -> None:
+        self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        run = torch.compile(window_step, dynamic=False) if compile else window_step
+        self.backbone = Windows(self.length_B, capacity, run)
+        self.sidenet = Windows(self.length_B, capacity, run)
+
+    def look_at(self, room: int) -> None:
+        """Steps look at the first `room` tokens of each window from now on."""
+        self.backbone.room = self.sidenet.room = room
+
+
+class BatchDecoder:
+    """Next-token logits of B texts, one step a token for all of them.
+
+    On a GPU a step is recorded as a CUDA graph when it is first taken, and again when a bank needs more room than the
+    recorded step has (room doubles), or when rows no longer share one bank, or begin to. Otherwise banks may change
+    from step to step. What is read by chunks, or on
+    another device than the model's, is not recorded.
+
+    Args:
+        model: in its final precision, on its final device.
+        rows: B.
+        capacity: tokens that a text's window can hold, prefix included.
+        memory: dial from 0 (the backbone alone) to 1 (the trained strength).
+        compile: fuse what a layer does to a token; pays on a GPU, after a minute.
+
+    Raises:
+        ConfigError: no rows, or a window that does not fit the backbone.
+    """
+
+    def __init__(self, model: LongMem, rows: int, capacity: int, *, memory: float = 1.0, compile: bool = False) -> None:
+        longest = model.backbone.max_positions
+        if rows < 1:
+            raise ConfigError(f"A batch has at least one row; got {rows}.")
+        if not 2 <= capacity <= longest:
+            raise ConfigError(
+                f"A local window of {capacity} tokens does not fit backbone {model.backbone.name!r}: choose 2 to "
+                f"{longest}."
+            )
+        self.model, self.rows, self.capacity, self.memory = model, rows, capacity, memory
+        self._cache = BatchCache(rows, capacity, model.device, compile=compile)
+        self._lengths = [0] * rows
+        self._token_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
+        self._recorded: _Recorded | None = None
+
+    @torch.no_grad()
+    def begin(self, row: int, tokens_N: Tensor, bank: MemoryBank | None = None) -> tuple[Tensor, list[MemoryRead]]:
+        """Read a text into a row, in place of what the row held.
+
+        Args:
+            tokens_N: token ids, prefix included; at most `capacity`.
+
+        Returns:
+            Next-token logits (V,), and what the last piece read (batch of one).
+
+        Raises:
+            ConfigError: the text is empty or longer than the window.
+        """
+        if not 1 <= len(tokens_N) <= self.capacity:
+            raise ConfigError(f"A text of {len(tokens_N)} tokens does not fit a window of {self.capacity}.")
+        cache = self.model.new_cache()
+        result = read_on(self.model, tokens_N, bank, cache, self.memory)
+        for layer, buffer in enumerate(cache.backbone.layers):
+            assert isinstance(buffer, KeyValueBuffer)
+            _fill(self._cache.backbone.of(layer), row, buffer)
+        for (layer, stream), buffer in cache.sidenet.items():
+            _fill(self._cache.sidenet.of(layer, stream), row, buffer)
+        self._lengths[row] = len(tokens_N)
+        self._cache.length_B[row] = len(tokens_N)
+        return result
+
+    @torch.no_grad()
+    def step(self, tokens: Sequence[int | None], banks: Sequence[MemoryBank | None]) -> tuple[Tensor, list[MemoryRead]]:
+        """Add a token to every row.
+
+        Args:
+            tokens: one a row; None leaves a row as it is (its logits mean nothing).
+            banks: one a row, None is an empty one.
+
+        Returns:
+            Next-token logits (B, V), and what was read. On a GPU both are overwritten by the next step.
+
+        Raises:
+            ConfigError: not one token and bank a row, or a row that is full or was never begun.
+            BankMismatchError: a bank was written by another model.
+        """
+        self._check(tokens, banks)
+        self._token_B1.copy_(to_device(torch.tensor([[token or 0] for token in tokens]), self.model.device))
+        model = self.model
+        recording = records(model.device) and PlacedReader.takes(banks, model.config, model.device)
+        # One place more than the longest text has, for the token that it gets.
+        self._cache.look_at(self.capacity if recording else max(self._lengths) + 1)
+        if recording:
+            if self._recorded is None or not self._recorded.fits(banks):
+                self._recorded = None  # its memory is free for the next
+                self._recorded = _Recorded(self, banks)
+            logits_BV, reads = self._recorded.replay(banks)
+        else:
+            logits_BV, reads = self.run(model.reader(banks, self.rows))
+        taken = [int(token is not None) for token in tokens]
+        self._cache.length_B += to_device(torch.tensor(taken), self.model.device)
+        self._lengths = [length + one for length, one in zip(self._lengths, taken, strict=True)]
+        return logits_BV, reads
+
+    def run(self, reader: Retrieve | None) -> tuple[Tensor, list[MemoryRead]]:
+        """What is recorded: the tokens that wait, through everything, to logits (B, V)."""
+        hidden_B1D, reads = self.model.read(self._token_B1, reader, memory=self.memory, cache=self._cache)
+        return self.model.backbone.logits(hidden_B1D)[:, 0], reads
+
+    def _check(self, tokens: Sequence[int | None], banks: Sequence[MemoryBank | None]) -> None:
+        if not len(tokens) == len(banks) == self.rows:
+            raise ConfigError(
+                f"{len(tokens)} tokens and {len(banks)} banks were given for {self.rows} rows; give one of each a row."
+            )
+        if not any(self._lengths):
+            raise ConfigError("No text was begun. Give each row its text with `begin` first.")
+        for row, token in enumerate(tokens):
+            if token is not None and not 0 < self._lengths[row] < self.capacity:
+                what = "is full" if self._lengths[row] else "was never begun"
+                raise ConfigError(
+                    f"Row {row} {what} ({self._lengths[row]} of {self.capacity} tokens). Begin a text in it, or give "
+                    "None."
+                )
+        for bank in banks:
+            if bank is not None:
+                self.model.check(bank)
+
+
+class _Recorded:
+    """A step as a CUDA graph."""
+
+    def __init__(self, decoder: BatchDecoder, banks: Sequence[MemoryBank | None]) -> None:
+        # Where nothing is remembered, there is nothing to record of a search.
+        self._reader = PlacedReader(banks, decoder.model.config, decoder.model.device) if any(banks) else None
+        # Kernels are compiled and memory is taken before the recording. A step writes only behind the texts' ends,
+        # and the step that follows writes there again.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                decoder.run(self._reader)
+        torch.cuda.current_stream().wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = decoder.run(self._reader)
+
+    def fits(self, banks: Sequence[MemoryBank | None]) -> bool:
+        """Whether the step can be replayed over these banks."""
+        return not any(banks) if self._reader is None else self._reader.fits(banks)
+
+    def replay(self, banks: Sequence[MemoryBank | None]) -> tuple[Tensor, list[MemoryRead]]:
+        if self._reader is not None:
+            self._reader.read(banks)
+        self._graph.replay()
+        return self._result
+
+
+def _fill(to: WindowBuffer, row: int, buffer: KeyValueBuffer) -> None:
+    assert buffer.keys is not None and buffer.values is not None
+    to.fill(row, buffer.keys[0], buffer.values[0])

@@ -1,0 +1,132 @@
+"""Steps of texts side by side: every row is what it would be alone, whatever the others do."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from longmem.errors import BankMismatchError, ConfigError
+from longmem.model import LongMem
+from longmem.steps import BatchDecoder
+
+LENGTHS, MORE, CAPACITY = (5, 1, 19), 9, 32
+
+
+def alone(model: LongMem, text_N: torch.Tensor, more_N: torch.Tensor, bank, memory: float) -> list[torch.Tensor]:
+    """Logits after the text and after each further token."""
+    cache = model.new_cache()
+    logits = [model(text_N[None], bank, memory=memory, cache=cache).logits_BTV[0, -1]]
+    logits += [model(one_1[None], bank, memory=memory, cache=cache).logits_BTV[0, -1] for one_1 in more_N.split(1)]
+    return logits
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("update", ["alpha", "difference"])
+@torch.no_grad()
+def test_each_row_is_what_it_would_be_alone(family, update):
+    model = tiny.model(family, update=update)
+    banks = [tiny.bank(model, 30), None, tiny.bank(model, 3, seed=1)]
+    texts = [tiny.tokens(length, seed=length) for length in LENGTHS]
+    more_BN = tiny.tokens(len(texts), MORE)
+    for memory in (1.0, 0.5, 0.0):
+        decoder = BatchDecoder(model, len(texts), CAPACITY, memory=memory)
+        rows = [[decoder.begin(row, text, bank)[0]] for row, (text, bank) in enumerate(zip(texts, banks, strict=True))]
+        for now_B in more_BN.T:
+            logits_BV, _ = decoder.step(now_B.tolist(), banks)
+            for row, logits_V in zip(rows, logits_BV, strict=True):
+                row.append(logits_V)
+        for row, text, more_N, bank in zip(rows, texts, more_BN, banks, strict=True):
+            expected = alone(model, text, more_N, bank, memory)
+            assert (torch.stack(row) - torch.stack(expected)).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_rows_logits_are_the_same_bits_whatever_the_others_hold():
+    model = tiny.model()
+    own, text_N = tiny.bank(model, 30), tiny.tokens(7)
+    seen = []
+    for others in (None, tiny.bank(model, 50, seed=3)):
+        decoder = BatchDecoder(model, 3, CAPACITY)
+        decoder.begin(0, tiny.tokens(3, seed=5), others)
+        decoder.begin(1, text_N, own)
+        decoder.begin(2, tiny.tokens(12, seed=6), own)
+        seen.append([decoder.step([4, 9, 5], [others, own, own])[0][1] for _ in range(4)])
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+@torch.no_grad()
+def test_a_row_may_wait_and_may_begin_anew():
+    model, bank = tiny.model(), None
+    text_N, more = tiny.tokens(6), [3, 8, 2]
+    expected = alone(model, text_N, torch.tensor(more), bank, 1.0)
+    decoder = BatchDecoder(model, 2, CAPACITY)
+    decoder.begin(0, tiny.tokens(9, seed=2))
+    for _ in range(5):
+        decoder.step([7, None], [bank, bank])  # row 1 was never begun
+    decoder.begin(1, text_N)
+    found = [decoder.step([None, more[0]], [bank, bank])[0][1]]
+    found.append(decoder.step([1, more[1]], [bank, bank])[0][1])
+    decoder.step([1, None], [bank, bank])
+    decoder.begin(0, text_N)
+    found.append(decoder.step([more[0], more[2]], [bank, bank])[0][1])
+    assert (torch.stack(found) - torch.stack(expected[1:])).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_bank_may_grow_between_steps():
+    model = tiny.model()
+    bank, larger = tiny.bank(model, 12), tiny.bank(model, 40)
+    decoder = BatchDecoder(model, 1, CAPACITY)
+    decoder.begin(0, tiny.tokens(5), bank)
+    _, reads = decoder.step([3], [bank])
+    assert all(bool((read.index_BKGTR < 12).all()) for read in reads)
+    _, reads = decoder.step([3], [larger])
+    assert any(bool((read.index_BKGTR >= 12).any()) for read in reads)
+
+
+@hypothesis_settings(max_examples=20)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 6))
+def test_texts_of_any_lengths(lengths, steps):
+    model = MODEL
+    decoder = BatchDecoder(model, len(lengths), 12 + 7)
+    texts = [tiny.tokens(length, seed=i) for i, length in enumerate(lengths)]
+    for row, text in enumerate(texts):
+        logits_V, _ = decoder.begin(row, text)
+        assert torch.allclose(logits_V, model(text[None]).logits_BTV[0, -1], atol=1e-4)
+    for step in range(steps):
+        logits_BV, _ = decoder.step([step] * len(texts), [None] * len(texts))
+        for row, text in enumerate(texts):
+            all_N = torch.cat((text, torch.arange(step + 1)))
+            assert torch.allclose(logits_BV[row], model(all_N[None]).logits_BTV[0, -1], atol=1e-4)
+
+
+def test_what_cannot_be_is_named():
+    model = tiny.model()
+    with pytest.raises(ConfigError, match="at least one row"):
+        BatchDecoder(model, 0, 8)
+    with pytest.raises(ConfigError, match="300 tokens does not fit"):
+        BatchDecoder(model, 1, 300)
+    decoder = BatchDecoder(model, 2, 8)
+    with pytest.raises(ConfigError, match="No text was begun"):
+        decoder.step([1, 1], [None, None])
+    with pytest.raises(ConfigError, match="9 tokens does not fit"):
+        decoder.begin(0, tiny.tokens(9))
+    with pytest.raises(ConfigError, match="0 tokens"):
+        decoder.begin(0, tiny.tokens(0))
+    decoder.begin(0, tiny.tokens(7))
+    with pytest.raises(ConfigError, match="Row 1 was never begun"):
+        decoder.step([1, 1], [None, None])
+    with pytest.raises(ConfigError, match="1 tokens and 2 banks"):
+        decoder.step([1], [None, None])
+    decoder.step([1, None], [None, None])
+    with pytest.raises(ConfigError, match="Row 0 is full"):
+        decoder.step([1, None], [None, None])
+    with pytest.raises(BankMismatchError):
+        decoder.step([None, None], [tiny.bank(tiny.model(seed=3), 4), None])
+
+
+MODEL = tiny.model()
