@@ -484,7 +484,7 @@ class LongMem(nn.Module):
         return recall(self, bank, query, top_k, words)
 
     def make_index(self, bank: MemoryBank, *, recall: float = 0.99, text: str | None = None) -> BankIndex:
-        """A small copy of a bank's keys to search large banks by, on a CPU (see `longmem.indexing.make_index`)."""
+        """A small copy of a bank's keys to search large banks by (see `longmem.indexing.make_index`)."""
         from longmem.indexing import make_index
 
         return make_index(self, bank, recall=recall, text=text)

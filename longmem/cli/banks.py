@@ -231,13 +231,14 @@ def index(
     ] = None,
     drop: Annotated[bool, typer.Option("--drop", help="Remove the bank's index.")] = False,
     model: common.Model = common.DEFAULT_MODEL,
+    device: Annotated[str, typer.Option(help="Where the bank will be searched: cpu, cuda, cuda:1, auto.")] = "cpu",
     as_json: common.Json = False,
 ) -> None:
-    """Make a large bank fast to search on a CPU, for `--search index`, and say how much is found so."""
+    """Make a large bank fast to search, for `--search index`, and say how much is found so."""
     from longmem.store import MemoryStore
 
     with MemoryStore.open(store, create=False) as opened:
-        target = opened.bank(bank)
+        target = opened.bank(bank, device="cpu" if drop else common.device_of(device))
         if drop:
             had = target.drop_index()
             if as_json:
@@ -250,7 +251,7 @@ def index(
         from longmem.indexing import make_index, steps
 
         read = None if text is None else read_text(text)
-        loaded = common.load_model(model, "cpu")
+        loaded = common.load_model(model, device)
         with common.counting("indexing", steps(loaded), "steps") as advance:
             made = make_index(loaded, target, recall=recall, text=read, on_step=advance)
         target.save_index(made)
