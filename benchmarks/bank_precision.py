@@ -2,9 +2,9 @@
 
     python benchmarks/bank_precision.py TEXTS [--model smollm2-135m] [--prefill 8192] [--segments 2] [--out FILE.json]
 
-Blocks that start empty, as in `longmem eval perplexity --protocol blocks`; every document's bank is rounded by
-`longmem.codec`, and read back in bfloat16. Beside it plain rounding with one scale a row, for comparison. TEXTS is
-what `longmem eval perplexity` takes.
+Blocks that start empty, as in `longmem eval perplexity --protocol blocks`; every document's bank is rounded as a bank
+of the model rounds it, and read back in bfloat16. Beside it, for comparison, the same centred on the document's own
+mean, and plain rounding with one scale a row. TEXTS is what `longmem eval perplexity` takes.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from longmem import LongMem
+from longmem.bank import BankEntry, packed, unpacked
 from longmem.cli.common import load_documents
 from longmem.codec import pack_rows, unpack_rows
+from longmem.config import BankSpec
 from longmem.index import StreamBanks
 from longmem.ops import linear_nll
 
@@ -33,13 +35,34 @@ def plain(rows_HNE: Tensor, bits: int) -> Tensor:
     return ((rows_HNE.float() / scale_HN1).round() * scale_HN1).bfloat16()
 
 
-WAYS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
-    "bfloat16": (2.0, lambda rows_HNE: rows_HNE),
-    "8 bits": (1.0, lambda rows_HNE: unpack_rows(pack_rows(rows_HNE, 8))),
-    "4 bits": (0.5, lambda rows_HNE: unpack_rows(pack_rows(rows_HNE, 4))),
-    "8 bits, plain": (1.0, lambda rows_HNE: plain(rows_HNE, 8)),
-    "4 bits, plain": (0.5, lambda rows_HNE: plain(rows_HNE, 4)),
-}
+def kept(spec: BankSpec) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Keys and values as a bank of this spec reads them back."""
+
+    def read(keys_HNE: Tensor, values_HNE: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = keys_HNE.shape[1]
+        places = torch.zeros(tokens, dtype=torch.int64), torch.zeros(tokens, 2, dtype=torch.int64)
+        entry = unpacked(packed(BankEntry("", "", 0, *places, keys_HNE, values_HNE), spec), spec)
+        return entry.keys_HNE, entry.values_HNE
+
+    return read
+
+
+def each(way: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return lambda keys_HNE, values_HNE: (way(keys_HNE), way(values_HNE))
+
+
+Way = tuple[float, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]
+
+
+def ways_for(model: LongMem) -> dict[str, Way]:
+    """Bytes a number, and what is read back."""
+    return {
+        "bfloat16": (2.0, kept(model.bank_spec)),
+        "8 bits": (1.0, kept(model.bank_spec_in("int8"))),
+        "4 bits": (0.5, kept(model.bank_spec_in("int4"))),
+        "4 bits, their own centre": (0.5, each(lambda rows_HNE: unpack_rows(pack_rows(rows_HNE, 4)))),
+        "4 bits, plain": (0.5, each(lambda rows_HNE: plain(rows_HNE, 4))),
+    }
 
 
 @torch.no_grad()
@@ -57,13 +80,14 @@ def main() -> None:
     documents = load_documents(args.texts, model.backbone)
     segment, needed = 1024, args.prefill + args.segments * 1024
     chosen = [i for i, name in enumerate(documents.names) if args.named in name and documents.lengths[i] >= needed]
-    losses: dict[str, list[float]] = {name: [] for name in ("empty", *WAYS)}
+    ways = ways_for(model)
+    losses: dict[str, list[float]] = {name: [] for name in ("empty", *ways)}
     names = []
     for index in chosen[: args.documents]:
         names.append(documents.names[index])
         tokens_1N = torch.from_numpy(documents[index][:needed].astype(np.int64))[None].to(model.device)
         keys_HNE, values_HNE = (rows_HNE.to(model.device) for rows_HNE in model.encode(tokens_1N[0]))
-        rounded = {name: (way(keys_HNE), way(values_HNE)) for name, (_, way) in WAYS.items()}
+        rounded = {name: way(keys_HNE, values_HNE) for name, (_, way) in ways.items()}
         sums = dict.fromkeys(losses, 0.0)
         for first in range(args.prefill, needed, segment):
             prefix_11 = tokens_1N.new_full((1, 1), model.backbone.prefix_token_id)
@@ -87,13 +111,13 @@ def main() -> None:
     mean = {name: float(np.mean(values)) for name, values in losses.items()}
     print("| | bytes a token and head | of all heads | gain | gain kept |\n|---|---|---|---|---|")
     rows = []
-    for name, (number_bytes, _) in WAYS.items():
+    for name, (number_bytes, _) in ways.items():
         per_head = int(2 * head_dim * number_bytes) + (0 if name == "bfloat16" else 4)
         saved = mean["empty"] - mean[name]
-        kept = saved / (mean["empty"] - mean["bfloat16"])
+        share = saved / (mean["empty"] - mean["bfloat16"])
         gain = 1 - np.exp(-saved)
-        rows.append({"way": name, "bytes_per_head": per_head, "gain": gain, "kept": kept})
-        print(f"| {name} | {per_head} | {heads * per_head} | {100 * gain:.2f} % | {100 * kept:.1f} % |")
+        rows.append({"way": name, "bytes_per_head": per_head, "gain": gain, "kept": share})
+        print(f"| {name} | {per_head} | {heads * per_head} | {100 * gain:.2f} % | {100 * share:.1f} % |")
     if args.out is not None:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         settings = {"model": args.model, "prefill": args.prefill, "segments": args.segments, "commit": commit}

@@ -1,16 +1,25 @@
 """MemoryBank: remembered keys, values and where they came from. No model inside, no disk inside.
 
-H memory heads (in the order of `BankSpec.memory_heads`), N remembered tokens, E head size.
+A bank that was thinned (`longmem.retention`) keeps the text and the token ids of all that was written, and keys and
+values of some of its tokens: its rows.
+
+H memory heads (in the order of `BankSpec.memory_heads`), N rows, M tokens of a text, E head size, P bytes of a rounded
+row.
 """
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from longmem.approximate import BankIndex, fingerprint
+from longmem.codec import PackedRows, pack_rows, unpack_rows
 from longmem.config import BankSpec
 from longmem.errors import BankError, BankIndexError, ConfigError, SourceError
 
@@ -28,6 +37,7 @@ class BankEntry:
         token_ids_N: int64.
         offsets_N2: int64, [start, end) of each token in the source, in characters.
         keys_HNE, values_HNE: the backbone's keys (before rotary) and values of the memory heads.
+        kept_K: int64, which of the tokens the keys and values are of, ascending; None is all of them.
     """
 
     source: str
@@ -37,9 +47,74 @@ class BankEntry:
     offsets_N2: Tensor
     keys_HNE: Tensor
     values_HNE: Tensor
+    kept_K: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token_ids_N.numel()
+
+    @property
+    def rows(self) -> int:
+        """Tokens that have keys and values."""
+        return len(self) if self.kept_K is None else self.kept_K.numel()
+
+    def thinned(self, keep_N: Tensor) -> BankEntry:
+        """The same with fewer rows: those where `keep_N` (bool, one a row) is True."""
+        kept_N = torch.arange(len(self)) if self.kept_K is None else self.kept_K
+        rows = (self.keys_HNE[:, keep_N], self.values_HNE[:, keep_N])
+        return dataclasses.replace(self, keys_HNE=rows[0], values_HNE=rows[1], kept_K=kept_N[keep_N])
+
+
+def packed(entry: BankEntry, spec: BankSpec) -> BankEntry:
+    """An entry as a bank of this spec keeps it on disk: keys and values of few bits are uint8, (H, N, P)."""
+    if spec.precision == "full":
+        return entry
+    rows = zip((entry.keys_HNE, entry.values_HNE), _centres(spec), strict=True)
+    keys_HNP, values_HNP = (pack_rows(rows_HNE, spec.bits, centre_HE).to_bytes() for rows_HNE, centre_HE in rows)
+    return dataclasses.replace(entry, keys_HNE=keys_HNP, values_HNE=values_HNP)
+
+
+def unpacked(entry: BankEntry, spec: BankSpec) -> BankEntry:
+    """What `packed` gave, as it is read.
+
+    Raises:
+        BankError: keys or values have another shape than the spec says.
+    """
+    if spec.precision == "full":
+        return entry
+    shape = (len(spec.memory_heads), entry.rows, spec.row_bytes)
+    rows = []
+    for bytes_HNP, centre_HE in zip((entry.keys_HNE, entry.values_HNE), _centres(spec), strict=True):
+        if tuple(bytes_HNP.shape) != shape or bytes_HNP.dtype != torch.uint8:
+            raise BankError(
+                f"Keys or values of source {entry.source!r} have shape {tuple(bytes_HNP.shape)} and dtype "
+                f"{bytes_HNP.dtype}; {shape} and {torch.uint8} were expected for {spec.precision}."
+            )
+        rows.append(unpack_rows(PackedRows.from_bytes(bytes_HNP, spec.bits, centre_HE), DTYPES[spec.dtype]))
+    return dataclasses.replace(entry, keys_HNE=rows[0], values_HNE=rows[1])
+
+
+def centre_text(centres_2HE: Tensor) -> str:
+    """`BankSpec.centre` of the centres of keys and of values."""
+    return base64.b64encode(centres_2HE.float().cpu().numpy().astype("<f4").tobytes()).decode()
+
+
+def _centres(spec: BankSpec) -> Tensor:
+    """(2, H, E), float32."""
+    return _read_centre(spec.centre, len(spec.memory_heads), spec.head_dim)
+
+
+@cache
+def _read_centre(centre: str | None, heads: int, head_dim: int) -> Tensor:
+    if centre is None:
+        return torch.zeros(2, heads, head_dim)
+    try:
+        numbers = np.frombuffer(base64.b64decode(centre, validate=True), "<f4").reshape(2, heads, head_dim)
+    except ValueError as error:
+        raise BankError(
+            f"The centre in a bank's spec is not that of {heads} heads of size {head_dim}: {error}. "
+            "Take the spec from `LongMem.bank_spec_in`."
+        ) from error
+    return torch.from_numpy(numbers.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -68,12 +143,17 @@ class MemoryBank:
         self._token_ids_C = torch.empty(0, dtype=torch.int64, device=self.device)
         self._source_C = torch.empty(0, dtype=torch.int64)
         self._offsets_C2 = torch.empty(0, 2, dtype=torch.int64)
+        self._place_C = torch.empty(0, dtype=torch.int64)
         self._sources: dict[str, int] = {}
         self._texts: dict[int, list[tuple[int, str]]] = {}
+        # Token ids and offsets of each piece of a source, also of tokens that have no row any more.
+        self._tokens: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._index: BankIndex | None = None
+        # Attention that each token of a source got and that nobody has taken yet.
+        self._attended: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
-        """Remembered tokens."""
+        """Rows: remembered tokens that have keys and values."""
         return self._length
 
     def __repr__(self) -> str:
@@ -111,6 +191,11 @@ class MemoryBank:
     def offsets_N2(self) -> Tensor:
         """[start, end) of each token in its source, in characters (on the CPU)."""
         return self._offsets_C2[: self._length]
+
+    @property
+    def place_N(self) -> Tensor:
+        """Which token of its source each row is, counted from 0 (on the CPU)."""
+        return self._place_C[: self._length]
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -158,12 +243,12 @@ class MemoryBank:
             BankError: if shapes or dtype are not those of the bank's spec, or the piece does not follow the last one.
         """
         self.check(entry)
-        self._remember(entry)
+        self._remember(unpacked(packed(entry, self.spec), self.spec))
 
     def check(self, entry: BankEntry) -> None:
         """Raise the `BankError` that `append` would, and change nothing."""
         tokens = len(entry)
-        expected = (len(self.spec.memory_heads), tokens, self.spec.head_dim)
+        expected = (len(self.spec.memory_heads), entry.rows, self.spec.head_dim)
         for name, tensor in (("keys_HNE", entry.keys_HNE), ("values_HNE", entry.values_HNE)):
             if tuple(tensor.shape) != expected or tensor.dtype != DTYPES[self.spec.dtype]:
                 raise BankError(
@@ -209,11 +294,24 @@ class MemoryBank:
         return "".join(pieces)
 
     def tokens_of(self, source: str) -> Tensor:
-        """Token ids of a source, int64 on the CPU."""
-        index = self._sources.get(source)
-        if index is None:
-            return torch.empty(0, dtype=torch.int64)
-        return self.token_ids_N.cpu()[self.source_index_N == index]
+        """Token ids of a source (M,), int64 on the CPU: all that were written."""
+        pieces = self._tokens.get(self._sources.get(source, -1), [])
+        return torch.cat([torch.empty(0, dtype=torch.int64), *(ids_M for ids_M, _ in pieces)])
+
+    def written(self, source: str) -> int:
+        """How many tokens of a source were written, with rows or without."""
+        return sum(len(ids_M) for ids_M, _ in self._tokens.get(self._sources.get(source, -1), []))
+
+    def offsets_of(self, source: str) -> Tensor:
+        """[start, end) of each token of a source (M, 2), in characters, int64 on the CPU."""
+        pieces = self._tokens.get(self._sources.get(source, -1), [])
+        return torch.cat([torch.empty(0, 2, dtype=torch.int64), *(offsets_M2 for _, offsets_M2 in pieces)])
+
+    def gap(self, one: int, other: int) -> int | None:
+        """How many tokens row `other` is behind row `one`; None if they are of two sources."""
+        if self._source_C[one] != self._source_C[other]:
+            return None
+        return int(self._place_C[other] - self._place_C[one])
 
     def span(self, first: int, last: int) -> SourceSpan:
         """The text that remembered tokens `first` … `last` (inclusive, of one source) cover."""
@@ -242,20 +340,52 @@ class MemoryBank:
             raise SourceError(f"No source {source!r} to forget. This bank remembers: {self._listed_sources()}.")
         gone = self._sources[source]
         self._index = None
-        keep_N = self.source_index_N != gone
+        forgotten = self.written(source)
+        self._keep_rows(self.source_index_N != gone)
+        self._source_C -= (self._source_C > gone).long()
+        names = [name for name in self._sources if name != source]
+        self._texts = {new: self._texts[self._sources[name]] for new, name in enumerate(names)}
+        self._tokens = {new: self._tokens[self._sources[name]] for new, name in enumerate(names)}
+        self._sources = {name: new for new, name in enumerate(names)}
+        self._attended.pop(source, None)
+        return forgotten
+
+    def thin(self, keep_N: Tensor) -> None:
+        """Drop the rows where `keep_N` (bool, on the CPU) is False. Texts and token ids stay (`longmem.retention`)."""
+        self._keep_rows(keep_N)
+
+    def attend(self, position_X: Tensor, weight_X: Tensor) -> None:
+        """Count that these rows got so much attention, for the policy "attention" of `longmem.retention`.
+
+        Args:
+            position_X: rows, in any order, some of them perhaps more than once.
+            weight_X: shares of attention.
+        """
+        position_X, weight_X = position_X.cpu(), weight_X.float().cpu()
+        source_X = self.source_index_N[position_X]
+        for index in source_X.unique().tolist():
+            source, mine_X = self.sources[index], source_X == index
+            old_M, new_M = self._attended.get(source, torch.zeros(0)), torch.zeros(self.written(source))
+            new_M[: len(old_M)] = old_M
+            self._attended[source] = new_M.index_add(0, self.place_N[position_X[mine_X]], weight_X[mine_X])
+
+    def take_attention(self) -> dict[str, Tensor]:
+        """What `attend` has counted since this was last called: of each token (M,), by source."""
+        taken, self._attended = self._attended, {}
+        return taken
+
+    def save_attention(self) -> None:
+        """Keep what `attend` has counted with the bank; one that is in memory alone has it there."""
+
+    def _keep_rows(self, keep_N: Tensor) -> None:
+        self._index = None
         on_device = keep_N.to(self.device)
-        forgotten = int((~keep_N).sum())
         self._keys_HCE = self.keys_HNE[:, on_device].contiguous()
         self._values_HCE = self.values_HNE[:, on_device].contiguous()
         self._token_ids_C = self.token_ids_N[on_device]
-        self._offsets_C2 = self.offsets_N2[keep_N]
-        index_N = self.source_index_N[keep_N]
-        self._source_C = index_N - (index_N > gone).long()
-        self._length -= forgotten
-        names = [name for name in self._sources if name != source]
-        self._texts = {new: self._texts[self._sources[name]] for new, name in enumerate(names)}
-        self._sources = {name: new for new, name in enumerate(names)}
-        return forgotten
+        self._offsets_C2, self._place_C = self.offsets_N2[keep_N], self.place_N[keep_N]
+        self._source_C = self.source_index_N[keep_N]
+        self._length = int(keep_N.sum())
 
     def _listed_sources(self) -> str:
         names = self.sources
@@ -263,19 +393,23 @@ class MemoryBank:
         return f"{listed} and {len(names) - 20} more" if len(names) > 20 else listed
 
     def _remember(self, entry: BankEntry) -> None:
-        tokens = len(entry)
-        self._reserve(self._length + tokens)
-        new = slice(self._length, self._length + tokens)
+        self._reserve(self._length + entry.rows)
+        new = slice(self._length, self._length + entry.rows)
         index = self._sources.get(entry.source, len(self._sources))
+        ids_M, offsets_M2 = entry.token_ids_N.cpu(), entry.offsets_N2.cpu()
+        kept_K = torch.arange(len(entry)) if entry.kept_K is None else entry.kept_K
+        before = self.written(entry.source)
         self._keys_HCE[:, new] = entry.keys_HNE.to(self.device)
         self._values_HCE[:, new] = entry.values_HNE.to(self.device)
-        self._token_ids_C[new] = entry.token_ids_N.to(self.device)
+        self._token_ids_C[new] = ids_M[kept_K].to(self.device)
         self._source_C[new] = index
-        self._offsets_C2[new] = entry.offsets_N2.cpu()
+        self._offsets_C2[new] = offsets_M2[kept_K]
+        self._place_C[new] = before + kept_K
         # Registered last: if a copy above fails, the bank is what it was.
         self._sources[entry.source] = index
         self._texts.setdefault(index, []).append((entry.char_start, entry.text))
-        self._length += tokens
+        self._tokens.setdefault(index, []).append((ids_M, offsets_M2))
+        self._length += entry.rows
 
     def _reserve(self, tokens: int) -> None:
         capacity = self._token_ids_C.numel()
@@ -295,3 +429,4 @@ class MemoryBank:
         self._token_ids_C = grown(self._token_ids_C, 0)
         self._source_C = grown(self._source_C, 0)
         self._offsets_C2 = grown(self._offsets_C2, 0)
+        self._place_C = grown(self._place_C, 0)

@@ -6,7 +6,10 @@ Attention is indifferent to a rotation of keys and queries together, but roundin
 far larger than the rest, which would take the whole range of a code. Turned, all coordinates are alike. What all
 keys of a head share, its centre, is kept once. (Rotations before rounding: QuaRot, arXiv 2404.00456.)
 
-H memory heads, N tokens, E head size, C bytes of codes a row.
+Everything is done a row at a time in a fixed order of sums, so that a row's codes do not depend on what is packed
+beside it, nor what they say on the machine.
+
+H memory heads, N tokens, E head size, C bytes of codes a row, P = C + 2 bytes with the scale.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from longmem.errors import ConfigError
 BITS = (8, 4)
 # Parts of the largest number that a scale may stretch the codes over: some numbers cut off cost less than coarse steps.
 _STRETCHES = (1.0, 0.9, 0.8, 0.7, 0.6)
+# Tokens at a time: what they are on the way fits into a processor's cache.
+_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,17 @@ class PackedRows:
         """Of one token and head."""
         return self.codes_HNC.shape[2] + self.scale_HN.element_size()
 
+    def to_bytes(self) -> Tensor:
+        """Codes and behind them the scale of each row as one tensor (H, N, P), uint8, as segment files hold it."""
+        scale_HN2 = self.scale_HN.contiguous().unsqueeze(-1).view(torch.uint8)
+        return torch.cat((self.codes_HNC, scale_HN2), dim=-1)
+
+    @classmethod
+    def from_bytes(cls, bytes_HNP: Tensor, bits: int, centre_HE: Tensor) -> PackedRows:
+        """What `to_bytes` gave."""
+        scale_HN = bytes_HNP[..., -2:].contiguous().view(torch.float16).squeeze(-1)
+        return cls(bytes_HNP[..., :-2], scale_HN, centre_HE, bits)
+
 
 def pack_rows(rows_HNE: Tensor, bits: int, centre_HE: Tensor | None = None) -> PackedRows:
     """Round rows to codes.
@@ -62,19 +78,26 @@ def pack_rows(rows_HNE: Tensor, bits: int, centre_HE: Tensor | None = None) -> P
         raise ConfigError(f"Rows can be packed in {' or '.join(map(str, BITS))} bits; got {bits}.")
     if head_dim % 2:
         raise ConfigError(f"Rows of an even number of numbers can be packed; a head has {head_dim}.")
-    rows_HNE = rows_HNE.float()
     if not torch.isfinite(rows_HNE).all():
         raise ConfigError("Keys or values hold numbers that are not finite, which no code can say. Were they encoded?")
     if centre_HE is None:
-        centre_HE = rows_HNE.mean(1) if tokens else rows_HNE.new_zeros(heads, head_dim)
-    turned_HNE = _turn(rows_HNE - centre_HE[:, None])
+        centre_HE = rows_HNE.float().mean(1) if tokens else rows_HNE.new_zeros(heads, head_dim, dtype=torch.float32)
+    centre_HE = centre_HE.to(rows_HNE.device)
+    parts = [_pack(rows_HnE.float() - centre_HE[:, None], bits) for rows_HnE in rows_HNE.split(_BLOCK, dim=1)]
+    codes_HNC, scale_HN = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+    return PackedRows(codes_HNC, scale_HN, centre_HE, bits)
+
+
+def _pack(rows_HNE: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes (H, N, C) and scales (H, N) of centred rows."""
+    turned_HNE = _turn(rows_HNE * _signs(rows_HNE.shape[-1]).to(rows_HNE))
     top = 2 ** (bits - 1) - 1
     widest_HN = turned_HNE.abs().amax(-1) / top
     # float16 holds scales up to 65,504, and none below 6e-8: rows nearer than that to their centre become it.
     best_HN, scale_HN = torch.full_like(widest_HN, torch.inf), torch.zeros_like(widest_HN)
     for stretch in _STRETCHES:
         tried_HN = (widest_HN * stretch).clamp(max=6e4).half().float()
-        error_HN = (_round(turned_HNE, tried_HN, top) * tried_HN[..., None] - turned_HNE).square().sum(-1)
+        error_HN = _sum((_round(turned_HNE, tried_HN, top) * tried_HN[..., None] - turned_HNE).square())
         better_HN = error_HN < best_HN
         best_HN, scale_HN = torch.where(better_HN, error_HN, best_HN), torch.where(better_HN, tried_HN, scale_HN)
     code_HNE = _round(turned_HNE, scale_HN, top).to(torch.int16)
@@ -83,18 +106,29 @@ def pack_rows(rows_HNE: Tensor, bits: int, centre_HE: Tensor | None = None) -> P
         codes_HNC = code_HNE[..., ::2] | (code_HNE[..., 1::2] << 4)
     else:
         codes_HNC = (code_HNE & 255).to(torch.uint8)
-    return PackedRows(codes_HNC, scale_HN.half(), centre_HE, bits)
+    return codes_HNC, scale_HN.half()
 
 
 def unpack_rows(packed: PackedRows, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Rows (H, N, E), as near to what was packed as its bits allow."""
-    codes_HNC = packed.codes_HNC.to(torch.int16)
-    if packed.bits == 4:
-        codes_HNC = torch.stack((codes_HNC & 15, codes_HNC >> 4), dim=-1).flatten(-2)
-    half = 2 ** (packed.bits - 1)
-    code_HNE = torch.where(codes_HNC >= half, codes_HNC - 2 * half, codes_HNC)
-    turned_HNE = code_HNE.float() * packed.scale_HN.float()[..., None]
-    return (_turn_back(turned_HNE) + packed.centre_HE[:, None]).to(dtype)
+    heads, tokens, _ = packed.codes_HNC.shape
+    rows_HNE = torch.empty(heads, tokens, packed.centre_HE.shape[-1], dtype=dtype, device=packed.codes_HNC.device)
+    for first in range(0, tokens, _BLOCK):
+        some = slice(first, first + _BLOCK)
+        rows_HNE[:, some] = _unpack(packed.codes_HNC[:, some], packed.scale_HN[:, some], packed.bits, packed.centre_HE)
+    return rows_HNE
+
+
+def _unpack(codes_HNC: Tensor, scale_HN: Tensor, bits: int, centre_HE: Tensor) -> Tensor:
+    """Rows (H, N, E), float32."""
+    if bits == 4:
+        # A code in the low and the high half of a signed byte: shifts bring its sign along.
+        signed_HNC = codes_HNC.view(torch.int8)
+        codes_HNC = torch.stack((signed_HNC << 4 >> 4, signed_HNC >> 4), dim=-1).flatten(-2)
+    else:
+        codes_HNC = codes_HNC.view(torch.int8)
+    rows_HNE = _turn(codes_HNC.float() * scale_HN.float()[..., None])
+    return rows_HNE * _signs(rows_HNE.shape[-1]).to(rows_HNE) + centre_HE.to(rows_HNE)[:, None]
 
 
 def _round(turned_HNE: Tensor, scale_HN: Tensor, top: int) -> Tensor:
@@ -102,28 +136,38 @@ def _round(turned_HNE: Tensor, scale_HN: Tensor, top: int) -> Tensor:
 
 
 def _turn(rows_HNE: Tensor) -> Tensor:
-    sign_E, hadamard_BB = _rotation(rows_HNE.shape[-1])
-    return ((rows_HNE * sign_E.to(rows_HNE)).unflatten(-1, (-1, len(hadamard_BB))) @ hadamard_BB.to(rows_HNE)).flatten(
-        -2
-    )
+    """Times the Hadamard matrix (Sylvester's order, its own inverse) in blocks as large as divide E.
+
+    Sums and differences of halves instead of a product of matrices, whose order of sums depends on the shape.
+    """
+    head_dim = rows_HNE.shape[-1]
+    block = head_dim & -head_dim
+    half = 1
+    while half < block:
+        pair_HNX2Y = rows_HNE.unflatten(-1, (-1, 2, half))
+        one, other = pair_HNX2Y.unbind(-2)
+        rows_HNE = torch.stack((one + other, one - other), dim=-2).flatten(-3)
+        half *= 2
+    return rows_HNE / block**0.5
 
 
-def _turn_back(turned_HNE: Tensor) -> Tensor:
-    sign_E, hadamard_BB = _rotation(turned_HNE.shape[-1])
-    # The matrix is its own inverse.
-    rows_HNE = (turned_HNE.unflatten(-1, (-1, len(hadamard_BB))) @ hadamard_BB.to(turned_HNE)).flatten(-2)
-    return rows_HNE * sign_E.to(turned_HNE)
+def _sum(rows_HNE: Tensor) -> Tensor:
+    """Sums over E, always in the same order."""
+    while rows_HNE.shape[-1] % 2 == 0:
+        one, other = rows_HNE.chunk(2, dim=-1)
+        rows_HNE = one + other
+    total_HN = rows_HNE[..., 0]
+    for place in range(1, rows_HNE.shape[-1]):
+        total_HN = total_HN + rows_HNE[..., place]
+    return total_HN
 
 
 @cache
-def _rotation(head_dim: int) -> tuple[Tensor, Tensor]:
-    """Signs (E,), and the Hadamard matrix of blocks as large as divide E. Part of the format: never change it."""
-    matrix_BB = torch.ones(1, 1)
-    while head_dim % (2 * len(matrix_BB)) == 0:
-        matrix_BB = torch.cat((torch.cat((matrix_BB, matrix_BB), 1), torch.cat((matrix_BB, -matrix_BB), 1)))
+def _signs(head_dim: int) -> Tensor:
+    """Signs (E,) that rows are multiplied with before they are turned. Part of the format: never change them."""
     # A linear congruential sequence: any signs would do, as long as they stay.
     state, signs = 1, []
     for _ in range(head_dim):
         state = (25173 * state + 13849) % 65536
         signs.append(1.0 if state < 32768 else -1.0)
-    return torch.tensor(signs), matrix_BB / len(matrix_BB) ** 0.5
+    return torch.tensor(signs)

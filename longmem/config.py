@@ -19,13 +19,26 @@ class MemoryHead(NamedTuple):
     kv_head: int
 
 
+Precision = Literal["full", "int8", "int4"]
+RetentionPolicy = Literal["oldest", "spread", "duplicates", "attention", "surprise"]
+
+
 @dataclass(frozen=True)
 class BankSpec:
     """What a bank's tensors mean: two banks are compatible only if their specs are equal.
 
     The backbone's name is for people and not compared: the same weights may be loaded by another name.
     `weights` is the sha256 of the backbone's parameters (`Backbone.weights_hash`): stored keys are only
-    meaningful to the very weights that produced them.
+    meaningful to the very weights that produced them. `precision` and `centre` say how a bank keeps what it is given
+    and are chosen when it is made (`LongMem.bank_spec_in`); they are not compared, since any model of the right weights
+    reads and writes all precisions.
+
+    Attributes:
+        dtype: of keys and values as they are given and read.
+        precision: "full" keeps them as they are; "int8" and "int4" round them (`longmem.codec`).
+        centre: what is subtracted before rounding: little-endian float32 in base64, of shape (2, H, E), for keys and
+            values of H memory heads of size E. None is 0. It must not depend on what the bank will remember, or a
+            trace of the first text would outlive its being forgotten.
     """
 
     backbone: str = field(compare=False)
@@ -33,9 +46,24 @@ class BankSpec:
     memory_heads: tuple[MemoryHead, ...]
     head_dim: int
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: Precision = field(default="full", compare=False)
+    centre: str | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("full", "int8", "int4"):
+            raise ConfigError(f"A bank keeps keys and values in full, int8 or int4; got {self.precision!r}.")
+        if self.precision != "full" and self.head_dim % 2:
+            raise ConfigError(
+                f"Heads of size {self.head_dim} cannot be kept in {self.precision}: it takes an even size. "
+                "Make the bank with precision full."
+            )
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        fields = dataclasses.asdict(self)
+        if self.precision == "full":
+            # As it was before there was a choice, for programs that know of none.
+            del fields["precision"], fields["centre"]
+        return json.dumps(fields, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> BankSpec:
@@ -45,8 +73,26 @@ class BankSpec:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of keys and values that one remembered token costs."""
-        return 2 * len(self.memory_heads) * self.head_dim * (2 if self.dtype == "bfloat16" else 4)
+        """Bytes of keys and values that one remembered token costs on disk."""
+        return 2 * len(self.memory_heads) * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """P: bytes of the keys, or the values, of one token and head."""
+        if self.precision == "full":
+            return self.head_dim * (2 if self.dtype == "bfloat16" else 4)
+        return self.head_dim * self.bits // 8 + 2
+
+    @property
+    def bits(self) -> int:
+        """Of a rounded number.
+
+        Raises:
+            ConfigError: nothing is rounded.
+        """
+        if self.precision == "full":
+            raise ConfigError("A bank of precision full rounds nothing.")
+        return 8 if self.precision == "int8" else 4
 
 
 @dataclass(frozen=True)

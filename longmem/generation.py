@@ -168,7 +168,11 @@ class Continuation:
         """
         window, stops = self.window, self._stops
         wanted = window.config.attribute
-        sources = attribute(reads, window.bank, row=row) if wanted and window.bank is not None else ()
+        sources = ()
+        if wanted and window.bank is not None and reads:
+            position_X, weight_X = _last_read(reads, row)
+            window.bank.attend(position_X[weight_X > 0], weight_X[weight_X > 0])
+            sources = attribute(reads, window.bank, row=row)
         moved, self.moved = self.moved, window.extend([token_id], silent=token_id in self._ends)
         self.token_id = token_id
         self._left -= 1
@@ -177,6 +181,8 @@ class Continuation:
             window.decoder.flush()
         text = stops.push(window.decoder.take())
         self.done = self.done or stops.found
+        if self.done and window.bank is not None:
+            window.bank.save_attention()
         return Piece(text + stops.flush() if self.done else text, token_id, sources, moved)
 
 
@@ -464,12 +470,16 @@ class LocalWindow:
         """The bank without what is in the window."""
         if self.bank is None or not self._in_bank:
             return self.bank
-        before = len(self.bank) - self._in_bank
-        own_N = self.bank.source_index_N[before:]
+        bank, near = self.bank, slice(max(0, len(self.bank) - self._in_bank), None)
+        own = bank.sources.index(self._source) if self._source in bank.sources else -1
+        # By their places in the source: a bank that is thinned may have rows for some of them only.
+        first = bank.written(self._source or "") - self._in_bank
+        hidden_n = (bank.source_index_N[near] == own) & (bank.place_N[near] >= first)
+        hidden = int(hidden_n.sum())
         # Somebody else has written since: better to see part of the window twice than to miss what is new.
-        if before < 0 or self.bank.sources[int(own_N[-1])] != self._source or bool((own_N != own_N[-1]).any()):
-            return self.bank
-        return self.bank.between(0, before)
+        if hidden == 0 or not bool(hidden_n[-hidden:].all()):
+            return bank
+        return bank.between(0, len(bank) - hidden)
 
 
 def remember_tokens(
@@ -487,6 +497,7 @@ def remember_tokens(
     before_N = bank.tokens_of(source)
     keys_HNE, values_HNE = model.encode(torch.cat((before_N, token_ids_N)), len(before_N))
     bank.append(BankEntry(source, text, past, token_ids_N, offsets_N2 + past, keys_HNE, values_HNE))
+    model.keep_to_cap(bank)
 
 
 def _new_source(bank: MemoryBank) -> str:
@@ -507,15 +518,15 @@ def attribute(
     """The stretches of remembered text that the last token of a batch row drew on most, heaviest first."""
     if not reads:
         return ()
-    index_X = torch.cat([read.index_BKGTR[row, :, :, -1].flatten() for read in reads]).cpu()
-    weight_X = torch.cat([read.weight_BKGTR[row, :, :, -1].flatten() for read in reads]).float().cpu()
+    index_X, weight_X = _last_read(reads, row)
     heads = sum(read.mass_BKGT[row, :, :, -1].numel() for read in reads)
     position_P, inverse_X = index_X.unique(return_inverse=True)
     weight_P = torch.zeros(len(position_P)).index_add(0, inverse_X, weight_X) / heads
     top_weight, top = weight_P.topk(min(_HEAVIEST, len(position_P)))
     runs: list[list[int]] = []
     for position in sorted(position_P[top[top_weight > 0]].tolist()):
-        if runs and position - runs[-1][1] <= _GAP and _same_source(bank, runs[-1][1], position):
+        gap = bank.gap(runs[-1][1], position) if runs else None
+        if gap is not None and 0 < gap <= _GAP:
             runs[-1][1] = position
         else:
             runs.append([position, position])
@@ -523,12 +534,16 @@ def attribute(
     for first, last in runs:
         weight = float(weight_P[(position_P >= first) & (position_P <= last)].sum())
         for _ in range(_PAD):
-            first -= first > 0 and _same_source(bank, first - 1, first)
-            last += last + 1 < len(bank) and _same_source(bank, last, last + 1)
+            # Not over a gap: what has no row was not read.
+            first -= first > 0 and bank.gap(first - 1, first) == 1
+            last += last + 1 < len(bank) and bank.gap(last, last + 1) == 1
         span = bank.span(first, last)
         found.append(Attribution(span.source, span.start, span.end, span.text, weight))
     return tuple(sorted(found, key=lambda a: -a.weight)[:spans])
 
 
-def _same_source(bank: MemoryBank, one: int, other: int) -> bool:
-    return bool(bank.source_index_N[one] == bank.source_index_N[other])
+def _last_read(reads: Sequence[MemoryRead], row: int) -> tuple[Tensor, Tensor]:
+    """Rows that the last token of a batch row read, and their shares of attention; (X,) each."""
+    index_X = torch.cat([read.index_BKGTR[row, :, :, -1].flatten() for read in reads]).cpu()
+    weight_X = torch.cat([read.weight_BKGTR[row, :, :, -1].flatten() for read in reads]).float().cpu()
+    return index_X, weight_X

@@ -10,6 +10,7 @@ B batch, T tokens, D hidden size, H memory heads, N tokens of a source, E head s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,23 +19,29 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from longmem import checkpoint
 from longmem.attention import MemoryRead, pick_heads
 from longmem.backbone import Backbone, BackboneOutput
-from longmem.bank import DTYPES, BankEntry, MemoryBank
-from longmem.checkpoint import Precision, load_sidenet, new_sidenet, read_config, save_sidenet
-from longmem.config import BankSpec, SideNetConfig
+from longmem.bank import DTYPES, BankEntry, MemoryBank, centre_text
+from longmem.checkpoint import load_sidenet, new_sidenet, read_config, save_sidenet
+from longmem.config import BankSpec, Precision, SideNetConfig
 from longmem.data import read_text
 from longmem.decoding import RowDecoder, compiling
 from longmem.errors import BankMismatchError, CompilerError, ConfigError, SideNetNotFoundError, SourceError
 from longmem.index import BankReader, Retrieve
+from longmem.ops import linear_nll
 from longmem.sidenet import SideNet, SideNetCache
+from longmem.store import StoredBank
 
 if TYPE_CHECKING:
     from longmem.approximate import BankIndex
     from longmem.generation import Piece
     from longmem.recall import Hit
+    from longmem.retention import Cap, Plan
 
 SHIPPED = Path(__file__).parent / "sidenets"
+# A text whose mean key and value centre those of banks in few bits. Part of the format: do not change it.
+CENTRE = Path(__file__).parent / "centre.txt"
 
 
 class ModelCache:
@@ -147,7 +154,11 @@ class LongMem(nn.Module):
         )
 
     def save(
-        self, folder: str | Path, *, precision: Precision = "bfloat16", training: dict[str, Any] | None = None
+        self,
+        folder: str | Path,
+        *,
+        precision: checkpoint.Precision = "bfloat16",
+        training: dict[str, Any] | None = None,
     ) -> None:
         """Write the SideNet to a folder (not the backbone)."""
         save_sidenet(Path(folder), self.sidenet, self.backbone, precision=precision, training=training)
@@ -169,6 +180,20 @@ class LongMem(nn.Module):
             memory_heads=self.config.memory_heads,
             head_dim=self.backbone.head_dim,
         )
+
+    def bank_spec_in(self, precision: Precision) -> BankSpec:
+        """What banks for this model hold that keep keys and values in full, in int8 or in int4 (see `longmem.codec`).
+
+        Raises:
+            ConfigError: heads that cannot be rounded, or a backbone without a tokenizer.
+        """
+        spec = dataclasses.replace(self.bank_spec, precision=precision)
+        if precision == "full":
+            return spec
+        # Any text would do; a bank's own must not, since a trace of it would stay when it is forgotten.
+        entry = self.encode_text(CENTRE.read_text(encoding="utf-8"), source="centre")
+        means = [rows_HNE.float().mean(1) for rows_HNE in (entry.keys_HNE, entry.values_HNE)]
+        return dataclasses.replace(spec, centre=centre_text(torch.stack(means)))
 
     def new_bank(self) -> MemoryBank:
         """An empty bank in memory, on the model's device."""
@@ -354,6 +379,29 @@ class LongMem(nn.Module):
             return empty, empty.clone()
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
+    @torch.no_grad()
+    def surprise(
+        self, token_ids_N: Tensor, start: int = 0, *, on_tokens: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """How badly the backbone predicted a source's tokens from `start` on, each in the window it is encoded in:
+        −log p in nats, float32 on the CPU.
+
+        Args:
+            token_ids_N: the whole source so far.
+        """
+        tokens_N, top = token_ids_N.to("cpu", torch.int64), self.backbone.num_layers
+        found = [torch.empty(0)]
+        for first, kept, end in self.config.encode.windows(start, tokens_N.numel()):
+            input_1T = self.with_prefix(tokens_N[first : end - 1])[None].to(self.device)
+            hidden_1TD = self.backbone(input_1T, boundaries={top}).hidden_states[top]
+            # The prefix comes first: position i predicts token first + i.
+            scored_XD = self.backbone.final_norm(hidden_1TD[0, kept - first :])
+            target_X = tokens_N[kept:end].to(self.device)
+            found.append(linear_nll(scored_XD, self.backbone.output_weight_VD, target_X).cpu())
+            if on_tokens is not None:
+                on_tokens(end - kept)
+        return torch.cat(found)
+
     def keys_values(self, seen: BackboneOutput) -> tuple[Tensor, Tensor]:
         """Keys and values of the memory heads, (H, B, T, E) each, in the bank's dtype."""
         layers, hidden_states = self.config.memory_layers, seen.hidden_states
@@ -422,7 +470,20 @@ class LongMem(nn.Module):
         entry = self.encode_text(text, source=source, before_N=before_N, char_start=past, on_tokens=on_tokens)
         if len(entry):
             bank.append(entry)
+            self.keep_to_cap(bank)
         return len(entry)
+
+    def retain(self, bank: StoredBank, cap: Cap, *, preview: bool = False, **settings: Any) -> Plan:
+        """Bring a bank down to a cap, or say what would go (see `longmem.keeping.retain`)."""
+        from longmem.keeping import retain
+
+        return retain(bank, cap, model=self, preview=preview, **settings)
+
+    def keep_to_cap(self, bank: MemoryBank) -> Plan | None:
+        """After a write: bring a stored bank down to the cap that was set on it (`longmem.keeping.keep_to_cap`)."""
+        from longmem.keeping import keep_to_cap
+
+        return keep_to_cap(bank, self) if isinstance(bank, StoredBank) else None
 
     def encode_text(
         self,

@@ -158,7 +158,8 @@ class PassageIndex:
         for done, (source, tokens_n) in enumerate(zip(bank.sources, order_N.split(counts), strict=True), start=1):
             text = bank.text_of(source)
             offsets_n2 = bank.offsets_N2[tokens_n]
-            spans = cut(text, offsets_n2[:, 0].tolist())
+            # By all tokens of the source, also those that have no row any more.
+            spans = cut(text, bank.offsets_of(source)[:, 0].tolist())
             if spans:
                 # By its end: a token often has the space before its word.
                 begins = torch.tensor([start for start, _ in spans])

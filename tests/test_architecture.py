@@ -20,13 +20,14 @@ LAYERS = (
     {"ivf"},
     {"approximate"},
     {"bank"},
-    {"index", "store", "probe"},
+    {"index", "retention", "probe"},
+    {"store"},
     {"attention"},
     {"sidenet"},
     {"checkpoint"},
     {"model"},
     {"steps"},
-    {"generation", "recall", "indexing", "bench", "evals"},
+    {"generation", "recall", "indexing", "keeping", "bench", "evals"},
     {"batch"},
     {"chat", "histories", "train"},
     {"cli"},
@@ -92,15 +93,17 @@ def test_imports_point_one_way() -> None:
 
 
 def test_memory_and_network_meet_in_the_model_alone() -> None:
-    for name in ("bank", "store", "index", "sketch", "ivf", "approximate"):
+    for name in ("bank", "store", "index", "retention", "sketch", "ivf", "approximate"):
         assert siblings(name, lazily=True) <= {
             "approximate",
             "bank",
+            "codec",
             "config",
             "data",
             "errors",
             "ivf",
             "ops",
+            "retention",
             "sketch",
         }, name
     for name in ("families", "backbone", "attention", "sidenet"):
@@ -116,11 +119,13 @@ def test_the_disk_is_no_business_of_the_core() -> None:
     for name in (
         "bank",
         "index",
+        "retention",
         "attention",
         "sidenet",
         "families",
         "ops",
         "quantize",
+        "codec",
         "sketch",
         "ivf",
         "approximate",

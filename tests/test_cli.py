@@ -294,6 +294,41 @@ def test_ctrl_c_stops_a_reply_and_keeps_the_turn(work, tiny_model_dir, monkeypat
     assert row["chars"] > len("Ada keeps bees.")
 
 
+def test_a_bank_in_few_bits(tiny_model_dir, notes):
+    words = ("--model", tiny_model_dir, *CPU)
+    ok("write", *at("few"), "notes.txt", "--precision", "int4", *words)
+    ok("write", *at("few"), "notes.txt", "--source", "again", *words)  # without the option, as the bank is
+    rows = {row["name"]: row for row in json.loads(ok("banks", "--store", "memories", "--json"))}
+    assert rows["few"]["precision"] == "int4" and rows["notes"]["precision"] == "full"
+    assert 0 < rows["few"]["bytes_per_token"] < rows["notes"]["bytes_per_token"]
+    assert "int4" in ok("banks", "--store", "memories")
+    for bank, asked in (("few", "int8"), ("few", "full"), ("notes", "int4")):
+        said = fails("write", *at(bank), "notes.txt", "--source", "x", "--precision", asked, *words)
+        assert "precision is chosen when it is made" in said
+    assert ok("recall", *at("few"), "bees", *words)
+
+
+def test_a_bank_is_brought_down_to_a_size(tiny_model_dir, notes):
+    words = ("--model", tiny_model_dir, "--unit", "4")
+    (before,) = json.loads(ok("banks", "--store", "memories", "--json"))
+    said = ok("retain", *at("notes"), "--cap", 20, "--policy", "surprise", "--dry-run", *words)
+    assert f"would keep 20 of {before['tokens']} tokens" in said and "notes.txt: " in said
+    assert json.loads(ok("banks", "--store", "memories", "--json")) == [before]
+    assert cli("retain", *at("notes"), "--cap", 20, *words, input="n\n").exit_code == 1
+    assert json.loads(ok("banks", "--store", "memories", "--json")) == [before]
+    made = json.loads(ok("retain", *at("notes"), "--cap", 20, "--policy", "surprise", "--always", "--json", *words))
+    assert made["done"] and made["tokens"] == 20 and made["tokens_before"] == before["tokens"]
+    (after,) = json.loads(ok("banks", "--store", "memories", "--json"))
+    assert after["rows"] == 20 and after["tokens"] == before["tokens"] and after["bytes"] < before["bytes"]
+    assert f"20 of {before['tokens']}" in " ".join(ok("banks", "--store", "memories").split())
+    ok("write", *at("notes"), "notes.txt", "--source", "again", "--model", tiny_model_dir, *CPU)
+    assert json.loads(ok("banks", "--store", "memories", "--json"))[0]["rows"] <= 22
+    assert "without limit" in ok("retain", *at("notes"), "--never")
+    for wrong in ((), ("--never", "--cap", 5)):
+        assert "--never alone" in fails("retain", *at("notes"), *wrong, code=2)
+    assert "more than 0" in fails("retain", *at("notes"), "--cap", 0)
+
+
 def test_banks_sources_and_forget(notes):
     (row,) = json.loads(ok("banks", "--store", "memories", "--json"))
     assert row["name"] == "notes" and row["sources"] == 1 and row["tokens"] > 0 and row["bytes"] > 0

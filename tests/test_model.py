@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -255,6 +256,18 @@ def test_a_bank_written_closed_and_opened_again_gives_the_same_logits(model: Lon
     with MemoryStore.open(tmp_path / "memories") as store:
         again = store.bank("notes", spec=model.bank_spec)
         assert torch.equal(model(ids_BT, again).logits_BTV, expected_BTV)
+
+
+def test_a_bank_in_few_bits_is_centred_on_what_no_bank_remembers(model: LongMem) -> None:
+    """One spec for every bank, and rows near to what was written."""
+    spec = model.bank_spec_in("int4")
+    assert spec == model.bank_spec and spec.centre == model.bank_spec_in("int8").centre
+    assert model.bank_spec_in("full") == model.bank_spec and model.bank_spec_in("full").centre is None
+    plain, few, bare = model.new_bank(), MemoryBank(spec), MemoryBank(replace(spec, centre=None))
+    for bank in (plain, few, bare):
+        model.write_text(bank, TINY_TEXT, source="a")
+    error, worse = ((bank.keys_HNE.float() - plain.keys_HNE.float()).norm() for bank in (few, bare))
+    assert 0 < error < worse < 0.2 * plain.keys_HNE.float().norm()
 
 
 def test_both_precisions_of_one_backbone_share_banks(tiny_model_dir: Path) -> None:

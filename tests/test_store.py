@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
 import re
@@ -11,8 +12,9 @@ import shutil
 import sqlite3
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -25,8 +27,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from longmem.approximate import BankIndex
-from longmem.bank import BankEntry, MemoryBank
-from longmem.config import BankSpec, MemoryHead
+from longmem.bank import BankEntry, MemoryBank, centre_text, packed, unpacked
+from longmem.config import BankSpec, MemoryHead, Precision
 from longmem.errors import (
     BankError,
     BankIndexError,
@@ -75,6 +77,16 @@ def assert_same(bank: MemoryBank, expected: MemoryBank) -> None:
 
 def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def readable(folder: Path) -> bytes:
+    """All bytes of a folder, and behind them what those that zlib has compressed say."""
+    everything = b"".join((folder / name).read_bytes() for name in sorted(files_of(folder)))
+    said = []
+    for match in re.finditer(b"\x78\x9c", everything):
+        with suppress(zlib.error):
+            said.append(zlib.decompressobj().decompress(everything[match.start() :]))
+    return everything + b"".join(said)
 
 
 def segment_files(folder: Path) -> list[Path]:
@@ -148,24 +160,149 @@ def test_a_new_process_finds_the_same_bank(store: MemoryStore, folder: Path) -> 
     assert keys == bank.keys_HNE.view(torch.int16).tolist()
 
 
-def test_the_format_document_s_decoder_reads_a_store(store: MemoryStore, folder: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", FORMAT_DOC.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(code.strip().splitlines()) <= 20
-    assert "import longmem" not in code and "from longmem" not in code
+@pytest.mark.parametrize("precision", ["full", "int8", "int4"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_the_format_document_s_decoders_read_a_store(
+    store: MemoryStore, folder: Path, precision: Precision, centred: bool
+) -> None:
+    decoder: dict = {}
+    codes = re.findall(r"```python\n(.*?)```", FORMAT_DOC.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(codes) == 2
+    for code in codes:
+        assert len(code.strip().splitlines()) <= 20
+        assert "import longmem" not in code and "from longmem" not in code
+        exec(code, decoder)
+    centre = centre_text(torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(9))) if centred else None
+    spec = replace(SPEC, precision=precision, centre=centre)
     entries = [make_entry("a", "grüß "), make_entry("b", "", 0, 1), make_entry("a", "dich 🙂", 5, 2)]
     for entry in entries:
-        store.bank("notes", SPEC).append(entry)
-    decoder: dict = {}
-    exec(code, decoder)
+        store.bank("notes", spec).append(entry)
+    bank, first = store.bank("notes"), 0
     decoded = list(decoder["read_bank"](folder, "notes"))
     assert len(decoded) == len(entries)
-    for (row, text, tensors), entry in zip(decoded, entries, strict=True):
+    for (row, text, token_ids, tensors), entry in zip(decoded, entries, strict=True):
         assert (row["source"], row["char_start"], row["tokens"]) == (entry.source, entry.char_start, len(entry))
         assert text == entry.text
-        assert torch.equal(tensors["keys"], entry.keys_HNE)
-        assert torch.equal(tensors["values"], entry.values_HNE)
-        assert torch.equal(tensors["token_ids"], entry.token_ids_N)
-        assert torch.equal(tensors["offsets"], entry.offsets_N2)
+        assert token_ids.tolist() == entry.token_ids_N.tolist()
+        at, first = slice(first, first + len(entry)), first + len(entry)
+        for which, (name, kept_HNE) in enumerate((("keys", bank.keys_HNE), ("values", bank.values_HNE))):
+            found = tensors[name]
+            if precision != "full":
+                found = torch.from_numpy(decoder["unpack"](found.numpy(), which, row["spec"]).copy()).bfloat16()
+            assert torch.equal(found, kept_HNE[:, at])
+
+
+# Few bits
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.text(max_size=20)), max_size=5),
+    st.sampled_from(["int8", "int4"]),
+    st.booleans(),
+)
+def test_a_bank_in_few_bits_is_the_same_in_memory_and_on_disk(
+    pieces: list[tuple[str, str]], precision: Precision, once: bool
+) -> None:
+    spec = replace(SPEC, precision=precision, centre=centre_text(torch.ones(2, 2, 8)))
+    expected, whole = MemoryBank(spec), MemoryBank(SPEC)
+    with tempfile.TemporaryDirectory() as folder, MemoryStore.open(folder) as store:
+        # A model's spec opens a bank of any precision.
+        bank = store.bank("notes", spec)
+        for seed, (source, text) in enumerate(pieces):
+            entry = make_entry(source, text, expected.length_of(source), seed)
+            expected.append(entry)
+            whole.append(entry)
+            (bank if once else store.bank("notes", SPEC)).append(entry)
+        bank.refresh()
+        assert_same(bank, expected)
+        assert_same(store.bank("notes"), expected)
+        assert store.verify().ok
+        # Rounded all at once, or piece by piece: the same.
+        keys_HNE = unpacked(packed(replace(make_entry("a", "x" * len(whole)), keys_HNE=whole.keys_HNE), spec), spec)
+        assert torch.equal(keys_HNE.keys_HNE, expected.keys_HNE)
+        store.consolidate("notes")
+        assert_same(store.bank("notes"), expected)
+        assert store.verify().ok
+        if bank.sources:
+            gone = bank.sources[0]
+            bank.forget(gone)
+            expected.forget(gone)
+            assert_same(bank, expected)
+            assert_same(store.bank("notes"), expected)
+            assert store.verify().ok
+
+
+def test_bytes_a_token_are_what_the_spec_says(store: MemoryStore, folder: Path) -> None:
+    sizes = {}
+    for precision in ("full", "int8", "int4"):
+        spec = replace(SPEC, precision=precision)
+        for tokens in (1000, 2000):
+            name = f"{precision}-{tokens}"
+            store.bank(name, spec).append(make_entry("a", "x" * tokens))
+            sizes[name] = next(info.bytes for info in store.banks() if info.name == name)
+        info = next(info for info in store.banks() if info.name == f"{precision}-2000")
+        assert (info.precision, info.bytes_per_token) == (precision, info.bytes / 2000)
+        # What a token more costs: its keys and values, and less than 3 bytes of ids and places.
+        assert 0 <= (sizes[f"{precision}-2000"] - sizes[f"{precision}-1000"]) / 1000 - spec.bytes_per_token < 3
+
+
+def test_segments_and_records_of_version_2_are_read_as_they_are(store: MemoryStore, folder: Path) -> None:
+    """They had ids, offsets and text as tensors of their own, and could be mixed with later ones."""
+    entries = [make_entry("a", "grüß "), make_entry("b", "other", 0, 1)]
+    expected, bank = MemoryBank(SPEC), store.bank("notes", SPEC)
+    for entry in entries:
+        bank.append(entry)
+        expected.append(entry)
+        made_from = {
+            "token_ids": entry.token_ids_N,
+            "offsets": entry.offsets_N2,
+            "text": torch.frombuffer(bytearray(entry.text.encode()), dtype=torch.uint8),
+        }
+        pieces = json.dumps([[entry.source, 0, len(entry.text), len(entry)]])
+        data = save(
+            {"keys": entry.keys_HNE, "values": entry.values_HNE, **made_from},
+            metadata={"longmem_segment": "2", "pieces": pieces},
+        )
+        ((piece, file),) = store.manifest.query(
+            "SELECT piece.id, file FROM piece JOIN segment ON segment.id = segment ORDER BY piece.id DESC LIMIT 1"
+        )
+        (folder / "segments" / file).write_bytes(data)
+        with store.manifest.transaction() as database:
+            database.execute(
+                "UPDATE segment SET sha256 = ?, bytes = ? WHERE file = ?",
+                (hashlib.sha256(data).hexdigest(), len(data), file),
+            )
+            database.execute("UPDATE record SET data = ? WHERE piece = ?", (zlib.compress(save(made_from)), piece))
+    assert store.verify().ok
+    assert_same(store.bank("notes"), expected)
+    third = make_entry("a", "dich", 5, 2)
+    bank.append(third)
+    expected.append(third)
+    store.consolidate("notes")
+    assert store.verify().ok and len(segment_files(folder)) == 1
+    assert_same(store.bank("notes"), expected)
+
+
+def test_a_bank_keeps_the_precision_that_it_was_made_with(store: MemoryStore) -> None:
+    store.bank("notes", replace(SPEC, precision="int4"))
+    assert store.bank("notes", SPEC).spec.precision == "int4"
+    for given_spec, name in ((replace(SPEC, precision="int8"), "notes"), (replace(SPEC, precision="int4"), "plain")):
+        store.bank("plain", SPEC)
+        with pytest.raises(BankMismatchError, match=r"keeps keys and values in (int4|full).*another bank name"):
+            store.bank(name, given_spec)
+    with pytest.raises(BankError, match="centre in a bank's spec is not that of 2 heads"):
+        MemoryBank(replace(SPEC, precision="int4", centre="AAAA")).append(make_entry("a", "x"))
+
+
+def test_rounded_rows_of_another_shape_are_found(store: MemoryStore, folder: Path) -> None:
+    spec = replace(SPEC, precision="int4")
+    store.bank("notes", spec).append(make_entry("a", "text"))
+    with store.manifest.transaction() as database:
+        database.execute("UPDATE bank SET spec = ?", (replace(SPEC, precision="int8").to_json(),))
+    with pytest.raises(StoreCorruptError, match="were expected for int8"):
+        store.bank("notes")
+    assert [fault.kind for fault in store.verify().faults] == ["header"]
 
 
 # Banks and their names
@@ -269,7 +406,7 @@ def test_forget_unlinks_the_bytes_and_the_name(folder: Path) -> None:
         assert_same(bank, expected)
         assert_same(store.bank("notes"), expected)
         assert len(segment_files(folder)) == 2
-        everything = b"".join((folder / name).read_bytes() for name in files_of(folder))
+        everything = readable(folder)
         assert b"kept" in everything
         assert b"s3cret" not in everything and b"b secret" not in everything
         with pytest.raises(SourceError, match="b secret"):

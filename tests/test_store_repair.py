@@ -11,6 +11,7 @@ from conftest import TINY_TEXT
 from test_store import assert_same, largest_file, write_version_1
 
 from longmem.bank import MemoryBank
+from longmem.config import Precision
 from longmem.errors import BankMismatchError, BankNotFoundError, StoreCorruptError, StoreNotWritableError
 from longmem.model import LongMem
 from longmem.store import MemoryStore
@@ -122,6 +123,21 @@ def test_a_consolidated_bank_is_mended(folder: Path, model: LongMem, fresh: Memo
         assert store.verify().faults[0].sources == ("a", "b")
         assert store.repair(model, "notes")[0].pieces == 3
         assert_same(store.bank("notes"), fresh)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_bank_in_few_bits_is_mended(tmp_path: Path, model: LongMem, precision: Precision) -> None:
+    spec = model.bank_spec_in(precision)
+    expected = write(MemoryBank(spec), model)
+    with MemoryStore.open(tmp_path / "few") as store:
+        write(store.bank("notes", spec), model)
+        damaged = files(tmp_path / "few")[0]
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+        assert not store.verify().ok
+        (made,) = store.repair(model)
+        assert (made.pieces, made.quarantined) == (1, ())
+        assert store.verify().ok
+        assert_same(store.bank("notes", model.bank_spec), expected)
 
 
 def test_every_segment_may_be_gone(folder: Path, model: LongMem, fresh: MemoryBank) -> None:

@@ -83,6 +83,7 @@ for _command in (
     banks.verify,
     banks.repair,
     banks.consolidate,
+    banks.retain,
 ):
     app.command(rich_help_panel=_REMEMBER)(_command)
 for _command in (

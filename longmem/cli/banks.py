@@ -1,4 +1,5 @@
-"""`longmem write`, `recall`, `banks`, `sources`, `forget`, `index`, `verify`, `repair`, `consolidate`."""
+"""`longmem write`, `recall`, `banks`, `sources`, `forget`, `index`, `verify`, `repair`, `consolidate`,
+`retain`."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from longmem.cli import common
+from longmem.config import RetentionPolicy as Policy
 from longmem.errors import SourceError, StoreNotWritableError
 
 # What tokenising costs in memory for each token: ids and character offsets as Python objects.
@@ -32,6 +34,7 @@ def write(
     source: Annotated[
         str | None, typer.Option(help="Name in the bank, for a single text; the path by default.")
     ] = None,
+    precision: common.BankPrecision = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     as_json: common.Json = False,
@@ -44,13 +47,15 @@ def write(
     check_bank_name(bank)
     texts = _read(files, source, store)
     loaded = common.load_model(model, device)
+    spec = common.spec_of(loaded, precision)
     _check_room([len(text.encode()) for text in texts.values()], store, loaded.bank_spec.bytes_per_token)
     with MemoryStore.open(store) as opened:
         if not opened.writable:
             raise StoreNotWritableError(
                 f"The store in {store} cannot be written, only read. Change its permissions, or give another --store."
             )
-        target = opened.bank(bank, loaded.bank_spec, device=loaded.device)
+        target = opened.bank(bank, spec, device=loaded.device)
+        common.check_precision(target, bank, precision)
         _check_new(texts, target.sources, bank)
         written = {}
         tokens = sum(len(loaded.tokenizer(text, add_special_tokens=False).input_ids) for text in texts.values())
@@ -173,12 +178,15 @@ def banks(store: common.Store, as_json: common.Json = False) -> None:
     with MemoryStore.open(store, create=False) as opened:
         infos = opened.banks()
     if as_json:
-        common.print_json([dataclasses.asdict(info) for info in infos])
+        common.print_json([{**dataclasses.asdict(info), "bytes_per_token": info.bytes_per_token} for info in infos])
         return
-    table = Table("bank", "tokens", "sources", "size", "backbone", "updated", box=None, header_style="dim")
+    columns = ("bank", "tokens", "sources", "size", "a token", "kept in", "backbone", "updated")
+    table = Table(*columns, box=None, header_style="dim")
     for info in infos:
         updated = info.updated.astimezone().strftime("%Y-%m-%d %H:%M")
-        row = (info.name, f"{info.tokens:,}", f"{info.sources:,}", common.size(info.bytes), info.backbone, updated)
+        sizes = (common.size(info.bytes), common.size(info.bytes_per_token), info.precision)
+        tokens = f"{info.tokens:,}" if info.rows == info.tokens else f"{info.rows:,} of {info.tokens:,}"
+        row = (info.name, tokens, f"{info.sources:,}", *sizes, info.backbone, updated)
         table.add_row(*map(Text, row))
     common.out.print(table if infos else f"No banks in {store} yet.")
 
@@ -360,4 +368,77 @@ def consolidate(store: common.Store, bank: common.Bank, as_json: common.Json = F
         f"Bank {made.bank}: {made.segments_before:,} segments are {made.segments:,} now, {common.size(made.bytes)}.",
         markup=False,
         highlight=False,
+    )
+
+
+def retain(
+    store: common.Store,
+    bank: common.Bank,
+    cap: Annotated[int | None, typer.Option(help="Most tokens that keep their keys and values.")] = None,
+    max_bytes: Annotated[int | None, typer.Option("--bytes", help="Most bytes of keys and values on disk.")] = None,
+    policy: Annotated[
+        Policy,
+        typer.Option(help="What goes: oldest, all but an even sample, repetitions, least attention, least surprise."),
+    ] = "oldest",
+    unit: Annotated[int, typer.Option(help="Consecutive tokens that stay or go together.")] = 64,
+    days: Annotated[float | None, typer.Option(help="Forget sources last written longer ago than this.")] = None,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="A source, or a pattern with *, that stays whole; may be given often.")
+    ] = None,
+    always: Annotated[bool, typer.Option("--always", help="Also after every write from now on.")] = False,
+    never: Annotated[bool, typer.Option("--never", help="Take back --always; nothing else.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
+    model: common.Model = common.DEFAULT_MODEL,
+    device: common.Device = "auto",
+    as_json: common.Json = False,
+) -> None:
+    """Bring a bank down to a size. What goes loses its keys and values; its text stays, unless --days forgets it."""
+    from longmem.keeping import retain as bring_down
+    from longmem.retention import Cap
+    from longmem.store import MemoryStore
+
+    wanted = Cap(cap, max_bytes, policy, unit, days, tuple(pin or ()))
+    if never == (cap is not None or max_bytes is not None or days is not None):
+        raise typer.BadParameter("give --cap, --bytes or --days; or --never alone.", param_hint="--cap")
+    with MemoryStore.open(store, create=False) as opened:
+        target = opened.bank(bank)
+        if never:
+            target.set_cap(None)
+            common.out.print(f"Bank {bank} grows without limit.", markup=False, highlight=False)
+            return
+        limit = wanted.rows(target.spec.bytes_per_token)
+        scored = policy == "surprise" and limit is not None and len(target) > limit
+        loaded = common.load_model(model, device) if scored else None
+        with common.counting("reading", None, "tokens") as advance:
+            chosen = bring_down(target, wanted, model=loaded, preview=True, on_tokens=advance)
+        if not as_json:
+            for name in chosen.forgotten:
+                common.out.print(f"{name}: forgotten, text and all", markup=False, highlight=False)
+            for name, lost in chosen.thinned.items():
+                held = int((target.source_index_N == target.sources.index(name)).sum())
+                common.out.print(f"{name}: {lost:,} of {held:,} tokens", markup=False, highlight=False)
+        smaller = chosen.rows < chosen.rows_before
+        if smaller and not (yes or dry_run or as_json):
+            typer.confirm(f"Keep {chosen.rows:,} of {chosen.rows_before:,} tokens?", abort=True, err=True)
+        if not dry_run:
+            if smaller:
+                bring_down(target, wanted, model=loaded)
+            if always:
+                target.set_cap(wanted)
+    said = {
+        "bank": bank,
+        "tokens_before": chosen.rows_before,
+        "tokens": chosen.rows,
+        "forgotten": chosen.forgotten,
+        "thinned": chosen.thinned,
+        "done": not dry_run,
+    }
+    if as_json:
+        common.print_json(said)
+        return
+    how = "would keep" if dry_run else "keeps"
+    later = " So it does after every write." if always and not dry_run else ""
+    common.out.print(
+        f"Bank {bank} {how} {chosen.rows:,} of {chosen.rows_before:,} tokens.{later}", markup=False, highlight=False
     )

@@ -12,13 +12,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from longmem.errors import ConfigError, SourceError
+from longmem.config import Precision as Kept
+from longmem.errors import BankMismatchError, ConfigError, SourceError
 
 if TYPE_CHECKING:
     import torch
 
     from longmem.backbone import Backbone
     from longmem.bank import MemoryBank
+    from longmem.config import BankSpec
     from longmem.data import TokenizedDocuments
     from longmem.evals.perplexity import PerplexityConfig
     from longmem.model import LongMem
@@ -43,6 +45,14 @@ Compile = Annotated[
     typer.Option(
         "--compile",
         help="Faster, after some seconds of compiling (on a GPU a minute); needs a C++ compiler.",
+    ),
+]
+BankPrecision = Annotated[
+    Kept | None,
+    typer.Option(
+        "--precision",
+        help="How a new bank keeps keys and values: full, int8 (about half the bytes), or int4 (about a quarter).",
+        show_default="full",
     ),
 ]
 Search = Annotated[
@@ -108,6 +118,20 @@ def contents(bank: MemoryBank) -> str:
     """How much a bank holds, in words."""
     sources = len(bank.sources)
     return f"{len(bank):,} tokens of {sources} source{'' if sources == 1 else 's'}"
+
+
+def spec_of(model: LongMem, precision: Kept | None) -> BankSpec:
+    """What a bank for this model holds, in the precision that was asked for."""
+    return model.bank_spec if precision is None else model.bank_spec_in(precision)
+
+
+def check_precision(bank: MemoryBank, name: str, precision: Kept | None) -> None:
+    """Raise `BankMismatchError` if the bank was made with another precision than was asked for."""
+    if precision not in (None, bank.spec.precision):
+        raise BankMismatchError(
+            f"Bank {name!r} keeps keys and values in {bank.spec.precision}; --precision {precision} was asked for. A "
+            "bank's precision is chosen when it is made: leave the option out, or use another --bank."
+        )
 
 
 def check_bank(store: Path | None, bank: str | None, search: str) -> None:

@@ -112,6 +112,7 @@ def chat(
     window: Window = None,
     memory: Memory = 1.0,
     search: common.Search = "exact",
+    precision: common.BankPrecision = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     compile: common.Compile = False,
@@ -142,7 +143,8 @@ def chat(
             _converse(conversation, None)
         return
     with MemoryStore.open(store) as opened:
-        remembered = opened.bank(bank, loaded.bank_spec, device=loaded.device, search=search)
+        remembered = opened.bank(bank, common.spec_of(loaded, precision), device=loaded.device, search=search)
+        common.check_precision(remembered, bank, precision)
         with ChatSession(loaded, remembered, name, config, system=system) as conversation:
             known = common.contents(remembered)
             typer.echo(f"Bank {bank} remembers {known}; this is {conversation.source}. /help lists commands.", err=True)

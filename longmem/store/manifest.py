@@ -66,6 +66,24 @@ CREATE TABLE quarantine (
     created    TEXT    NOT NULL
 );
 """
+# Added since: a manifest of version 2 without them has banks that were never thinned.
+RETENTION = """
+CREATE TABLE IF NOT EXISTS thinned (
+    piece INTEGER PRIMARY KEY REFERENCES piece (id),
+    rows  INTEGER NOT NULL,
+    kept  BLOB    NOT NULL
+);
+CREATE TABLE IF NOT EXISTS score (
+    piece INTEGER NOT NULL REFERENCES piece (id),
+    name  TEXT    NOT NULL,
+    data  BLOB    NOT NULL,
+    PRIMARY KEY (piece, name)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS cap (
+    bank     INTEGER PRIMARY KEY REFERENCES bank (id),
+    settings TEXT    NOT NULL
+);
+"""
 # Format 1 had one row for a piece and its file, and no copy of the text outside of that file.
 _MIGRATION = f"""
 ALTER TABLE segment RENAME TO segment_1;
@@ -213,9 +231,16 @@ def _check_format(database: sqlite3.Connection, folder: Path, *, writable: bool)
             run(_MIGRATION)
             database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
         database.execute("COMMIT")
+    has_retention = number("SELECT COUNT(*) FROM sqlite_master WHERE name = 'thinned'")
+    if not has_retention and writable:
+        database.execute("BEGIN EXCLUSIVE")
+        run(RETENTION)
+        database.execute("COMMIT")
+    elif not has_retention:
+        database.execute("PRAGMA temp_store = MEMORY")
+        run(RETENTION.replace("CREATE TABLE IF NOT EXISTS", "CREATE TEMP TABLE"))
     version = number("PRAGMA user_version")
     if version == 1:
-        database.execute("PRAGMA temp_store = MEMORY")
         run(_VIEWS)
     elif version != FORMAT_VERSION:
         raise StoreError(

@@ -15,11 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from longmem.bank import BankEntry
+from longmem.bank import BankEntry, packed
 from longmem.config import BankSpec
 from longmem.errors import BankMismatchError, StoreCorruptError, StoreError, StoreNotWritableError
 from longmem.store.manifest import now
-from longmem.store.segments import QUARANTINE, NewSegment, Piece, Record, named, read_segment, sync_folder
+from longmem.store.segments import QUARANTINE, NewSegment, Piece, Record, named, read_segment, record_in, sync_folder
+from longmem.store.thinning import PIECE_TABLES, as_thinned
 from longmem.store.verify import Fault, by_segment, index_fault, record_of, segment_fault, segment_sizes
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _repair_bank(
     for key, held in segments.items():
         _collect(store, name, model, plan, held, damaged=key in plan.damaged)
     _cut(pieces, plan)
-    bad_index = index_fault(store, bank_id, name, sum(piece.tokens for piece in pieces)) is not None
+    bad_index = index_fault(store, bank_id, name, sum(piece.rows for piece in pieces)) is not None
     if not (plan.damaged or plan.out or plan.fresh or bad_index):
         return Repair(name, 0, 0, 0, False, ()) if store.revision(bank_id) == revision else None
     written: list[NewSegment] = []
@@ -138,7 +139,8 @@ def _repair_bank(
         for key, held in segments.items():
             stay, leave = [p for p in held if p.id not in plan.out], [p for p in held if p.id in plan.out]
             if key in plan.damaged:
-                entries = _encoded(model, pieces, stay, plan, on_tokens)
+                entries = [packed(entry, spec) for entry in _encoded(model, pieces, stay, plan, on_tokens)]
+                entries = [as_thinned(store, *both) for both in zip(stay, entries, strict=True)]
                 encoded += stay
             elif leave and stay:
                 entries = _read(store, name, stay)
@@ -177,7 +179,8 @@ def _repair_bank(
                         (bank_id, piece.source, piece.char_start, piece.chars, file, now()),
                     )
             gone = [(piece,) for piece in plan.out]
-            database.executemany("DELETE FROM record WHERE piece = ?", gone)
+            for table in PIECE_TABLES:
+                database.executemany(f"DELETE FROM {table} WHERE piece = ?", gone)
             database.executemany("DELETE FROM piece WHERE id = ?", gone)
             for new, stay in moves:
                 store.move(database, bank_id, new, stay)
@@ -242,10 +245,11 @@ def _salvaged(store: MemoryStore, model: Encoder, piece: Piece) -> Record | None
     """
     try:
         with safe_open(store.segment_path(piece.file), framework="pt") as tensors:
-            text = bytes(tensors.get_tensor("text").numpy()).decode()[piece.first_char :][: piece.chars]
-            rows = slice(piece.first_token, piece.first_token + piece.tokens)
-            token_ids_N, offsets_N2 = tensors.get_tensor("token_ids")[rows], tensors.get_tensor("offsets")[rows]
-    except (OSError, RuntimeError, SafetensorError, UnicodeDecodeError):
+            whole = record_in(tensors)
+        text = whole.text[piece.first_char :][: piece.chars]
+        rows = slice(piece.first_token, piece.first_token + piece.tokens)
+        token_ids_N, offsets_N2 = whole.token_ids_N[rows], whole.offsets_N2[rows]
+    except (OSError, RuntimeError, SafetensorError, UnicodeDecodeError, StoreCorruptError):
         return None
     again = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     same_ids = again["input_ids"] == token_ids_N.tolist()

@@ -12,10 +12,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.numpy import load as load_arrays
+from safetensors.numpy import save as save_arrays
+from safetensors.torch import save
 from torch import Tensor
 
 from longmem.bank import BankEntry
@@ -23,8 +27,8 @@ from longmem.errors import SourceError, StoreCorruptError, StoreError
 
 SEGMENTS = "segments"
 QUARANTINE = "quarantine"
-SEGMENT_VERSION = 2
-READABLE = ("1", "2")
+SEGMENT_VERSION = 3
+READABLE = ("1", "2", "3")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Piece:
         char_start, chars: its place in the source.
         segment, file, sha256: the segment that holds it, its file and that file's checksum.
         first_token, first_char: where its tokens and its text begin in the segment.
+        rows: how many of its tokens have keys and values; all, unless it was thinned. Only ever becomes less.
     """
 
     id: int
@@ -48,11 +53,14 @@ class Piece:
     sha256: str
     first_token: int
     first_char: int
+    rows: int
 
 
 PIECES = """
-SELECT piece.id, source, char_start, chars, tokens, created, segment, file, sha256, first_token, first_char
-FROM piece JOIN segment ON segment.id = piece.segment WHERE piece.bank = ? ORDER BY ordinal
+SELECT piece.id, source, char_start, chars, tokens, created, segment, file, sha256, first_token, first_char,
+       COALESCE(thinned.rows, tokens)
+FROM piece JOIN segment ON segment.id = piece.segment LEFT JOIN thinned ON thinned.piece = piece.id
+WHERE piece.bank = ? ORDER BY ordinal
 """
 
 
@@ -82,23 +90,53 @@ class Record:
     def of(cls, entry: BankEntry) -> Record:
         return cls(entry.text, entry.token_ids_N.cpu().long(), entry.offsets_N2.cpu().long())
 
+    @classmethod
+    def of_all(cls, entries: Sequence[BankEntry]) -> Record:
+        """One record for entries one after the other."""
+        text = "".join(entry.text for entry in entries)
+        token_ids_N, offsets_N2 = (
+            torch.cat([part.cpu().long() for part in parts])
+            for parts in zip(*((entry.token_ids_N, entry.offsets_N2) for entry in entries), strict=True)
+        )
+        return cls(text, token_ids_N, offsets_N2)
+
     def pack(self) -> bytes:
-        """The record as the manifest keeps it: zlib (whose checksum shows damage) over safetensors."""
-        tensors = {
-            "text": _bytes(self.text.encode()),
-            "token_ids": self.token_ids_N.contiguous(),
-            "offsets": self.offsets_N2.contiguous(),
+        """The record as manifest and segments keep it: zlib (whose checksum shows damage) over safetensors."""
+        # Most tokens begin where the one before ends, and are short: both numbers fit into a byte, and compress well.
+        start_N, end_N = self.offsets_N2.numpy().T
+        gap_N = start_N - np.concatenate((np.zeros(1, np.int64), end_N[:-1]))[: len(start_N)]
+        arrays = {
+            "text": np.frombuffer(self.text.encode(), np.uint8),
+            "token_ids": _narrow(self.token_ids_N.numpy()),
+            "gaps": _narrow(gap_N),
+            "lengths": _narrow(end_N - start_N),
         }
-        return zlib.compress(save(tensors))
+        return zlib.compress(save_arrays(arrays))
 
     @classmethod
     def unpack(cls, data: bytes) -> Record:
         """Raises `StoreCorruptError` if the bytes have changed."""
         try:
-            tensors = load(zlib.decompress(data))
-            return cls(bytes(tensors["text"].numpy()).decode(), tensors["token_ids"], tensors["offsets"])
-        except (zlib.error, SafetensorError, UnicodeDecodeError, KeyError) as error:
+            arrays = load_arrays(zlib.decompress(data))
+            text, token_ids_N = arrays["text"].tobytes().decode(), arrays["token_ids"].astype(np.int64)
+            if "offsets" in arrays:  # written before segments of version 3
+                offsets_N2 = arrays["offsets"]
+            else:
+                length_N, gap_N = arrays["lengths"].astype(np.int64), arrays["gaps"].astype(np.int64)
+                end_N = np.cumsum(gap_N + length_N)
+                offsets_N2 = np.stack((end_N - length_N, end_N), axis=1)
+        except (zlib.error, SafetensorError, UnicodeDecodeError, KeyError, ValueError) as error:
             raise StoreCorruptError(f"The manifest's copy of a text is damaged: {error}.") from error
+        return cls(text, torch.from_numpy(token_ids_N), torch.from_numpy(offsets_N2))
+
+
+def _narrow(numbers_N: np.ndarray) -> np.ndarray:
+    """The same integers in the smallest type that holds them."""
+    for dtype in (np.uint8, np.uint16, np.int32):
+        limits = np.iinfo(dtype)
+        if not numbers_N.size or (numbers_N.min() >= limits.min and numbers_N.max() <= limits.max):
+            return numbers_N.astype(dtype)
+    return numbers_N.astype(np.int64)
 
 
 def check_text(entry: BankEntry) -> None:
@@ -113,22 +151,30 @@ def check_text(entry: BankEntry) -> None:
 
 
 def write_segment(path: Path, entries: Sequence[BankEntry]) -> tuple[str, int]:
-    """Write and sync a segment file; returns its sha256 and its size in bytes."""
+    """Write and sync a segment file; returns its sha256 and its size in bytes.
 
-    def joined(tensors: list[Tensor], dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    Args:
+        entries: keys and values as the bank keeps them (`longmem.bank.packed`).
+    """
+
+    def joined(tensors: list[Tensor]) -> Tensor:
         # safetensors takes neither strided tensors nor two views of the same memory.
-        tensors = [tensor.detach().to("cpu", dtype) for tensor in tensors]
-        return torch.cat(tensors, dim).clone(memory_format=torch.contiguous_format)
+        return torch.cat([tensor.detach().cpu() for tensor in tensors], 1).clone(memory_format=torch.contiguous_format)
 
     pieces = [[entry.source, entry.char_start, len(entry.text), len(entry)] for entry in entries]
+    tensors = {
+        "keys": joined([entry.keys_HNE for entry in entries]),
+        "values": joined([entry.values_HNE for entry in entries]),
+        "record": torch.frombuffer(bytearray(Record.of_all(entries).pack()), dtype=torch.uint8),
+    }
+    if any(entry.kept_K is not None for entry in entries):
+        first, kept = 0, []
+        for entry in entries:
+            kept.append(first + (torch.arange(len(entry)) if entry.kept_K is None else entry.kept_K))
+            first += len(entry)
+        tensors["kept"] = torch.cat(kept).to(torch.int32)
     data = save(
-        {
-            "keys": joined([entry.keys_HNE for entry in entries], 1),
-            "values": joined([entry.values_HNE for entry in entries], 1),
-            "token_ids": joined([entry.token_ids_N for entry in entries], 0, torch.int64),
-            "offsets": joined([entry.offsets_N2 for entry in entries], 0, torch.int64),
-            "text": _bytes("".join(entry.text for entry in entries).encode()),
-        },
+        tensors,
         metadata={"longmem_segment": str(SEGMENT_VERSION), "pieces": json.dumps(pieces)},
     )
     with open(path, "xb") as file:
@@ -139,7 +185,7 @@ def write_segment(path: Path, entries: Sequence[BankEntry]) -> tuple[str, int]:
 
 
 def read_segment(path: Path, pieces: Sequence[Piece], what: str, mend: str, *, verify: bool) -> list[BankEntry]:
-    """Pieces of one segment as entries, their tensors mapped from the file.
+    """Pieces of one segment as entries, keys and values mapped from the file, as the bank keeps them.
 
     Args:
         what: what the file holds, for errors.
@@ -165,8 +211,8 @@ def read_segment(path: Path, pieces: Sequence[Piece], what: str, mend: str, *, v
                     f"{path} has segment format {version}; this longmem reads formats {' and '.join(READABLE)}. "
                     "Update longmem."
                 )
-            text = bytes(tensors.get_tensor("text").numpy()).decode()
-            whole = {name: tensors.get_tensor(name) for name in ("token_ids", "offsets", "keys", "values")}
+            record, keys, values = record_in(tensors), tensors.get_tensor("keys"), tensors.get_tensor("values")
+            kept_R = tensors.get_tensor("kept").long() if "kept" in tensors.keys() else None  # noqa: SIM118
     except FileNotFoundError as error:
         raise StoreCorruptError(f"{path} is missing. It held {what}. {mend}") from error
     except (OSError, RuntimeError, SafetensorError, UnicodeDecodeError) as error:
@@ -174,19 +220,36 @@ def read_segment(path: Path, pieces: Sequence[Piece], what: str, mend: str, *, v
         raise StoreCorruptError(f"{path} cannot be read: {error}. It holds {what}. {mend}") from error
     entries = []
     for piece in pieces:
-        rows = slice(piece.first_token, piece.first_token + piece.tokens)
+        at = rows = slice(piece.first_token, piece.first_token + piece.tokens)
+        kept_K = None
+        if kept_R is not None:
+            rows = slice(*torch.searchsorted(kept_R, torch.tensor([at.start, at.stop])).tolist())
+            kept_K = kept_R[rows] - at.start if rows.stop - rows.start < piece.tokens else None
         entries.append(
             BankEntry(
                 source=piece.source,
-                text=text[piece.first_char : piece.first_char + piece.chars],
+                text=record.text[piece.first_char : piece.first_char + piece.chars],
                 char_start=piece.char_start,
-                token_ids_N=whole["token_ids"][rows],
-                offsets_N2=whole["offsets"][rows],
-                keys_HNE=whole["keys"][:, rows],
-                values_HNE=whole["values"][:, rows],
+                token_ids_N=record.token_ids_N[at],
+                offsets_N2=record.offsets_N2[at],
+                keys_HNE=keys[:, rows],
+                values_HNE=values[:, rows],
+                kept_K=kept_K,
             )
         )
     return entries
+
+
+def record_in(tensors: Any) -> Record:
+    """What the pieces of an open segment file were made from, all in one.
+
+    Raises:
+        StoreCorruptError, RuntimeError, SafetensorError, UnicodeDecodeError: it is damaged.
+    """
+    if "record" in tensors.keys():  # noqa: SIM118 (a safetensors file is no dictionary)
+        return Record.unpack(tensors.get_tensor("record").numpy().tobytes())
+    text = bytes(tensors.get_tensor("text").numpy()).decode()
+    return Record(text, tensors.get_tensor("token_ids"), tensors.get_tensor("offsets"))
 
 
 def header_of(path: Path) -> list[list]:
@@ -226,7 +289,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _bytes(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)

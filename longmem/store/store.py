@@ -19,7 +19,7 @@ from typing import Literal, Self
 import torch
 
 from longmem.bank import BankEntry
-from longmem.config import BankSpec
+from longmem.config import BankSpec, Precision
 from longmem.errors import BankError, BankMismatchError, BankNotFoundError, StoreError, StoreNotWritableError
 from longmem.store.consolidate import SEGMENT_BYTES, Consolidation, consolidate
 from longmem.store.indexes import INDEXES
@@ -35,6 +35,7 @@ from longmem.store.segments import (
     write_segment,
 )
 from longmem.store.stored_bank import StoredBank
+from longmem.store.thinning import PIECE_TABLES
 from longmem.store.verify import Report, verify
 
 _REVISION = "SELECT revision FROM bank WHERE id = ?"
@@ -51,18 +52,27 @@ class BankInfo:
 
     Attributes:
         tokens, sources: how many are remembered.
+        rows: how many of the tokens have keys and values: all, unless the bank was thinned.
         bytes: size of its segment files.
         backbone: name of the backbone that wrote it.
+        precision: how keys and values are kept: "full", "int8" or "int4".
         created, updated: UTC; `updated` is the last append or forget.
     """
 
     name: str
     tokens: int
+    rows: int
     sources: int
     bytes: int
     backbone: str
+    precision: Precision
     created: datetime
     updated: datetime
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Of segment files, for each row; 0 if there are none."""
+        return self.bytes / self.rows if self.rows else 0.0
 
 
 def check_bank_name(name: str) -> None:
@@ -133,25 +143,28 @@ class MemoryStore:
 
     def banks(self) -> list[BankInfo]:
         """Every bank of the store, by name."""
-        rows = self.manifest.query(
+        found = self.manifest.query(
             """
-            SELECT name, COALESCE(SUM(tokens), 0), COUNT(DISTINCT source),
+            SELECT name, COALESCE(SUM(tokens), 0), COALESCE(SUM(COALESCE(rows, tokens)), 0), COUNT(DISTINCT source),
                    (SELECT COALESCE(SUM(bytes), 0) FROM segment WHERE segment.bank = bank.id),
                    spec, bank.created, updated
-            FROM bank LEFT JOIN piece ON piece.bank = bank.id GROUP BY bank.id ORDER BY name
+            FROM bank LEFT JOIN piece ON piece.bank = bank.id LEFT JOIN thinned ON thinned.piece = piece.id
+            GROUP BY bank.id ORDER BY name
             """
         )
         return [
             BankInfo(
                 name,
                 tokens,
+                rows,
                 sources,
                 size,
                 BankSpec.from_json(spec).backbone,
+                BankSpec.from_json(spec).precision,
                 datetime.fromisoformat(created),
                 datetime.fromisoformat(updated),
             )
-            for name, tokens, sources, size, spec, created, updated in rows
+            for name, tokens, rows, sources, size, spec, created, updated in found
         ]
 
     def bank(
@@ -167,7 +180,8 @@ class MemoryStore:
 
         Args:
             name: letters, digits and `._-`, in parts joined by `/`: "notes", "user/1234".
-            spec: what the bank's tensors mean (`LongMem.bank_spec`). None opens an existing bank only.
+            spec: what the bank's tensors mean (`LongMem.bank_spec`; in few bits `LongMem.bank_spec_in`). None opens an
+                existing bank only.
             verify: compare every segment file with its checksum.
             search: "index" searches with the index that the bank has (`StoredBank.load_index`).
 
@@ -188,6 +202,11 @@ class MemoryStore:
         bank_id, stored = row
         if spec is not None and spec != stored:
             raise BankMismatchError(_mismatch(name, stored=stored, given=spec))
+        if spec is not None and spec.precision not in ("full", stored.precision):
+            raise BankMismatchError(
+                f"Bank {name!r} keeps keys and values in {stored.precision}, and was to be opened in {spec.precision}. "
+                "A bank's precision is chosen when it is made: open it without one, or use another bank name."
+            )
         bank = StoredBank(self, bank_id, name, stored, device, verify=verify)
         bank.refresh()
         if search == "index":
@@ -209,8 +228,9 @@ class MemoryStore:
                 "WHERE bank = ? AND file IS NOT NULL",
                 row[:1] * 2,
             ).fetchall()
-            database.execute("DELETE FROM record WHERE piece IN (SELECT id FROM piece WHERE bank = ?)", row[:1])
-            for table in ("piece", "segment", "quarantine"):
+            for table in PIECE_TABLES:
+                database.execute(f"DELETE FROM {table} WHERE piece IN (SELECT id FROM piece WHERE bank = ?)", row[:1])
+            for table in ("piece", "segment", "quarantine", "cap"):
                 database.execute(f"DELETE FROM {table} WHERE bank = ?", row[:1])
             database.execute("DELETE FROM bank WHERE id = ?", row[:1])
             self.remove_index(row[0])

@@ -15,20 +15,24 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from longmem.approximate import BankIndex
-from longmem.bank import BankEntry, MemoryBank
+from longmem.bank import BankEntry, MemoryBank, packed, unpacked
 from longmem.config import BankSpec
 from longmem.errors import (
     BankError,
     BankIndexError,
     BankNotFoundError,
     StoreCorruptError,
+    StoreError,
     StoreNotWritableError,
 )
+from longmem.retention import Cap
 from longmem.store.indexes import read_index, write_index
 from longmem.store.manifest import now
 from longmem.store.segments import Piece, Record, check_text, named, read_segment, sync_folder
+from longmem.store.thinning import PIECE_TABLES, keep_scores, scores_of, thin
 
 if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
@@ -63,7 +67,7 @@ class StoredBank(MemoryBank):
         super().__init__(spec, device)
         self.name = name
         self._store = store
-        self._id = bank_id
+        self._id = self.id = bank_id
         self._verify = verify
         self._revision = -1
         self._pieces: dict[int, Piece] = {}
@@ -83,9 +87,10 @@ class StoredBank(MemoryBank):
         self.refresh()
         self.check(entry)
         check_text(entry)
+        kept = packed(entry, self.spec)
         new = None
         try:
-            new = store.write_segment([entry])
+            new = store.write_segment([kept])
             record = Record.of(entry).pack()
             with store.manifest.transaction() as database:
                 # Under the write lock nobody else extends the bank: what holds now holds until the commit.
@@ -116,8 +121,8 @@ class StoredBank(MemoryBank):
             if new is not None:
                 store.discard(new.file)
             raise
-        self._remember(entry)
-        self._pieces[piece] = Piece(piece, *row, new.file, new.sha256, 0, 0)
+        self._remember(unpacked(kept, self.spec))
+        self._pieces[piece] = Piece(piece, *row, new.file, new.sha256, 0, 0, len(entry))
         self._revision += 1
 
     def forget(self, source: str) -> int:
@@ -148,7 +153,8 @@ class StoredBank(MemoryBank):
                         new = store.write_segment(self._read(stay, verify=True))
                         written.append(new.file)
                         store.move(database, self._id, new, stay)
-                database.executemany("DELETE FROM record WHERE piece = ?", [(piece.id,) for piece in gone])
+                for table in PIECE_TABLES:
+                    database.executemany(f"DELETE FROM {table} WHERE piece = ?", [(piece.id,) for piece in gone])
                 database.executemany("DELETE FROM piece WHERE id = ?", [(piece.id,) for piece in gone])
                 database.executemany("DELETE FROM segment WHERE id = ?", [(segment,) for segment in shrunk])
                 database.execute("DELETE FROM quarantine WHERE bank = ? AND source = ?", (self._id, source))
@@ -173,6 +179,69 @@ class StoredBank(MemoryBank):
             forgotten = self._drop(source) if gone else 0
             self._revision += 1
         return forgotten
+
+    def thin(self, keep_N: Tensor) -> None:
+        """Drop the rows where `keep_N` (bool) is False, and their bytes. Texts and token ids stay.
+
+        Raises:
+            BankError: the bank has changed since `keep_N` was made.
+            StoreCorruptError: a segment to be written anew is damaged.
+            StoreNotWritableError: the store is read-only or the disk is full.
+        """
+        pieces, revision, old = thin(self._store, self, keep_N)
+        self._keep_rows(keep_N)
+        self._pieces = {piece.id: piece for piece in pieces}
+        self._revision = revision
+        self._store.unlink(old)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What it holds, in order."""
+        return tuple(self._pieces.values())
+
+    @property
+    def cap(self) -> Cap | None:
+        """What it is kept to after writes; None lets it grow."""
+        rows = self._store.manifest.query("SELECT settings FROM cap WHERE bank = ?", self._id)
+        return next((Cap.from_json(settings) for (settings,) in rows), None)
+
+    def set_cap(self, cap: Cap | None) -> None:
+        """Keep the bank to a cap after every write of a model from now on; None lets it grow."""
+        with self._store.manifest.transaction() as database:
+            database.execute("DELETE FROM cap WHERE bank = ?", (self._id,))
+            if cap is not None:
+                database.execute("INSERT INTO cap (bank, settings) VALUES (?, ?)", (self._id, cap.to_json()))
+
+    def written_last(self) -> dict[str, datetime]:
+        """When each source was last written, UTC."""
+        return {piece.source: datetime.fromisoformat(piece.created) for piece in self._pieces.values()}
+
+    @property
+    def writable(self) -> bool:
+        return self._store.writable
+
+    def save_attention(self) -> None:
+        """Keep what `attend` has counted with the bank. Where nothing can be written it is dropped: reading should not
+        fail for a statistic."""
+        taken, ends, scores = self.take_attention(), {}, {}
+        for piece in self._pieces.values():
+            start = ends.get(piece.source, 0)
+            ends[piece.source] = start + piece.tokens
+            some_M = taken.get(piece.source, torch.zeros(0))[start : start + piece.tokens]
+            if bool(some_M.any()):
+                scores[piece.id] = torch.zeros(piece.tokens)
+                scores[piece.id][: len(some_M)] = some_M
+        if scores and self.writable:
+            with suppress(StoreError):
+                self.keep_scores("attention", scores, add=True)
+
+    def scores(self, name: str) -> dict[int, Tensor]:
+        """Numbers that were kept for the tokens of pieces (M,), float32, by the piece's id."""
+        return scores_of(self._store, self._id, name)
+
+    def keep_scores(self, name: str, scores: dict[int, Tensor], *, add: bool = False) -> None:
+        """Keep numbers for the tokens of pieces, in place of earlier ones or added to them."""
+        keep_scores(self._store, self._id, name, scores, add=add)
 
     def save_index(self, index: BankIndex) -> None:
         """Search with an index from now on, and keep it beside the bank, in place of any that was there.
@@ -257,13 +326,16 @@ class StoredBank(MemoryBank):
                 return
             pieces = {piece.id: piece for piece in self._store.pieces(self._id)}
             # Sources are forgotten whole, so a piece that is gone takes its source along. A repair may have cut the end
-            # of one: then everything is read again, so that memory and disk keep one order.
+            # of one, or a cap have thinned it: then everything is read again, so that memory and disk keep one order.
             gone = {known.source for known in self._pieces.values() if known.id not in pieces}
-            cut = any(piece.source in gone and piece.id in self._pieces for piece in pieces.values())
+            cut = any(
+                piece.id in self._pieces and (piece.source in gone or piece.rows != self._pieces[piece.id].rows)
+                for piece in pieces.values()
+            )
             for source in self.sources if cut else gone:
                 self._drop(source)
             new = [piece for piece in pieces.values() if piece.id not in self._pieces]
-            self._reserve(len(self) + sum(piece.tokens for piece in new))
+            self._reserve(len(self) + sum(piece.rows for piece in new))
             try:
                 for _, together in groupby(new, key=lambda piece: piece.segment):
                     self._load(list(together))
@@ -289,14 +361,15 @@ class StoredBank(MemoryBank):
         return list(infos.values())
 
     def _read(self, pieces: Sequence[Piece], *, verify: bool) -> list[BankEntry]:
-        """Pieces of one segment."""
+        """Pieces of one segment, as they are kept on disk."""
         store = self._store
         path, what = store.segment_path(pieces[0].file), named(pieces, self.name)
         return read_segment(path, pieces, what, store.mend(self.name), verify=verify)
 
     def _load(self, pieces: Sequence[Piece]) -> None:
-        for piece, entry in zip(pieces, self._read(pieces, verify=self._verify), strict=True):
+        for piece, kept in zip(pieces, self._read(pieces, verify=self._verify), strict=True):
             try:
+                entry = unpacked(kept, self.spec)
                 self.check(entry)
             except BankError as error:
                 raise StoreCorruptError(

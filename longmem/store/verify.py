@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from longmem.bank import DTYPES
@@ -135,7 +136,7 @@ def bank_faults(
         except StoreCorruptError as error:
             meaning = f"{error} It is a copy; as long as the segment is whole, nothing is lost."
             yield Fault(name, (piece.source,), None, "record", meaning)
-    fault = index_fault(store, bank_id, name, sum(piece.tokens for piece in pieces))
+    fault = index_fault(store, bank_id, name, sum(piece.rows for piece in pieces))
     if fault is not None:
         yield fault
 
@@ -181,13 +182,15 @@ def segment_fault(store: MemoryStore, bank: str, spec: BankSpec, pieces: Sequenc
         said = [(piece.source, piece.char_start, piece.chars, piece.tokens) for piece in pieces]
         if header != said:
             return fault("header", f"The file names the pieces {header}, the manifest {said}.")
-        heads, tokens = len(spec.memory_heads), sum(piece.tokens for piece in pieces)
+        rows = sum(piece.rows for piece in pieces)
+        kept = DTYPES[spec.dtype] if spec.precision == "full" else torch.uint8
+        numbers = spec.row_bytes // kept.itemsize
         with safe_open(path, framework="pt") as tensors:
             for name in ("keys", "values"):
                 part = tensors.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), tensors.get_slice(name)[:, :0].dtype
-                if shape != (heads, tokens, spec.head_dim) or dtype != DTYPES[spec.dtype]:
-                    expected = f"({heads}, {tokens}, {spec.head_dim}) of {spec.dtype}"
+                if shape != (len(spec.memory_heads), rows, numbers) or dtype != kept:
+                    expected = f"({len(spec.memory_heads)}, {rows}, {numbers}) of {kept}"
                     return fault("header", f"Its {name} have shape {shape} of {dtype}, the manifest says {expected}.")
     except FileNotFoundError:
         return fault("missing", "The file is gone.")

@@ -1,0 +1,114 @@
+"""Banks on disk that lose rows, and the numbers that say which. N rows, M tokens of a piece."""
+
+from __future__ import annotations
+
+import zlib
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longmem.bank import BankEntry
+from longmem.errors import BankError, StoreCorruptError, StoreNotWritableError
+from longmem.store.manifest import now
+from longmem.store.segments import Piece, named, read_segment
+
+if TYPE_CHECKING:
+    from longmem.store.store import MemoryStore
+    from longmem.store.stored_bank import StoredBank
+
+# Tables whose rows belong to a piece, and go with it.
+PIECE_TABLES = ("record", "thinned", "score")
+
+
+def thin(store: MemoryStore, bank: StoredBank, keep_N: Tensor) -> tuple[list[Piece], int, list[str]]:
+    """See `StoredBank.thin`. Returns the bank's pieces, its revision, and the files that no row names any more."""
+    written: list[str] = []
+    try:
+        with store.manifest.transaction() as database:
+            before = [(piece.id, piece.rows) for piece in bank.pieces]
+            # Where they lie may have changed: a consolidation moves pieces.
+            held = store.pieces(bank.id)
+            if before != [(piece.id, piece.rows) for piece in held] or len(keep_N) != len(bank):
+                raise BankError(f"Bank {bank.name!r} has changed since it was decided what it keeps. Decide again.")
+            keeps = dict(zip((piece.id for piece in held), keep_N.split([piece.rows for piece in held]), strict=True))
+            old = {}
+            # Segments hold neighbours, so that those of one stand together.
+            for segment, group in groupby(held, key=lambda piece: piece.segment):
+                pieces = list(group)
+                if all(bool(keeps[piece.id].all()) for piece in pieces):
+                    continue
+                path, what = store.segment_path(pieces[0].file), named(pieces, bank.name)
+                entries = read_segment(path, pieces, what, store.mend(bank.name), verify=True)
+                fewer = [entry.thinned(keeps[piece.id]) for piece, entry in zip(pieces, entries, strict=True)]
+                new = store.write_segment(fewer)
+                written.append(new.file)
+                store.move(database, bank.id, new, pieces)
+                for piece, entry in zip(pieces, fewer, strict=True):
+                    database.execute(
+                        "INSERT OR REPLACE INTO thinned (piece, rows, kept) VALUES (?, ?, ?)",
+                        (piece.id, entry.rows, _pack_kept(entry)),
+                    )
+                old[segment] = pieces[0].file
+            database.executemany("DELETE FROM segment WHERE id = ?", [(segment,) for segment in old])
+            database.execute("UPDATE bank SET revision = revision + 1, updated = ? WHERE id = ?", (now(), bank.id))
+            # Before the commit: rows lie elsewhere than the index says.
+            store.remove_index(bank.id)
+            after, revision = store.pieces(bank.id), store.revision(bank.id)
+    except BaseException as error:
+        for file in written:
+            store.discard(file)
+        if isinstance(error, OSError):
+            raise StoreNotWritableError(
+                f"Bank {bank.name!r} was not thinned: {error}. Check the space and the permissions of {store.folder}, "
+                "then try again. Nothing is lost."
+            ) from error
+        raise
+    assert revision is not None
+    return after, revision, list(old.values())
+
+
+def as_thinned(store: MemoryStore, piece: Piece, entry: BankEntry) -> BankEntry:
+    """A piece that was encoded again, with the rows that it had."""
+    for (kept,) in store.manifest.query("SELECT kept FROM thinned WHERE piece = ?", piece.id):
+        return entry.thinned(_unpack_kept(kept, piece))
+    return entry
+
+
+def scores_of(store: MemoryStore, bank_id: int, name: str) -> dict[int, Tensor]:
+    """See `StoredBank.scores`."""
+    rows = store.manifest.query(
+        "SELECT piece, data FROM score JOIN piece ON piece.id = piece WHERE bank = ? AND name = ?", bank_id, name
+    )
+    return {piece: torch.from_numpy(np.frombuffer(zlib.decompress(data), "<f4").copy()) for piece, data in rows}
+
+
+def keep_scores(store: MemoryStore, bank_id: int, name: str, scores: dict[int, Tensor], *, add: bool) -> None:
+    """See `StoredBank.keep_scores`."""
+    with store.manifest.transaction() as database:
+        # Pieces may have gone since.
+        there = {piece for (piece,) in database.execute("SELECT id FROM piece WHERE bank = ?", (bank_id,))}
+        before = scores_of(store, bank_id, name) if add else {}
+        for piece, score_M in scores.items():
+            if piece in there:
+                total_M = score_M.float() + before.get(piece, torch.zeros(()))
+                data = zlib.compress(total_M.numpy().astype("<f4").tobytes())
+                row = (piece, name, data)
+                database.execute("INSERT OR REPLACE INTO score (piece, name, data) VALUES (?, ?, ?)", row)
+
+
+def _pack_kept(entry: BankEntry) -> bytes:
+    """A bit a token: whether it has a row."""
+    kept_M = np.zeros(len(entry), bool)
+    kept_M[slice(None) if entry.kept_K is None else entry.kept_K.numpy()] = True
+    return zlib.compress(np.packbits(kept_M).tobytes())
+
+
+def _unpack_kept(data: bytes, piece: Piece) -> Tensor:
+    try:
+        bits = np.unpackbits(np.frombuffer(zlib.decompress(data), np.uint8), count=piece.tokens)
+    except (zlib.error, ValueError) as error:
+        raise StoreCorruptError(f"The manifest's list of the rows of a piece is damaged: {error}.") from error
+    return torch.from_numpy(bits.astype(bool))
