@@ -39,7 +39,8 @@ Search = Callable[[int, Tensor], tuple[Tensor, Tensor]]  # (head, (1, G, E)) →
 
 
 def make_vectors(texts: Path, model_name: str, tokens: int) -> dict[str, Tensor]:
-    """Keys of the look-up heads (X, N, E) of some texts, and queries (D, X, G, T, E) of the tokens that follow them.
+    """Keys of the look-up heads (X, N, E) of some texts, how many are of each (D,), and queries (D, X, G, T, E) of
+    the tokens that follow them.
 
     A text's queries are asked, in float32, with the last `CONTEXT` of its remembered tokens as the bank. Keys are
     written in bfloat16, in half the time.
@@ -77,7 +78,8 @@ def make_vectors(texts: Path, model_name: str, tokens: int) -> dict[str, Tensor]
         queries.append(torch.stack([asked[layer] for layer in layers]))
         total += length
         print(f"{total} tokens, {len(queries)} texts", flush=True)
-    return {"keys_XNE": torch.cat(keys, dim=1), "query_DXGTE": torch.stack(queries)}
+    lengths_D = torch.tensor([keys_XNE.shape[1] for keys_XNE in keys])
+    return {"keys_XNE": torch.cat(keys, dim=1), "query_DXGTE": torch.stack(queries), "lengths_D": lengths_D}
 
 
 def tiled(keys_XNE: Tensor, size: int) -> Tensor:
@@ -294,7 +296,7 @@ def main() -> None:
     )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "faiss-cpu"))
-    common = {"commit": commit, "device": _processor(), "threads": arguments.threads, "versions": versions}
+    common = {"commit": commit, "device": processor(), "threads": arguments.threads, "versions": versions}
     common |= {"read_gb_per_s": round(read / 1e9, 1)}
     rows: list[dict[str, Any]] = []
     known: dict[str, Any] = {}
@@ -333,7 +335,7 @@ def main() -> None:
                 writer.writerows(rows)
 
 
-def _processor() -> str:
+def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()

@@ -20,7 +20,9 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from longmem.decoding import KeyValueBuffer, LayerStep, RowDecoder, RowLayer
+from longmem.encoding import encode_window, exact_in_bfloat16
 from longmem.families import Rotary, family_of
+from longmem.ops.cpu import has_bfloat16_products
 from longmem.pretrained import load_pretrained
 from longmem.windows import Windows
 
@@ -192,6 +194,28 @@ class Backbone(nn.Module):
         _, key_BKTE, value_BKTE = self.family.qkv(self.layers[layer], hidden_BTD)
         return key_BKTE, value_BKTE
 
+    @torch.no_grad()
+    def encode(
+        self, input_ids_BT: Tensor, layers: Collection[int], *, first: int = 0
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """`keys_values` of some layers for a window of text, of the tokens from `first` on.
+
+        On a CPU by the shortest way (`longmem.encoding`). There weights in float32 that bfloat16 holds exactly are
+        multiplied in bfloat16 if the processor can: as a GPU does, but with sums of layers kept in float32.
+        """
+        if self.device.type != "cpu":
+            hidden_states = self(input_ids_BT, boundaries=layers).hidden_states
+            return {layer: self.keys_values(layer, hidden_states[layer][:, first:]) for layer in layers}
+        positions_BT = torch.arange(input_ids_BT.shape[1]).expand_as(input_ids_BT)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._encodes_in_bfloat16):
+            x_BTD = self.family.embed(self.base, input_ids_BT, positions_BT)
+            rotary_of = self._rotary_of(x_BTD, positions_BT)
+            return encode_window(self.family, list(self.layers), x_BTD, rotary_of, layers, first)
+
+    @cached_property
+    def _encodes_in_bfloat16(self) -> bool:
+        return self.dtype == torch.float32 and has_bfloat16_products() and exact_in_bfloat16(self.layers.parameters())
+
     def position_embeddings(self, layer: int, hidden_BTD: Tensor, positions_BT: Tensor) -> Rotary:
         """(cos, sin) of a layer's rotary embedding at the given positions."""
         return self.family.position_embeddings(self.base, layer, hidden_BTD, positions_BT)
@@ -228,16 +252,24 @@ class Backbone(nn.Module):
     ) -> BackboneOutput:
         """`forward` of a single token a row; `run` takes it through a layer."""
         x_BTD = self.family.embed(self.base, input_ids_BT, positions_BT)
-        # Layers of one type share a rotary embedding.
-        types = getattr(self.config, "layer_types", None) or [""] * self.num_layers
-        rotary_of: dict[str, Rotary] = {}
+        rotary_of = self._rotary_of(x_BTD, positions_BT)
         hidden_states = {0: x_BTD}
         for layer in range(max(boundaries)):
-            if types[layer] not in rotary_of:
-                rotary_of[types[layer]] = self.position_embeddings(layer, x_BTD, positions_BT)
-            x_BTD = run(layer, x_BTD, rotary_of[types[layer]]).output_BTD
+            x_BTD = run(layer, x_BTD, rotary_of(layer)).output_BTD
             hidden_states[layer + 1] = x_BTD
         return BackboneOutput({boundary: hidden_states[boundary] for boundary in boundaries}, positions_BT)
+
+    def _rotary_of(self, x_BTD: Tensor, positions_BT: Tensor) -> Callable[[int], Rotary]:
+        """Rotary embeddings by layer; layers of one type share one."""
+        types = getattr(self.config, "layer_types", None) or [""] * self.num_layers
+        made: dict[str, Rotary] = {}
+
+        def rotary_of(layer: int) -> Rotary:
+            if types[layer] not in made:
+                made[types[layer]] = self.position_embeddings(layer, x_BTD, positions_BT)
+            return made[types[layer]]
+
+        return rotary_of
 
     def compile_layers(self) -> None:
         """Run compiled layers from now on (`torch.compile`): faster on a GPU, where many calls have the same shape."""

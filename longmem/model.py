@@ -361,11 +361,15 @@ class LongMem(nn.Module):
             windows = windows[len(group) :]
             prefix_B1 = torch.full((len(group), 1), self.backbone.prefix_token_id)
             input_ids_BT = torch.cat((prefix_B1, torch.stack([tokens_N[w[0] : w[2]] for w in group])), dim=1)
-            key_HBTE, value_HBTE = self._keys_values(input_ids_BT.to(device))
+            # +1: the prefix is never remembered
+            context = min(kept - first for first, kept, _ in group) + 1
+            key_HBTE, value_HBTE = self._by_head(
+                self.backbone.encode(input_ids_BT.to(device), self.config.memory_layers, first=context)
+            )
             for row, (first, kept, end) in enumerate(group):
-                # +1: the prefix is never remembered
-                keys.append(key_HBTE[:, row, kept - first + 1 : end - first + 1])
-                values.append(value_HBTE[:, row, kept - first + 1 : end - first + 1])
+                new = slice(kept - first + 1 - context, end - first + 1 - context)
+                keys.append(key_HBTE[:, row, new])
+                values.append(value_HBTE[:, row, new])
                 if on_tokens is not None:
                     on_tokens(end - kept)
         if not keys:
@@ -398,16 +402,17 @@ class LongMem(nn.Module):
                 on_tokens(end - kept)
         return torch.cat(found)
 
-    def _keys_values(self, input_ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-        seen = self.backbone(input_ids_BT, boundaries=self.config.memory_layers)
-        return self.keys_values(seen)
-
     def keys_values(self, seen: BackboneOutput) -> tuple[Tensor, Tensor]:
         """Keys and values of the memory heads, (H, B, T, E) each, in the bank's dtype."""
+        layers, hidden_states = self.config.memory_layers, seen.hidden_states
+        return self._by_head({layer: self.backbone.keys_values(layer, hidden_states[layer]) for layer in layers})
+
+    def _by_head(self, keys_values: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """The memory heads' (H, B, T, E) of all heads' keys and values (B, K, T, E) by layer."""
         keys, values = [], []
         for layer in self.config.memory_layers:
             kv_heads = [head.kv_head for head in self.config.memory_heads if head.layer == layer]
-            key_BKTE, value_BKTE = self.backbone.keys_values(layer, seen.hidden_states[layer])
+            key_BKTE, value_BKTE = keys_values[layer]
             keys.append(pick_heads(key_BKTE, kv_heads).transpose(0, 1))
             values.append(pick_heads(value_BKTE, kv_heads).transpose(0, 1))
         dtype = DTYPES["bfloat16"]

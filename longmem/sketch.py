@@ -124,7 +124,7 @@ class Sketch:
         choosing_XQE, measuring_XQE = some(choosing_XQE), some(measuring_XQE)
         truth_XQR = topk_scan(choosing_XQE, keys_XNE, top_k)[0]
         head_dim = keys_XNE.shape[-1]
-        for size in (*range(16, head_dim, 16), head_dim):
+        for size in (*range(16, head_dim, 16 if keys_XNE.is_cuda else 8), head_dim):
             sketch = cls.build(keys_XNE, basis, size)
             if recall(sketch.search(choosing_XQE, keys_XNE, top_k)[0], truth_XQR).amin() >= target:
                 break
@@ -242,9 +242,10 @@ class Sketch:
         levels = 127 * 128 if exact else 127
         unit_Q1 = scaled_QS.abs().amax(-1, keepdim=True).clamp(min=1e-30) / levels
         whole_QS = (scaled_QS / unit_Q1).round()
-        codes_NS = self.codes_XNS[x]
-        high_QS = (whole_QS / 128).round()
-        parts = torch.cat((high_QS, whole_QS - 128 * high_QS)) if exact else whole_QS
+        codes_NS, parts = self.codes_XNS[x], whole_QS
+        if exact:
+            high_QS = (whole_QS / 128).round()
+            parts = torch.cat((high_QS, whole_QS - 128 * high_QS))
         part_codes = parts.to(torch.int8)
 
         def score(keys: slice) -> Tensor:

@@ -14,7 +14,7 @@ PACKAGE = Path(longmem.__file__).parent
 LAYERS = (
     {"errors"},
     {"config", "ops", "families", "pretrained", "quantize", "codec", "data", "drawing"},
-    {"decoding"},
+    {"decoding", "encoding"},
     {"windows"},
     {"backbone", "sketch"},
     {"ivf"},

@@ -40,7 +40,7 @@ def assert_finds_the_best(query_XQE: Tensor, keys_XNE: Tensor, top_k: int, lengt
 @settings(max_examples=60)
 @given(
     searches=st.integers(1, 3),
-    queries=st.integers(0, 20),
+    queries=st.one_of(st.integers(0, 20), st.integers(cpu.MANY - 1, 2 * cpu.MANY + 2)),
     keys=st.integers(0, 400),
     top_k=st.integers(1, 9),
     seed=st.integers(0, 99),
@@ -67,17 +67,18 @@ def test_topk_scan_is_topk(
 def test_topk_scan_of_many_keys(keys: int, top_k: int) -> None:
     """Long enough for the two-stage ranking, with and without keys left over from its groups."""
     keys_XNE = normal(2, keys, 8, seed=1).bfloat16()
-    for query_XQE in (normal(2, 7, 8), normal(2, 7, 8).bfloat16()):
+    for query_XQE in (normal(2, 7, 8), normal(2, 7, 8).bfloat16(), normal(2, cpu.MANY + 3, 8)):
         found = cpu.topk_scan(query_XQE, keys_XNE, top_k)
         assert_finds_the_best(query_XQE, keys_XNE, top_k, [keys] * 2, found)
 
 
 @pytest.mark.parametrize("offset", [0.0, 30.0, 3000.0])
-def test_scores_that_bfloat16_cannot_tell_apart_are_still_ranked(offset: float) -> None:
+@pytest.mark.parametrize("queries", [3, cpu.FEW + 1])
+def test_scores_that_bfloat16_cannot_tell_apart_are_still_ranked(offset: float, queries: int) -> None:
     """A part that all keys share drowns their differences in rounding: proved where possible, else searched again."""
     keys_XNE = normal(1, 5000, 16).bfloat16()
     keys_XNE[..., 0] = 1.0
-    query_XQE = normal(1, 3, 16, seed=1)
+    query_XQE = normal(1, queries, 16, seed=1)
     query_XQE[..., 0] = offset
     index_XQR, _ = cpu.topk_scan(query_XQE, keys_XNE, 16)
     true_XQN = query_XQE.double() @ keys_XNE.double().mT
@@ -85,11 +86,12 @@ def test_scores_that_bfloat16_cannot_tell_apart_are_still_ranked(offset: float) 
     assert (worst_XQ >= true_XQN.topk(16, dim=-1).values[..., -1] - 1e-6 * max(offset, 1.0)).all()
 
 
-def test_what_rounding_takes_from_a_query_counts() -> None:
+@pytest.mark.parametrize("queries", [1, cpu.FEW + 1])
+def test_what_rounding_takes_from_a_query_counts(queries: int) -> None:
     """In bfloat16 this query is (1, 1), and every one of these keys scores zero."""
     steps_N = torch.randperm(3000, generator=torch.Generator().manual_seed(0)) / 3000
     keys_XNE = torch.stack((-steps_N, steps_N), dim=-1)[None].bfloat16()
-    query_XQE = torch.tensor([[[1.0, 1.0 + 2.0**-9]]])
+    query_XQE = torch.tensor([1.0, 1.0 + 2.0**-9]).expand(1, queries, 2)
     found = cpu.topk_scan(query_XQE, keys_XNE, 3)
     best = (query_XQE.double() @ keys_XNE.double().mT).topk(3, dim=-1).values
     torch.testing.assert_close(found[1].double(), best, atol=1e-7, rtol=0)
@@ -112,12 +114,14 @@ def test_keys_of_any_stride() -> None:
 
 def test_what_bfloat16_cannot_speed_up_is_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     keys_XNE, query_XQE = normal(1, 300, 8).bfloat16(), normal(1, 2, 8, seed=1)
-    monkeypatch.setattr(cpu, "_scan", lambda *_: pytest.fail("searched in bfloat16"))
+    for scan in ("_scan", "_scan_many"):
+        monkeypatch.setattr(cpu, scan, lambda *_: pytest.fail("searched in bfloat16"))
     many_XQE = normal(1, cpu.FEW + 1, 8)
-    assert torch.equal(cpu.topk_scan(many_XQE, keys_XNE, 4)[0], reference.topk_scan(many_XQE, keys_XNE, 4)[0])
     cpu.topk_scan(query_XQE, keys_XNE.float(), 4)
+    cpu.topk_scan(many_XQE, keys_XNE.float(), 4)
     monkeypatch.setattr(cpu, "has_bfloat16_products", lambda: False)
     cpu.topk_scan(query_XQE, keys_XNE, 4)
+    assert torch.equal(cpu.topk_scan(many_XQE, keys_XNE, 4)[0], reference.topk_scan(many_XQE, keys_XNE, 4)[0])
 
 
 @settings(max_examples=30)
@@ -172,3 +176,23 @@ def test_attention_over_rows_is_the_reference_s(
         assert mine.dtype == its.dtype
         tolerance = 1e-5 if dtype == torch.float32 else 5e-2
         torch.testing.assert_close(mine, its, atol=tolerance, rtol=tolerance)
+
+
+@settings(max_examples=60)
+@given(
+    tokens=st.integers(1, 2 * cpu.ROWS + 3),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    window=st.one_of(st.none(), st.integers(1, 2 * cpu.ROWS)),
+    seed=st.integers(0, 99),
+)
+def test_causal_attention_is_attention(tokens: int, kv_heads: int, group: int, window: int | None, seed: int) -> None:
+    query_BHTE = normal(2, kv_heads * group, tokens, 5, seed=seed)
+    key_BKTE, value_BKTE = normal(2, 2, kv_heads, tokens, 5, seed=seed + 1)
+    distance_TT = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    seen_TT = (distance_TT >= 0) & (distance_TT < (window or tokens))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query_BHTE, key_BKTE, value_BKTE, attn_mask=seen_TT, scale=0.3, enable_gqa=True
+    )
+    found = cpu.causal_attention(query_BHTE, key_BKTE, value_BKTE, 0.3, window)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
