@@ -13,7 +13,7 @@ PACKAGE = Path(longmem.__file__).parent
 # A module imports from the lines above its own, never from its own line or below.
 LAYERS = (
     {"errors"},
-    {"config", "ops", "families", "pretrained", "quantize", "codec", "data", "drawing"},
+    {"config", "ops", "families", "pretrained", "quantize", "codec", "data", "drawing", "registry"},
     {"decoding", "encoding"},
     {"windows"},
     {"backbone", "sketch"},
@@ -28,8 +28,9 @@ LAYERS = (
     {"model"},
     {"steps"},
     {"generation", "recall", "indexing", "keeping", "bench", "evals"},
-    {"batch"},
-    {"chat", "histories", "train"},
+    {"batch", "contenders"},
+    {"chat", "histories", "tasks", "train"},
+    {"comparison"},
     {"cli"},
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

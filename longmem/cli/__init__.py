@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from longmem import __version__
-from longmem.cli import banks, learn, measure, talk
+from longmem.cli import banks, compare, learn, measure, talk
 from longmem.errors import LongMemError
 
 
@@ -96,6 +96,8 @@ for _command in (
     measure.bench,
 ):
     app.command(rich_help_panel=_TRAIN)(_command)
+for _name, _command in (("compare", compare.compare), ("all", compare.every), ("qa", compare.qa)):
+    measure.evaluations.command(_name)(_command)
 app.add_typer(measure.evaluations, name="eval", rich_help_panel=_TRAIN)
 
 
