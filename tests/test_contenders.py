@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -12,11 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longmem.contenders
+from longmem.contenders import rag_dense
 from longmem.contenders.chunks import Retriever, chunks
 from longmem.contenders.contender import Contender, ContenderConfig, Prompt, joined
+from longmem.contenders.extended_rope import ExtendedRope
 from longmem.contenders.longmem import LongMemContender
+from longmem.contenders.longmem_paper import LongMemPaper
+from longmem.contenders.longmem_rag import LongMemRag
+from longmem.contenders.memgpt import MemGpt
 from longmem.contenders.oracle import Oracle
 from longmem.contenders.rag_bm25 import RagBm25
+from longmem.contenders.rag_hybrid import RagHybrid
 from longmem.contenders.reader import Reader
 from longmem.contenders.window import Window
 from longmem.data import Document
@@ -171,6 +178,9 @@ def test_every_contender_answers_and_counts(name: str, model: LongMem) -> None:
         assert len(str(error)) > 20
         pytest.skip(str(error))
     prompt = Prompt(PROMPT.text, PROMPT.query, evidence=("The key is under the pot.",), room=4)
+    if name == "extended-rope":
+        contender.trained = 16  # so that what is told needs it
+        contender.size = 256
     contender.prepare(DOCUMENTS)
     assert all(loss < 0 for loss in contender.log_likelihood(prompt, " under the pot"))
     read = contender.cost.asked_tokens
@@ -200,3 +210,100 @@ def test_retrievers_take_no_more_than_half_of_the_window(model: LongMem) -> None
     text = model.tokenizer.decode(view.asked)
     assert "bees" in text and "boats" not in text
     assert len(model.tokenizer("Where? " * 12)["input_ids"]) <= len(view.asked)
+
+
+def test_memgpt_keeps_notes_and_searches(model: LongMem, monkeypatch: pytest.MonkeyPatch) -> None:
+    contender = MemGpt(model, ContenderConfig(window=400, chunk=32, chunks=2))
+    windows: list[str] = []
+    lines = iter(f"note {number}" for number in range(100))
+    monkeypatch.setattr(contender, "_choose", lambda options: contender.reader.read_on([5]) and 0)
+    read = contender.reader.read
+    monkeypatch.setattr(
+        contender.reader, "read", lambda ids: windows.append(model.tokenizer.decode(list(ids))) or read(ids)
+    )
+    monkeypatch.setattr(contender.reader, "say", lambda most, stop: (next(lines), 1))
+    told = [Document("bees", TINY_TEXT * 14)]
+    contender.prepare([*told, DOCUMENTS[1]])
+    blocks = [window for window in windows if "New text:" in window and window.endswith('{"function": "')]
+    assert len(blocks) > 4
+    # The newest lines stay where the oldest is always the one that goes.
+    assert contender.core == [f"note {number}" for number in range(len(blocks) - 4, len(blocks))]
+    monkeypatch.setattr(contender.reader, "say", lambda most, stop: ("key cellar", 1))
+    view = contender.view(PROMPT)
+    shown = model.tokenizer.decode(view.asked)
+    assert all(line in shown for line in contender.core)
+    assert "under the blue pot" in shown and shown.endswith(PROMPT.text)
+    assert contender.cost.told_tokens > len(model.tokenizer(joined(told))["input_ids"])
+    assert contender.cost.asked_tokens > 0
+
+
+def test_calls_are_chosen_among_those_there_are(model: LongMem) -> None:
+    contender = MemGpt(model, CONFIG)
+    contender.reader.read(contender.reader.tokenize("Call: "))
+    options = ["search", "answer", "nothing at all"]
+    scores = []
+    for option in options:
+        losses = contender.reader.log_likelihoods(contender.reader.tokenize(option))
+        scores.append(sum(losses) / len(losses))
+    best = contender._choose(options)
+    assert scores[best] == max(scores)
+    # What was chosen stands in the window now.
+    after = contender.reader.log_likelihoods([7])
+    contender.reader.forget()
+    contender.reader.read(contender.reader.tokenize("Call: ") + contender.reader.tokenize(options[best]))
+    assert contender.reader.log_likelihoods([7]) == pytest.approx(after, abs=1e-4)
+
+
+def test_longmem_with_pieces_differs_by_the_bank_alone(model: LongMem) -> None:
+    both, words = LongMemRag(model, CONFIG), RagBm25(model, CONFIG)
+    for contender in (both, words):
+        contender.prepare(DOCUMENTS)
+    assert both.view(PROMPT) == words.view(PROMPT)
+    assert both.bank.sources and both.log_likelihood(PROMPT, " under") != words.log_likelihood(PROMPT, " under")
+
+
+def test_the_paper_needs_its_weights(model: LongMem, tiny_model_dir: Path) -> None:
+    with pytest.raises(UnavailableError, match="no weights: none ship; train them"):
+        LongMemPaper(model, CONFIG)
+    paper = LongMemPaper(model, ContenderConfig(window=96, paper=tiny_model_dir))
+    assert paper.model is not model and paper.model.backbone is model.backbone
+
+
+def test_a_stretched_window_has_the_same_weights_and_other_positions(model: LongMem) -> None:
+    contender = ExtendedRope(model, ContenderConfig(stretched=4096))
+    longer = contender.model.backbone
+    assert longer.max_positions == 4096 == 4 * model.backbone.max_positions
+    for name, weight in model.backbone.model.state_dict().items():
+        assert torch.equal(weight, longer.model.state_dict()[name]), name
+    ids_1T = torch.arange(2, 80)[None]
+    top = model.backbone.num_layers
+    plain, scaled = (b(ids_1T, boundaries={top}).hidden_states[top] for b in (model.backbone, longer))
+    torch.testing.assert_close(plain[:, 0], scaled[:, 0])
+    assert not torch.allclose(plain[:, -1], scaled[:, -1], atol=1e-3)
+    with pytest.raises(UnavailableError, match="fits the trained window"):
+        contender.prepare(DOCUMENTS)
+    with pytest.raises(UnavailableError, match="--stretched must be more"):
+        ExtendedRope(model, ContenderConfig(stretched=1024))
+
+
+def test_hybrid_ranks_fuse_both(monkeypatch: pytest.MonkeyPatch, model: LongMem) -> None:
+    class Letters:
+        """Stands for the sentence model: texts are alike that begin alike."""
+
+        def __init__(self, device: torch.device) -> None:
+            pass
+
+        def __call__(self, texts: list[str]) -> np.ndarray:
+            return np.array([[text[0] == letter for letter in "abk"] for text in texts], dtype=np.float32)
+
+    monkeypatch.setattr(rag_dense, "Sentences", Letters)
+    pieces = ["apple on a roof", "boat", "kettle", "a key in the kettle"]
+    dense, hybrid = rag_dense.RagDense(model, CONFIG), RagHybrid(model, CONFIG)
+    for contender in (dense, hybrid):
+        contender.pieces = pieces
+        contender.index(pieces)
+    assert dense.scores("kettle").argmax() == 2
+    # The only one that both like stands first, those that one of them likes before what none does.
+    order = np.argsort(-hybrid.scores("kettle"), kind="stable").tolist()
+    assert order[0] == 2 and order[1] == 3
+    assert hybrid.kept_bytes() > 0

@@ -35,6 +35,7 @@ Data = Annotated[
 ]
 Window = Annotated[int, typer.Option(help="Tokens of a window.")]
 Extended = Annotated[int, typer.Option(help="Tokens of the long window, at most what the backbone was trained on.")]
+Stretched = Annotated[int, typer.Option(help="Tokens of the window beyond the trained one (extended-rope).")]
 Paper = Annotated[Path | None, typer.Option(help="SideNet trained with --recipe paper.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
 
@@ -50,6 +51,7 @@ def compare(
     draws: Draws = None,
     window: Window = 1024,
     extended: Extended = 8192,
+    stretched: Stretched = 32768,
     paper: Paper = None,
     seed: Seed = 0,
     model: common.Model = common.DEFAULT_MODEL,
@@ -66,7 +68,7 @@ def compare(
         contenders=contenders,
         out=out,
         asked=(quick, data, cases, told, draws, seed),
-        sizes={"window": window, "extended": extended, "paper": paper},
+        sizes={"window": window, "extended": extended, "stretched": stretched, "paper": paper},
         load=lambda: common.load_model(model, device, dtype),
     )
 
@@ -81,6 +83,7 @@ def every(
     draws: Draws = None,
     window: Window = 1024,
     extended: Extended = 8192,
+    stretched: Stretched = 32768,
     paper: Paper = None,
     seed: Seed = 0,
     model: common.Model = common.DEFAULT_MODEL,
@@ -88,7 +91,24 @@ def every(
     dtype: common.Precision = "auto",
 ) -> None:
     """The same, every task."""
-    compare([], contenders, out, quick, data, cases, told, draws, window, extended, paper, seed, model, device, dtype)
+    compare(
+        [],
+        contenders,
+        out,
+        quick,
+        data,
+        cases,
+        told,
+        draws,
+        window,
+        extended,
+        stretched,
+        paper,
+        seed,
+        model,
+        device,
+        dtype,
+    )
 
 
 def qa(
@@ -103,6 +123,7 @@ def qa(
     cases: Annotated[int, typer.Option(help="Questions asked at most, the first of the file.")] = 1000,
     window: Window = 1024,
     extended: Extended = 8192,
+    stretched: Stretched = 32768,
     paper: Paper = None,
     seed: Seed = 0,
     model: common.Model = common.DEFAULT_MODEL,
@@ -118,7 +139,7 @@ def qa(
         contenders=contenders,
         out=out,
         asked=(False, None, cases, None, None, seed),
-        sizes={"window": window, "extended": extended, "paper": paper},
+        sizes={"window": window, "extended": extended, "stretched": stretched, "paper": paper},
         load=lambda: common.load_model(model, device, dtype),
     )
 

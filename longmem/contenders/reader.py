@@ -73,6 +73,10 @@ class Reader:
         self._ids = ids
         return len(ids) - same
 
+    def read_on(self, token_ids: Sequence[int]) -> int:
+        """Read more behind what was read; returns how many tokens that took."""
+        return self.read([*self._ids[1:], *token_ids])
+
     @torch.no_grad()
     def log_likelihoods(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of each of the tokens that would follow the window, in nats."""
