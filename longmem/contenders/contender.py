@@ -149,11 +149,11 @@ class Contender(ABC):
         self._read(prompt)
         return self.reader.log_likelihoods(self.reader.tokenize(continuation))
 
-    def generate(self, prompt: Prompt, stop: Sequence[str] = ()) -> str:
-        """What the model answers, greedily, up to a stop string (left out) or `prompt.room` tokens."""
+    def generate(self, prompt: Prompt, stop: Sequence[str] = (), most: int = 0) -> str:
+        """What the model answers, greedily, up to a stop string (left out) or so many tokens; 0 is `prompt.room`."""
         self._read(prompt)
         start = time.perf_counter()
-        text, tokens = self.reader.say(prompt.room, stop)
+        text, tokens = self.reader.say(most or prompt.room, stop)
         # The first token is there when the prompt is read.
         self.cost.said_tokens += max(0, tokens - 1)
         self.cost.said_seconds += time.perf_counter() - start

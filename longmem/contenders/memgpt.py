@@ -21,7 +21,7 @@ from longmem.contenders.rag_bm25 import Words
 from longmem.data import Document
 from longmem.model import LongMem
 
-_LINES, _LINE = 4, 24  # lines of core memory, tokens of each at most
+_LINES, _LINE = 4, 16  # lines of core memory, tokens of each at most
 _QUERY = 16  # tokens of a search
 _RESERVED = 64  # tokens of a call
 _SEARCHES = 2

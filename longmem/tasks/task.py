@@ -32,6 +32,7 @@ class Case:
         choices: if given, the most probable of these is the answer, and nothing is generated.
         continuation: if given, only its probability is measured; it follows the prompt as it is.
         stop: strings that end an answer.
+        most: tokens generated at most; as many as the prompt has room for if 0.
         kind: of case, such as the name of a data set; figures are also given for each kind.
         notes: whatever the task needs to score the answer.
     """
@@ -41,6 +42,7 @@ class Case:
     choices: tuple[str, ...] = ()
     continuation: str = ""
     stop: tuple[str, ...] = ("\n",)
+    most: int = 0
     kind: str = ""
     notes: Any = None
 
@@ -153,6 +155,11 @@ class Task(ABC):
 
     def tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @property
+    def short(self) -> bool:
+        """Whether less is told than a full run tells: no place for long documents, many data sets and long answers."""
+        return self.config.told < TaskConfig().told
 
     @cached_property
     def _filler(self) -> TokenizedDocuments:
