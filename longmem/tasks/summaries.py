@@ -18,6 +18,7 @@ from longmem.errors import UnavailableError
 from longmem.evals.facts import opening_and_turn
 from longmem.tasks.task import Answer, Case, Measure, Round, Task
 
+Asked = tuple[str, tuple[str, ...], tuple[str, ...] | None]  # question, right answers, evidence
 _TYPES = ("rouge1", "rouge2", "rougeL")
 
 
@@ -27,7 +28,7 @@ class Summaries(Task):
     measures = (Measure("ROUGE-L"), Measure("ROUGE-1"), Measure("ROUGE-2"), Measure("log-probability", "number"))
 
     @abstractmethod
-    def asked(self, row: dict[str, Any]) -> tuple[str, list[tuple[str, tuple[str, ...], tuple[str, ...] | None]]]:
+    def asked(self, row: dict[str, Any]) -> tuple[str, Sequence[Asked]]:
         """A document, and questions with right answers and, if known, evidence."""
 
     def documents_of(self, *parts: str) -> Iterator[Round]:
@@ -59,7 +60,7 @@ class Summaries(Task):
 
 def rouge(text: str, reference: str) -> dict[str, float]:
     """F-measures."""
-    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
 
     scores = RougeScorer(list(_TYPES), use_stemmer=True).score(reference, text)
     return {kind: scores[kind].fmeasure for kind in _TYPES}
@@ -73,7 +74,7 @@ class Squality(Summaries):
     def rounds(self) -> Iterator[Round]:
         return self.documents_of("squality", "dev.jsonl")
 
-    def asked(self, row: dict[str, Any]) -> tuple[str, list[tuple[str, tuple[str, ...], tuple[str, ...] | None]]]:
+    def asked(self, row: dict[str, Any]) -> tuple[str, Sequence[Asked]]:
         questions = [
             (each["question_text"], tuple(r["response_text"] for r in each["responses"]), None)
             for each in row["questions"]
@@ -89,7 +90,7 @@ class QmSum(Summaries):
     def rounds(self) -> Iterator[Round]:
         return self.documents_of("qmsum", "ALL_val.jsonl")
 
-    def asked(self, row: dict[str, Any]) -> tuple[str, list[tuple[str, tuple[str, ...], tuple[str, ...] | None]]]:
+    def asked(self, row: dict[str, Any]) -> tuple[str, Sequence[Asked]]:
         turns = [f"{turn['speaker']}: {turn['content']}" for turn in row["meeting_transcripts"]]
         questions = [
             (each["query"], (each["answer"],), (self.span(turns, each["relevant_text_span"]),))
