@@ -30,7 +30,7 @@ LAYERS = (
     {"generation", "recall", "indexing", "keeping", "bench", "evals"},
     {"batch", "contenders"},
     {"chat", "histories", "tasks", "train"},
-    {"comparison"},
+    {"comparison", "harness"},
     {"cli"},
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}

@@ -146,6 +146,10 @@ class Contender(ABC):
 
     def log_likelihood(self, prompt: Prompt, continuation: str) -> list[float]:
         """Log-probability of each token of a continuation, which follows the prompt as it is, in nats."""
+        return self.likelihood(prompt, continuation)[0]
+
+    def likelihood(self, prompt: Prompt, continuation: str) -> tuple[list[float], bool]:
+        """`log_likelihood`, and whether the model would say just that."""
         self._read(prompt)
         return self.reader.log_likelihoods(self.reader.tokenize(continuation))
 

@@ -110,6 +110,6 @@ class MemGpt(Retriever):
     def _choose(self, options: Sequence[str]) -> int:
         """Which of some texts is most probable, token by token, to follow; it then stands in the window."""
         tokens = [self.reader.tokenize(option) for option in options]
-        best = int(np.argmax([np.mean(self.reader.log_likelihoods(each)) for each in tokens]))
+        best = int(np.argmax([np.mean(self.reader.log_likelihoods(each)[0]) for each in tokens]))
         self.reader.read_on(tokens[best])
         return best

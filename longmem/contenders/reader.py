@@ -78,19 +78,22 @@ class Reader:
         return self.read([*self._ids[1:], *token_ids])
 
     @torch.no_grad()
-    def log_likelihoods(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probability of each of the tokens that would follow the window, in nats."""
+    def log_likelihoods(self, token_ids: Sequence[int]) -> tuple[list[float], bool]:
+        """Log-probability of each of the tokens that would follow the window, in nats; and whether each is the most
+        probable one."""
         assert self._logits_V is not None, "nothing was read"
         ids_A = torch.tensor(token_ids, dtype=torch.int64, device=self.model.device)
         logits_1V = self._logits_V[None]
         found: list[float] = []
+        greedy = True
         for piece_T in ids_A.split(_PIECE):
             after_TV = self._forward(piece_T)
             before_TV = torch.cat((logits_1V, after_TV[:-1])).float()
+            greedy = greedy and bool((before_TV.argmax(-1) == piece_T).all())
             found += before_TV.log_softmax(-1).gather(-1, piece_T[:, None])[:, 0].tolist()
             logits_1V = after_TV[-1:]
         self._keep(len(self._ids))
-        return found
+        return found, greedy
 
     @torch.no_grad()
     def say(self, most: int, stop: Sequence[str] = ()) -> tuple[str, int]:
