@@ -143,6 +143,26 @@ def test_longmem_reads_its_bank(model: LongMem) -> None:
     assert contender.log_likelihood(PROMPT, " under") != losses
 
 
+def test_what_an_answer_was_drawn_from(model: LongMem) -> None:
+    config = ContenderConfig(window=400, chunk=48, chunks=1)
+    prompt = Prompt(PROMPT.text, PROMPT.query, evidence=("under the pot",), room=4)
+    told = joined(DOCUMENTS)
+    for kind in (Window, RagBm25, LongMemContender, LongMemRag):
+        contender = kind(model, config)
+        contender.prepare(DOCUMENTS)
+        contender.generate(prompt)
+        drawn = contender.drawn_on()
+        assert drawn
+        assert all(" ".join(text.split()) in " ".join(told.split()) for text in drawn)
+        if kind in (RagBm25, LongMemRag):
+            assert DOCUMENTS[1].text in drawn
+        if kind is LongMemRag:
+            assert len(drawn) > 1
+    oracle = Oracle(model, config)
+    oracle.generate(prompt)
+    assert oracle.drawn_on() == prompt.evidence
+
+
 def test_the_oracle_sees_the_evidence(model: LongMem) -> None:
     oracle = Oracle(model, CONFIG)
     oracle.prepare(DOCUMENTS)

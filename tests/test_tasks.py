@@ -23,6 +23,7 @@ from longmem.tasks import task as task_module
 from longmem.tasks.facts import Facts
 from longmem.tasks.needles import Pairs, PassKey
 from longmem.tasks.scoring import exact, f1, normalised
+from longmem.tasks.scoring import found as stands_in
 from longmem.tasks.task import Answer, Case, Task, TaskConfig
 from longmem.tasks.xquad import XQuad
 
@@ -297,3 +298,9 @@ def test_fluency_counts_what_is_said_again(tokenizer: Any) -> None:
     again = task.score(case, answered("a b c d a b c d"))
     assert again["distinct-2"] == pytest.approx(4 / 7) and again["repeated"] == pytest.approx(1 / 5)
     assert task.score(case, answered("")) == {"distinct-2": 0.0, "repeated": 0.0}
+
+
+def test_found_is_a_matter_of_whole_words() -> None:
+    assert stands_in(["The key is under a Blue pot."], ["the blue pot", "x"]) == 1
+    assert stands_in(["A bluebell", "pots"], ["blue", "pot"]) == 0
+    assert stands_in([], ["pot"]) == 0

@@ -118,7 +118,8 @@ def ask(contender: Contender, case: Case) -> Answer:
         right = case.choices.index(case.answers[0])
         return Answer(case.choices[int(scores.argmax())], float(scores.log_softmax(0)[right]), 1)
     losses = contender.log_likelihood(case.prompt, f" {case.answers[0]}") if case.answers else []
-    return Answer(contender.generate(case.prompt, case.stop, case.most).strip(), sum(losses), len(losses))
+    said = contender.generate(case.prompt, case.stop, case.most).strip()
+    return Answer(said, sum(losses), len(losses), contender.drawn_on())
 
 
 def _row(case: Case, answer: Answer) -> dict[str, Any]:

@@ -51,11 +51,13 @@ class Retriever(Contender):
         """Pieces before the prompt, as many as fit half of the window; a long prompt keeps the other half."""
         window = min(self.config.window, self.model.backbone.max_positions)
         opening, found = self.reader.tokenize(prompt.opening), []
+        self.seen = ()
         for piece in best_first:
             more = self.reader.tokenize(piece + GAP)
             if len(found) + len(more) > (window - prompt.room) // 2:
                 break
             found = more + found
+            self.seen = (piece, *self.seen)
         text = self.fitted([], prompt, window - len(found)).asked
         return View(opening, found + text)
 

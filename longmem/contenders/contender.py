@@ -125,6 +125,7 @@ class Contender(ABC):
         self.model, self.config, self.cost = model, config, Cost()
         self.reader = Reader(model, self.memory)
         self._prompt: Prompt | None = None
+        self.seen: tuple[str, ...] = ()
 
     @abstractmethod
     def learn(self, documents: Sequence[Document]) -> MemoryBank | None:
@@ -137,6 +138,10 @@ class Contender(ABC):
     @abstractmethod
     def kept_bytes(self) -> int:
         """How much is kept of the documents."""
+
+    def drawn_on(self) -> tuple[str, ...]:
+        """What of the documents the last prompt was answered from, as far as can be told."""
+        return self.seen
 
     def prepare(self, documents: Sequence[Document]) -> None:
         """Be told documents; what was told earlier is forgotten."""

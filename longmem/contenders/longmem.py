@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from longmem.bank import BankEntry, MemoryBank
 from longmem.contenders.contender import Contender, ContenderConfig, Prompt, View
 from longmem.data import Document
+from longmem.generation import attribute
 from longmem.model import LongMem
 
 
@@ -35,6 +36,9 @@ class LongMemContender(Contender):
 
     def view(self, prompt: Prompt) -> View:
         return self.fitted([], prompt, min(self.config.window, self.model.backbone.max_positions))
+
+    def drawn_on(self) -> tuple[str, ...]:
+        return tuple(each.text for each in attribute(self.reader.reads, self.bank)) + self.seen
 
     def kept_bytes(self) -> int:
         keys_HNE = self.bank.keys_HNE

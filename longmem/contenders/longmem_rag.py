@@ -27,7 +27,9 @@ class LongMemRag(LongMemContender):
         return super().learn(documents)
 
     def view(self, prompt: Prompt) -> View:
-        return self._words.view(prompt)
+        view = self._words.view(prompt)
+        self.seen = self._words.drawn_on()
+        return view
 
     def kept_bytes(self) -> int:
         return super().kept_bytes() + self._words.kept_bytes()

@@ -20,6 +20,7 @@ class Oracle(Contender):
     def view(self, prompt: Prompt) -> View:
         if prompt.evidence is None:
             raise UnavailableError("the task does not say where the answers stand")
+        self.seen = prompt.evidence
         evidence = self.reader.tokenize("".join(each + GAP for each in prompt.evidence))
         fitted = self.fitted(evidence, prompt, min(self.config.window, self.model.backbone.max_positions))
         return View([], fitted.told + fitted.asked)

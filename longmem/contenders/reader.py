@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longmem.attention import MemoryRead
 from longmem.bank import MemoryBank
 from longmem.generation import read_on
 from longmem.model import LongMem
@@ -29,6 +30,7 @@ class Reader:
         bank: what is remembered while it reads; a new one forgets what was read.
 
     Attributes:
+        reads: what the memory layers read for the last token of the window.
         bytes_a_token: of keys and values that the backbone keeps of a token it has read.
     """
 
@@ -43,6 +45,7 @@ class Reader:
         self._cache = self.model.new_cache()
         self._ids: list[int] = []
         self._logits_V: Tensor | None = None
+        self.reads: list[MemoryRead] = []
 
     @property
     def bytes_a_token(self) -> int:
@@ -69,7 +72,7 @@ class Reader:
         same = min(same, len(ids) - 1)
         self._keep(same)
         new_T = torch.tensor(ids[same:], dtype=torch.int64)
-        self._logits_V, _ = read_on(self.model, new_T, self._bank, self._cache, self.memory)
+        self._logits_V, self.reads = read_on(self.model, new_T, self._bank, self._cache, self.memory)
         self._ids = ids
         return len(ids) - same
 

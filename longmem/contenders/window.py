@@ -26,6 +26,7 @@ class Window(Contender):
     def view(self, prompt: Prompt) -> View:
         view = self.fitted(self._told, prompt, self.size)
         self._kept = len(view.told)
+        self.seen = (self.model.tokenizer.decode(view.told, skip_special_tokens=True),)
         return view
 
     def kept_bytes(self) -> int:

@@ -34,6 +34,12 @@ def f1(text: str, answers: Sequence[str]) -> float:
     return max(map(one, answers), default=0.0)
 
 
+def found(texts: Sequence[str], answers: Sequence[str]) -> float:
+    """Whether a right answer stands in one of some texts."""
+    told = [f" {normalised(text)} " for text in texts]
+    return float(any(f" {normalised(answer)} " in text for answer in answers for text in told))
+
+
 # An answered question shows a small backbone that a few words are wanted; without it, most answers are empty.
 _SHOWN = "Question: Who wrote the letter?\nAnswer: Anna Berg\n\n"
 
@@ -46,11 +52,12 @@ def asking(question: str, evidence: tuple[str, ...] | None, room: int = 24) -> P
 class QuestionTask(Task):
     """Questions with short answers."""
 
-    measures = (Measure("F1"), Measure("exact"), Measure("log-probability", "number"))
+    measures = (Measure("F1"), Measure("exact"), Measure("found"), Measure("log-probability", "number"))
 
     def score(self, case: Case, answer: Answer) -> Mapping[str, float]:
         return {
             "F1": f1(answer.text, case.answers),
             "exact": exact(answer.text, case.answers),
+            "found": found(answer.drawn_on, case.answers),
             "log-probability": answer.log_probability,
         }

@@ -63,11 +63,13 @@ class Answer:
         text: what was generated or chosen.
         log_probability: of the first right answer or the continuation, in nats; among choices, relative to these.
         tokens: that this probability is of.
+        drawn_on: stretches of the documents that it was answered from, as far as can be told.
     """
 
     text: str
     log_probability: float
     tokens: int
+    drawn_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
