@@ -58,8 +58,8 @@ class LongMemLM(LM):
         config: ContenderConfig | None = None,
     ) -> None:
         super().__init__()
-        (kind,) = chosen([contender], longmem.contenders, Contender)
-        self.contender = kind(model, config or ContenderConfig())
+        kind: Any = chosen([contender], longmem.contenders, Contender)[0]
+        self.contender: Contender = kind(model, config or ContenderConfig())
         told = [each for each in documents if isinstance(each, Document)]
         told += read_documents(each for each in documents if isinstance(each, Path))
         self.contender.prepare(told)

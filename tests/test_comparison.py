@@ -31,7 +31,8 @@ from longmem.contenders.window import Window
 from longmem.data import Document, TokenizedDocuments
 from longmem.errors import SourceError
 from longmem.model import LongMem
-from longmem.registry import chosen
+from longmem.registry import chosen, found
+from longmem.tasks import language
 from longmem.tasks import task as task_module
 from longmem.tasks.needles import PassKey
 from longmem.tasks.task import Measure, Task, TaskConfig
@@ -91,6 +92,7 @@ def short_filler(monkeypatch: pytest.MonkeyPatch) -> None:
         return TokenizedDocuments.from_documents([Document("bees", TINY_TEXT * 10)], tokenizer)
 
     monkeypatch.setattr(task_module, "default_documents", few)
+    monkeypatch.setattr(language, "python_documents", lambda: [Document("bees", TINY_TEXT * 10)])
 
 
 @pytest.fixture
@@ -260,3 +262,16 @@ def test_mistakes_on_the_command_line(tiny_model_dir: Path, tmp_path: Path) -> N
     command = ("qa", "--documents", tmp_path, "--questions", tmp_path / "q.jsonl", "--out", out)
     assert "q.jsonl, line 1: not JSON" in fails(*command)
     assert not out.exists()
+
+
+def test_all_tasks_meet_a_contender(tiny_model_dir: Path, tmp_path: Path) -> None:
+    arguments = ["eval", "all", "--quick", "--cases", "2", "--told", "512", "--contenders", "window", "--device", "cpu"]
+    arguments += ["--model", str(tiny_model_dir), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert [cell["task"] for cell in told["cells"]] == list(found(longmem.tasks, Task))
+    for cell in told["cells"]:
+        assert bool(cell["figures"]) != bool(cell["reason"])
+    assert {cell["task"] for cell in told["cells"] if cell["figures"]} >= {"passkey", "pairs", "facts", "fluency"}
+    assert told["settings"]["draws"] == 1 and told["settings"]["cases"] == 2
