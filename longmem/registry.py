@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -51,7 +52,13 @@ def chosen(names: Sequence[str], package: ModuleType, base: type[Kind]) -> list[
                 f"There is no {base.__name__.lower()} {name!r}. Choose among {', '.join(known)}, or give the path of a "
                 f"Python file that defines a subclass of {base.__module__}.{base.__name__}."
             )
-    return list(dict.fromkeys(classes))
+    classes = list(dict.fromkeys(classes))
+    for name, count in Counter(each.name for each in classes).items():
+        if count > 1:
+            raise ConfigError(
+                f"{count} different {base.__name__.lower()}s are called {name!r}; give yours another name."
+            )
+    return classes
 
 
 def _of_file(path: Path, base: type[Kind]) -> list[type[Kind]]:
@@ -59,7 +66,10 @@ def _of_file(path: Path, base: type[Kind]) -> list[type[Kind]]:
     if not path.is_file() or specification is None or specification.loader is None:
         raise ConfigError(f"{path} is no file. Give the path of a Python file that defines a {base.__name__}.")
     module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{path} cannot be loaded: {type(error).__name__}: {error}.") from error
     if not (classes := _defined(module, base)):
         raise ConfigError(f"{path} defines no subclass of {base.__module__}.{base.__name__} that has a `name`.")
     return classes

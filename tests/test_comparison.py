@@ -257,7 +257,7 @@ def test_mistakes_on_the_command_line(tiny_model_dir: Path, tmp_path: Path) -> N
     out = tmp_path / "report"
     assert "no contender 'windows'" in fails("compare", "passkey", "--contenders", "windows", "--out", out)
     assert "no task 'passkeys'" in fails("compare", "passkeys", "--contenders", "window", "--out", out)
-    assert "cases must be" in fails("compare", "passkey", "--contenders", "window", "--cases", "-1", "--out", out)
+    assert "cases must be" in fails("compare", "passkey", "--contenders", "window", "--cases", "0", "--out", out)
     (tmp_path / "q.jsonl").write_text("{\n")
     command = ("qa", "--documents", tmp_path, "--questions", tmp_path / "q.jsonl", "--out", out)
     assert "q.jsonl, line 1: not JSON" in fails(*command)

@@ -39,3 +39,11 @@ def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from longmem.contenders.window import Window\n")
     with pytest.raises(ConfigError, match="defines no subclass"):
         chosen([str(tmp_path / "mine.py")], longmem.contenders, Contender)
+    (tmp_path / "mine.py").write_text("1 / 0")
+    with pytest.raises(ConfigError, match=r"mine\.py cannot be loaded: ZeroDivisionError"):
+        chosen([str(tmp_path / "mine.py")], longmem.contenders, Contender)
+    (tmp_path / "mine.py").write_text(
+        "from longmem.contenders.window import Window\nclass Mine(Window):\n    name = 'window'\n"
+    )
+    with pytest.raises(ConfigError, match="2 different contenders are called 'window'"):
+        chosen(["window", str(tmp_path / "mine.py")], longmem.contenders, Contender)

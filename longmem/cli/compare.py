@@ -162,7 +162,8 @@ def _compare(
     from longmem.tasks.task import TaskConfig
 
     quick, data, *numbers, seed = asked
-    cases, told, draws = (given or usual for given, usual in zip(numbers, QUICK if quick else FULL, strict=True))
+    usual = QUICK if quick else FULL
+    cases, told, draws = (most if given is None else given for given, most in zip(numbers, usual, strict=True))
     task_config = TaskConfig(data, cases, told, draws, seed)
     contender_config = ContenderConfig(**sizes)
     rivals = chosen([n.strip() for n in (contenders or "").split(",") if n.strip()], longmem.contenders, Contender)
