@@ -63,8 +63,9 @@ def compare(
     from longmem.registry import chosen
     from longmem.tasks.task import Task
 
+    classes = chosen(tasks, longmem.tasks, Task)  # a mistake in a name is told before anything slow
     _compare(
-        lambda config, loaded: chosen(tasks, longmem.tasks, Task),
+        lambda config, loaded: classes,
         contenders=contenders,
         out=out,
         asked=(quick, data, cases, told, draws, seed),
