@@ -76,10 +76,8 @@ def _range(measure: Measure, figures: Iterable[Figure]) -> tuple[float, float]:
     """Ends of the axis."""
     ends = [end for f in figures for end in (f.value, f.low, f.high) if end is not None]
     low, high = min(ends), max(ends)
-    if measure.form == "percent":
-        low = 0.0
     margin = 0.05 * (high - low) or 1.0
-    return (low if measure.form == "percent" else low - margin), high + margin
+    return (0.0, high or 1.0) if measure.form == "percent" else (low - margin, high + margin)
 
 
 def _summary(comparison: Comparison, notes: Notes) -> str:
@@ -125,5 +123,8 @@ def _conditions(comparison: Comparison) -> str:
     of = {**comparison.settings, **comparison.machine}
     what = ", ".join(f"{name} {value}" for name, value in of.items() if value is not None)
     who = "".join(f"<li><b>{escape(each.name)}</b>: {escape(each.title)}</li>" for each in comparison.contenders)
-    how = "Figures with 95 % intervals: Wilson’s where each case is right or wrong, else a bootstrap over cases."
+    how = (
+        "Figures with 95 % intervals: Wilson’s where each case is right or wrong, else a bootstrap over cases. Bold is the "
+        "best figure, however wide the intervals; oracle does not compete."
+    )
     return f"<p>{escape(what)}.</p><p>{how}</p><ul>{who}</ul>"
