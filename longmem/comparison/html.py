@@ -124,7 +124,7 @@ def _conditions(comparison: Comparison) -> str:
     what = ", ".join(f"{name} {value}" for name, value in of.items() if value is not None)
     who = "".join(f"<li><b>{escape(each.name)}</b>: {escape(each.title)}</li>" for each in comparison.contenders)
     how = (
-        "Figures with 95 % intervals: Wilson’s where each case is right or wrong, else a bootstrap over cases. Bold is the "
-        "best figure, however wide the intervals; oracle does not compete."
+        "Figures with 95 % intervals: Wilson’s where each case is right or wrong, else a bootstrap over cases. "
+        "Bold is the best figure, however wide the intervals; oracle does not compete."
     )
     return f"<p>{escape(what)}.</p><p>{how}</p><ul>{who}</ul>"

@@ -139,8 +139,8 @@ def conditions(comparison: Comparison) -> str:
     of = {**comparison.settings, **comparison.machine}
     lines = [", ".join(f"{name} {value}" for name, value in of.items() if value is not None) + "."]
     lines += [
-        "Figures with 95 % intervals: Wilson's where each case is right or wrong, else a bootstrap over cases. Bold is the "
-        "best figure, however wide the intervals; `oracle` does not compete."
+        "Figures with 95 % intervals: Wilson's where each case is right or wrong, else a bootstrap over cases. "
+        "Bold is the best figure, however wide the intervals; `oracle` does not compete."
     ]
     lines += [f"**{each.name}**: {each.title}." for each in comparison.contenders]
     return "\n\n".join((*lines[:2], "\n".join(f"* {line}" for line in lines[2:])))
