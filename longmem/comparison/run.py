@@ -14,7 +14,7 @@ import longmem
 from longmem.bench import machine
 from longmem.comparison.result import Cell, Comparison, Named, Price, figures
 from longmem.contenders.contender import Contender, ContenderConfig, Cost
-from longmem.errors import LongMemError
+from longmem.errors import LongMemError, UnavailableError
 from longmem.model import LongMem
 from longmem.tasks.task import Answer, Case, Round, Task, TaskConfig
 
@@ -81,22 +81,27 @@ def run_cell(
     seed: int,
     on_case: Callable[[int, int], None] | None = None,
 ) -> Cell:
-    """One contender on one task."""
+    """One contender on one task. Cases that it cannot be asked are left out; if that is all, the cell says why."""
     contender.cost = Cost()
     count = sum(len(each.cases) for each in rounds)
     rows: list[dict[str, Any]] = []
+    reason = "the task has no cases"
     try:
         for each in rounds:
             contender.prepare(each.documents)
             for case in each.cases:
-                answer = ask(contender, case)
+                try:
+                    answer = ask(contender, case)
+                except UnavailableError as error:
+                    reason = str(error)
+                    continue
                 rows.append({"kind": case.kind, **_row(case, answer), "values": dict(task.score(case, answer))})
                 if on_case is not None:
                     on_case(len(rows), count)
     except LongMemError as error:
         return Cell(task.name, contender.name, reason=str(error))
     if not rows:
-        return Cell(task.name, contender.name, reason="the task has no cases")
+        return Cell(task.name, contender.name, reason=reason)
 
     def counted(some: Sequence[dict[str, Any]]) -> Any:
         return figures(task.measures, [row["values"] for row in some], [row["tokens"] for row in some], seed)
