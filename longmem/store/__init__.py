@@ -11,6 +11,8 @@ manifest row names are left-overs of a crash and mean nothing. docs/format.md de
 from __future__ import annotations
 
 from longmem.store.consolidate import Consolidation
+from longmem.store.forgetting import Generated, Preview, Stretch
+from longmem.store.receipts import Receipt
 from longmem.store.repair import Quarantined, Repair
 from longmem.store.store import BankInfo, MemoryStore, check_bank_name
 from longmem.store.stored_bank import SourceInfo, StoredBank
@@ -20,11 +22,15 @@ __all__ = [
     "BankInfo",
     "Consolidation",
     "Fault",
+    "Generated",
     "MemoryStore",
+    "Preview",
     "Quarantined",
+    "Receipt",
     "Repair",
     "Report",
     "SourceInfo",
     "StoredBank",
+    "Stretch",
     "check_bank_name",
 ]

@@ -8,6 +8,7 @@ import re
 import secrets
 import sqlite3
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,10 +23,14 @@ from longmem.bank import BankEntry
 from longmem.config import BankSpec, Precision
 from longmem.errors import BankError, BankMismatchError, BankNotFoundError, StoreError, StoreNotWritableError
 from longmem.store.consolidate import SEGMENT_BYTES, Consolidation, consolidate
+from longmem.store.forgetting import Preview, Stretch, forget, preview, written
 from longmem.store.indexes import INDEXES
 from longmem.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, now
+from longmem.store.receipts import Receipt, is_genuine, receipts
+from longmem.store.release import release
 from longmem.store.repair import Encoder, Repair, repair
 from longmem.store.segments import (
+    IN_SEGMENT,
     PIECES,
     QUARANTINE,
     SEGMENTS,
@@ -35,9 +40,10 @@ from longmem.store.segments import (
     write_segment,
 )
 from longmem.store.stored_bank import StoredBank
-from longmem.store.thinning import PIECE_TABLES
 from longmem.store.verify import Report, verify
 
+# Later than any version.
+_NEVER = 2**62
 _REVISION = "SELECT revision FROM bank WHERE id = ?"
 _NAME_PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]+"
 _NAME = re.compile(rf"{_NAME_PART}(?:/{_NAME_PART})*")
@@ -57,6 +63,9 @@ class BankInfo:
         backbone: name of the backbone that wrote it.
         precision: how keys and values are kept: "full", "int8" or "int4".
         created, updated: UTC; `updated` is the last append or forget.
+        namespace: the bank that it is a fork of, or its own name: banks of one namespace share segment files, and what
+            one of them forgets is forgotten by all.
+        version: the latest; 0 if nothing was ever written.
     """
 
     name: str
@@ -68,6 +77,8 @@ class BankInfo:
     precision: Precision
     created: datetime
     updated: datetime
+    namespace: str
+    version: int
 
     @property
     def bytes_per_token(self) -> float:
@@ -146,9 +157,12 @@ class MemoryStore:
         found = self.manifest.query(
             """
             SELECT name, COALESCE(SUM(tokens), 0), COALESCE(SUM(COALESCE(rows, tokens)), 0), COUNT(DISTINCT source),
-                   (SELECT COALESCE(SUM(bytes), 0) FROM segment WHERE segment.bank = bank.id),
-                   spec, bank.created, updated
-            FROM bank LEFT JOIN piece ON piece.bank = bank.id LEFT JOIN thinned ON thinned.piece = piece.id
+                   (SELECT COALESCE(SUM(bytes), 0) FROM segment WHERE id IN
+                    (SELECT segment FROM held JOIN piece ON piece.id = held.piece WHERE held.bank = bank.id)),
+                   spec, bank.created, updated, namespace,
+                   (SELECT COALESCE(MAX(number), 0) FROM version WHERE version.bank = bank.id)
+            FROM bank LEFT JOIN held ON held.bank = bank.id LEFT JOIN piece ON piece.id = held.piece
+            LEFT JOIN thinned ON thinned.piece = piece.id
             GROUP BY bank.id ORDER BY name
             """
         )
@@ -163,8 +177,10 @@ class MemoryStore:
                 BankSpec.from_json(spec).precision,
                 datetime.fromisoformat(created),
                 datetime.fromisoformat(updated),
+                namespace,
+                version,
             )
-            for name, tokens, rows, sources, size, spec, created, updated in found
+            for name, tokens, rows, sources, size, spec, created, updated, namespace, version in found
         ]
 
     def bank(
@@ -219,22 +235,87 @@ class MemoryStore:
         Raises:
             BankNotFoundError: if there is no such bank.
         """
-        with self.manifest.transaction() as database:
-            row = self.find(name)
-            if row is None:
-                raise self.not_found(name)
-            files = database.execute(
-                "SELECT file FROM segment WHERE bank = ? UNION SELECT file FROM quarantine "
-                "WHERE bank = ? AND file IS NOT NULL",
-                row[:1] * 2,
-            ).fetchall()
-            for table in PIECE_TABLES:
-                database.execute(f"DELETE FROM {table} WHERE piece IN (SELECT id FROM piece WHERE bank = ?)", row[:1])
-            for table in ("piece", "segment", "quarantine", "cap"):
-                database.execute(f"DELETE FROM {table} WHERE bank = ?", row[:1])
-            database.execute("DELETE FROM bank WHERE id = ?", row[:1])
-            self.remove_index(row[0])
-        self.erase([file for (file,) in files])
+        moved: list[NewSegment] = []
+        try:
+            with self.manifest.transaction() as database:
+                row = self.find(name)
+                if row is None:
+                    raise self.not_found(name)
+                aside = database.execute("SELECT DISTINCT file FROM quarantine WHERE bank = ?", row[:1]).fetchall()
+                for table in ("held", "version", "tag", "quarantine", "cap"):
+                    database.execute(f"DELETE FROM {table} WHERE bank = ?", row[:1])
+                database.execute("DELETE FROM drew WHERE bank = ?", (name,))
+                files = release(self, database, name, moved)
+                database.execute("DELETE FROM bank WHERE id = ?", row[:1])
+                self.remove_index(row[0])
+        except BaseException as error:
+            for new in moved:
+                self.discard(new.file)
+            if isinstance(error, OSError):
+                raise StoreNotWritableError(
+                    f"Bank {name!r} was not deleted: {error}. "
+                    f"Check the space and the permissions of {self.folder}, then try again."
+                ) from error
+            raise
+        self.erase([*files, *(file for (file,) in aside if file is not None)])
+
+    def preview_forget(self, name: str, stretches: Sequence[Stretch]) -> Preview:
+        """What `forget` would do. Changes nothing.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            SourceError: a source or a stretch is not there.
+        """
+        return preview(self, name, stretches)
+
+    def forget(
+        self,
+        name: str,
+        stretches: Sequence[Stretch],
+        model: Encoder | None = None,
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> Receipt:
+        """Forget stretches of text for good: in every version, tag and fork of the bank's namespace, and on the disk.
+
+        Characters of a part are taken out of their source as if each append had been made without them: what is left
+        of the pieces that they lay in, and all pieces after them, are encoded again (`model.encode`) and get new files.
+        Afterwards the bank holds, bit for bit, what it would hold had that text never been written. In a fork that has
+        written its own text to the source, a part is forgotten where it says the same; a whole source always.
+
+        All is done in one transaction; old files are unlinked after it. A signed receipt is kept (`receipts`).
+
+        Args:
+            name: of the bank.
+            stretches: whole sources or parts (`Stretch`); what `written` or a search gives.
+            model: a `LongMem` of the backbone that wrote the bank; needed for parts only.
+            on_tokens: progress, called with the number of tokens just encoded.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            SourceError: a source or a stretch is not there.
+            ConfigError: a part is to be forgotten, and no model was given.
+            BankMismatchError: the model did not write the bank.
+            StoreCorruptError: a segment to be written anew is damaged.
+            StoreNotWritableError: if the store is read-only or the disk is full.
+        """
+        return forget(self, name, stretches, model, on_tokens)
+
+    def written(self, name: str, *, after: datetime | None = None, before: datetime | None = None) -> list[Stretch]:
+        """What was written to a bank at `after` or later, and before `before` (times with a zone): for `forget`.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+        """
+        return written(self, name, after, before)
+
+    def receipts(self, namespace: str | None = None) -> list[Receipt]:
+        """What was forgotten in a namespace, or in all, oldest first."""
+        return receipts(self.manifest, namespace)
+
+    def is_genuine(self, receipt: Receipt) -> bool:
+        """Whether this store has given a receipt, and neither it nor any before it was altered."""
+        return is_genuine(self.manifest, receipt)
 
     def verify(self, name: str | None = None, *, on_bytes: Callable[[int], None] | None = None) -> Report:
         """Compare every file of the store, or of one bank, with the manifest. Changes nothing.
@@ -249,9 +330,14 @@ class MemoryStore:
         return verify(self, name, on_bytes)
 
     def repair(
-        self, model: Encoder, name: str | None = None, *, on_tokens: Callable[[int], None] | None = None
+        self,
+        model: Encoder,
+        name: str | None = None,
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> tuple[Repair, ...]:
-        """Mend what `verify` finds, bank by bank, each in one transaction.
+        """Mend what `verify` finds, namespace by namespace, each in one transaction.
 
         A damaged or missing segment is encoded again by the backbone from the token ids that the manifest keeps, or, in
         a store of the first version, from the damaged file if its text proves to be intact: keys and values are then
@@ -260,15 +346,16 @@ class MemoryStore:
 
         Args:
             model: a `LongMem` of the backbone that wrote the bank.
-            name: of a bank; None mends all.
+            name: of a bank, which is mended with all banks of its namespace; None mends all.
             on_tokens: progress, called with the number of tokens just encoded.
+            on_bytes: progress before that, called with the size of each segment whose checksum was compared.
 
         Raises:
             BankNotFoundError: if there is no such bank.
             BankMismatchError: if a damaged bank was written by another model.
             StoreNotWritableError: if the store is read-only or the disk is full.
         """
-        return repair(self, model, name, on_tokens)
+        return repair(self, model, name, on_tokens, on_bytes)
 
     def consolidate(
         self,
@@ -302,8 +389,9 @@ class MemoryStore:
         with self.manifest.transaction() as database:
             created = now()
             database.execute(
-                "INSERT OR IGNORE INTO bank (name, spec, revision, created, updated) VALUES (?, ?, 0, ?, ?)",
-                (name, spec.to_json(), created, created),
+                "INSERT OR IGNORE INTO bank (name, namespace, spec, revision, created, updated) "
+                "VALUES (?, ?, ?, 0, ?, ?)",
+                (name, name, spec.to_json(), created, created),
             )
             # Another process may have been first, with another spec.
             row = self.find(name)
@@ -324,9 +412,23 @@ class MemoryStore:
     def index_path(self, bank_id: int) -> Path:
         return self.folder / INDEXES / f"{bank_id}.safetensors"
 
-    def pieces(self, bank_id: int) -> list[Piece]:
-        """The pieces of a bank, in order."""
-        return [Piece(*row) for row in self.manifest.query(PIECES, bank_id)]
+    def pieces(self, bank_id: int, version: int | None = None) -> list[Piece]:
+        """The pieces of a bank, in order; with a version, those that it held then and has not forgotten."""
+        return [Piece(*row) for row in self.manifest.query(PIECES, bank_id, _NEVER if version is None else version)]
+
+    def in_segment(self, segment: int) -> list[Piece]:
+        """All that lies in a segment, in order, whichever banks hold it."""
+        return [Piece(*row) for row in self.manifest.query(IN_SEGMENT, segment)]
+
+    def segment_sizes(self, bank_id: int) -> dict[int, int]:
+        """Bytes of each segment that a bank reads, by id."""
+        return dict(
+            self.manifest.query(
+                "SELECT DISTINCT segment.id, bytes FROM held JOIN piece ON piece.id = held.piece "
+                "JOIN segment ON segment.id = segment WHERE bank = ?",
+                bank_id,
+            )
+        )
 
     def revision(self, bank_id: int) -> int | None:
         """Grows whenever the rows of a bank change; None if it has been deleted."""
@@ -352,27 +454,34 @@ class MemoryStore:
             self.discard(file)
             raise
 
-    def place(self, database: sqlite3.Connection, bank_id: int, new: NewSegment) -> int:
+    def place(self, database: sqlite3.Connection, new: NewSegment) -> int:
         """Give a new segment its name and its row, inside a transaction; returns the row's id."""
         path = self.segment_path(new.file)
         os.rename(path.with_suffix(".tmp"), path)
         sync_folder(path.parent)
         row = database.execute(
-            "INSERT INTO segment (bank, file, sha256, bytes) VALUES (?, ?, ?, ?)",
-            (bank_id, new.file, new.sha256, new.bytes),
+            "INSERT INTO segment (file, sha256, bytes) VALUES (?, ?, ?)", (new.file, new.sha256, new.bytes)
         ).lastrowid
         assert row is not None
         return row
 
-    def move(self, database: sqlite3.Connection, bank_id: int, new: NewSegment, pieces: Sequence[Piece]) -> None:
-        """Let pieces lie in a new segment, in this order, inside a transaction."""
-        segment, token, char = self.place(database, bank_id, new), 0, 0
+    def move(self, database: sqlite3.Connection, new: NewSegment, pieces: Sequence[Piece]) -> None:
+        """Let pieces lie in a new segment, in this order, inside a transaction.
+
+        Whoever finds an old file missing must see that the manifest has changed: revisions of the banks grow.
+        """
+        segment, token, char = self.place(database, new), 0, 0
         for piece in pieces:
             database.execute(
                 "UPDATE piece SET segment = ?, first_token = ?, first_char = ? WHERE id = ?",
                 (segment, token, char, piece.id),
             )
             token, char = token + piece.tokens, char + piece.chars
+        database.execute(
+            "UPDATE bank SET revision = revision + 1 WHERE id IN "
+            "(SELECT bank FROM held JOIN piece ON piece.id = held.piece WHERE segment = ?)",
+            (segment,),
+        )
 
     def remove_index(self, bank_id: int) -> bool:
         """Remove a bank's index, if it has one, and its bytes."""
@@ -426,10 +535,12 @@ class MemoryStore:
             raise StoreNotWritableError(
                 f"Forgotten, but a file is still in {folder}: {error}. Remove it by hand."
             ) from error
-        # The log holds the deleted rows, names and texts of sources among them, until it is written back. While another
-        # process reads, this does nothing; the last process to close the store does it then.
-        with suppress(StoreError):
-            self.manifest.query("PRAGMA wal_checkpoint(TRUNCATE)")
+        if not self.manifest.scrub():
+            warnings.warn(
+                f"Forgotten, but deleted rows are still in {self.folder / MANIFEST}-wal, since another process reads "
+                "the store or the disk is full. They go when the last process closes it.",
+                stacklevel=3,
+            )
 
     def _sweep(self) -> None:
         """Remove files that crashed processes left behind."""
