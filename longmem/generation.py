@@ -13,19 +13,21 @@ B batch, T tokens, N tokens of a stretch, V vocabulary; K, G, R as in `longmem.i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longmem.attention import MemoryRead
-from longmem.bank import BankEntry, MemoryBank
+from longmem.bank import BankEntry, DrawnOn, MemoryBank
 from longmem.errors import ConfigError
 from longmem.model import LongMem, ModelCache
 from longmem.steps import BatchDecoder, read_on, records
 
 DEFAULT_WINDOW = 1536
+# A token drew on a span if it paid it so much of the memory heads' attention; less is noise.
+NOTICED = 0.05
 # Tokens that are read in recorded steps one by one; for more, the whole window is read again at once.
 _MOST_STEPS = 32
 
@@ -42,7 +44,8 @@ class GenerationConfig:
         seed: of sampling; None draws a new one each time.
         window: tokens of the local window, its prefix among them; None is 1536, or the backbone's window if smaller.
         memory: dial from 0 (the backbone alone) to 1 (the trained strength).
-        attribute: find out which remembered text each token drew on (`Piece.sources`).
+        attribute: find out which remembered text each token drew on (`Piece.sources`). What is remembered of the
+            generated text then says so, too, so that it can be found when that text is forgotten.
         remember: write what leaves the window to the bank; otherwise it is dropped.
         stop: end before any of these strings.
         stop_token_ids: end at any of these; None is the tokenizer's end of text.
@@ -174,6 +177,7 @@ class Continuation:
             window.bank.attend(position_X[weight_X > 0], weight_X[weight_X > 0])
             sources = attribute(reads, window.bank, row=row)
         moved, self.moved = self.moved, window.extend([token_id], silent=token_id in self._ends)
+        window.draw_on(sources)
         self.token_id = token_id
         self._left -= 1
         self.done = token_id in self._ends or not self._left
@@ -373,6 +377,11 @@ class LocalWindow:
         # The window is [unremembered | in the bank | not yet in the bank]
         self._unremembered = 0
         self._in_bank = 0
+        self._drew_on: list[Attribution] = []
+
+    def draw_on(self, sources: Sequence[Attribution]) -> None:
+        """Note what the last token drew on, for what will be written of it."""
+        self._drew_on += [span for span in sources if span.weight >= NOTICED]
 
     def extend(self, token_ids: Sequence[int], *, remember: bool = True, silent: bool = False) -> int:
         """Add tokens at the end; returns how many left the window to make room.
@@ -456,7 +465,9 @@ class LocalWindow:
             self.decoder.text[first:last],
             offsets_N2 - first,
             source=self._source,
+            drew_on=_joined(self._drew_on),
         )
+        self._drew_on = []
         self._in_bank += end - begin
         return end - begin
 
@@ -483,7 +494,14 @@ class LocalWindow:
 
 
 def remember_tokens(
-    model: LongMem, bank: MemoryBank, token_ids_N: Tensor, text: str, offsets_N2: Tensor, *, source: str
+    model: LongMem,
+    bank: MemoryBank,
+    token_ids_N: Tensor,
+    text: str,
+    offsets_N2: Tensor,
+    *,
+    source: str,
+    drew_on: tuple[DrawnOn, ...] = (),
 ) -> None:
     """Append tokens to a source as they are. (Writing their text would tokenise it anew, perhaps differently.)
 
@@ -492,12 +510,26 @@ def remember_tokens(
         text: what they say.
         offsets_N2: [start, end) of each in `text`.
         source: continued if it is in the bank already.
+        drew_on: what they drew on when they were generated.
     """
     past = bank.length_of(source)
     before_N = bank.tokens_of(source)
     keys_HNE, values_HNE = model.encode(torch.cat((before_N, token_ids_N)), len(before_N))
-    bank.append(BankEntry(source, text, past, token_ids_N, offsets_N2 + past, keys_HNE, values_HNE))
+    bank.append(BankEntry(source, text, past, token_ids_N, offsets_N2 + past, keys_HNE, values_HNE, drew_on=drew_on))
     model.keep_to_cap(bank)
+
+
+def _joined(spans: Sequence[Attribution]) -> tuple[DrawnOn, ...]:
+    """What all tokens of a stretch drew on: spans that overlap are one, with the largest weight."""
+    joined: list[DrawnOn] = []
+    for span in sorted(spans, key=lambda span: (span.source, span.start)):
+        last = joined[-1] if joined else None
+        if last is not None and last.source == span.source and span.start <= last.end:
+            end, weight = max(last.end, span.end), max(last.weight, span.weight)
+            joined[-1] = replace(last, end=end, weight=weight)
+        else:
+            joined.append(DrawnOn(None, span.source, span.start, span.end, span.weight))
+    return tuple(joined)
 
 
 def _new_source(bank: MemoryBank) -> str:

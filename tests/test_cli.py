@@ -347,6 +347,73 @@ def test_banks_sources_and_forget(notes):
     assert list(Path("memories/segments").iterdir()) == []
 
 
+def test_parts_are_shown_asked_for_and_forgotten(notes, tiny_model_dir):
+    model = ("--model", tiny_model_dir, *CPU)
+    gone = "Her brother paints boats in Brest. "
+    start = TINY_TEXT.index(gone)
+    span = ("forget", "notes.txt", "--span", f"{start}:{start + len(gone)}", *at("notes"))
+    before = disk()
+    shown = cli(*span, "--preview")
+    assert shown.exit_code == 0 and disk() == before and gone.strip() in shown.stderr and shown.stdout == ""
+    refused = cli(*span, *model, input="n\n")
+    assert refused.exit_code == 1 and disk() == before and "encoded again" in refused.stderr
+    said = json.loads(ok(*span, *model, "--yes", "--json"))
+    assert [text["text"] for text in said["text"]] == [gone] and said["receipts"][0]["banks"][0]["tokens"] > 0
+    (source,) = json.loads(ok("sources", *at("notes"), "--json"))
+    assert source["chars"] == len(TINY_TEXT) - len(gone)
+    listed = json.loads(ok("receipts", "--store", "memories", "--json"))
+    assert listed == {"genuine": True, "receipts": said["receipts"]}
+    assert said["receipts"][0]["signature"][:20] in ok("receipts", "--store", "memories")
+
+    # By a query: the passage that it finds.
+    match = ("--match", "honey wax moon", "--top-k", 1, "--preview", "--json")
+    found = json.loads(ok("forget", *at("notes"), *match, *model))
+    assert found["receipts"] == [] and "honey" in found["text"][0]["text"]
+    # By time.
+    assert "Nothing" in cli("forget", *at("notes"), "--after", "2999-01-01", "--yes").stderr
+    assert "forgot" in ok("forget", *at("notes"), "--after", "2020-01-01", "--before", "2999-01-01T00:00", "--yes")
+    assert "remembers nothing" in ok("sources", *at("notes"))
+    with sqlite3.connect("memories/manifest.sqlite") as database:
+        database.execute("UPDATE receipt SET said = replace(said, 'notes', 'other')")
+    database.close()
+    altered = cli("receipts", "--store", "memories")
+    assert altered.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("notes.txt", "--match", "x"),
+        ("--span", "1:2"),
+        ("notes.txt", "--span", "1-2"),
+        ("--after", "yesterday"),
+    ],
+)
+def test_what_to_forget_is_said_in_one_way(notes, words):
+    fails("forget", *words, *at("notes"), code=2)
+
+
+def test_what_was_said_of_it_is_offered(work, tiny_model_dir):
+    model = ("--model", tiny_model_dir, *CPU)
+    (work / "notes.txt").write_text(TINY_TEXT)
+    ok("write", *at("notes"), "notes.txt", *model)
+    talk = ("--max-new-tokens", 8, "--session", "x", *model)
+    ok("chat", *at("notes"), *talk, input="Ada keeps bees.\n/quit\n")
+    with sqlite3.connect("memories/manifest.sqlite") as database:
+        drew = database.execute("SELECT bank, source, weight FROM drew").fetchall()
+    database.close()
+    assert drew and all(row[:2] == ("notes", "notes.txt") and row[2] >= 0.05 for row in drew)
+    forget = ("forget", "notes.txt", *at("notes"))
+    assert "chat/x" in cli(*forget, "--preview").stderr
+    kept = cli(*forget, input="y\nn\n")
+    assert kept.exit_code == 0 and "chat/x" in ok("sources", *at("notes"))
+    ok("write", *at("notes"), "notes.txt", *model)
+    ok("chat", *at("notes"), *talk[:2], "--session", "y", *model, input="Ada keeps bees.\n/quit\n")
+    ok(*forget, "--generated", "--yes", *model)
+    assert "chat/y" not in ok("sources", *at("notes"))
+
+
 def test_an_index_is_made_used_and_dropped(work, tiny_model_dir):
     (work / "notes.txt").write_text(TINY_TEXT * 4)
     model = ("--model", tiny_model_dir)

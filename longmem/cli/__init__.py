@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from longmem import __version__
-from longmem.cli import banks, learn, measure, talk
+from longmem.cli import banks, forgetting, learn, measure, talk
 from longmem.errors import LongMemError
 
 
@@ -78,7 +78,8 @@ for _command in (
     talk.chat,
     banks.banks,
     banks.sources,
-    banks.forget,
+    forgetting.forget,
+    forgetting.receipts,
     banks.index,
     banks.verify,
     banks.repair,

@@ -1,5 +1,4 @@
-"""`longmem write`, `recall`, `banks`, `sources`, `forget`, `index`, `verify`, `repair`, `consolidate`,
-`retain`."""
+"""`longmem write`, `recall`, `banks`, `sources`, `index`, `verify`, `repair`, `consolidate`, `retain`."""
 
 from __future__ import annotations
 
@@ -207,24 +206,6 @@ def sources(store: common.Store, bank: common.Bank, as_json: common.Json = False
     common.out.print(table if infos else f"Bank {bank} remembers nothing yet.")
 
 
-def forget(
-    source: Annotated[str, typer.Argument(help="Name of the source, as `longmem sources` lists it.")],
-    store: common.Store,
-    bank: common.Bank,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-) -> None:
-    """Forget a source for good: its bytes are gone from the disk."""
-    from longmem.store import MemoryStore
-
-    with MemoryStore.open(store, create=False) as opened:
-        remembered = opened.bank(bank)
-        tokens = {info.source: info.tokens for info in remembered.source_infos()}
-        if source in tokens and not yes:
-            typer.confirm(f"Forget {source} ({tokens[source]:,} tokens) for good?", abort=True, err=True)
-        forgotten = remembered.forget(source)
-    common.out.print(f"Forgot {source}: {forgotten:,} tokens.", markup=False, highlight=False)
-
-
 def index(
     store: common.Store,
     bank: common.Bank,
@@ -331,8 +312,12 @@ def repair(
 
     with MemoryStore.open(store, create=False) as opened:
         loaded = common.load_model(model, device)
-        with common.counting("encoding again", None, "tokens") as advance:
-            repairs = opened.repair(loaded, bank, on_tokens=advance)
+        total = sum(info.bytes for info in opened.banks() if bank in (None, info.name))
+        with (
+            common.counting("checking", total, "bytes") as read,
+            common.counting("encoding again", None, "tokens") as advance,
+        ):
+            repairs = opened.repair(loaded, bank, on_tokens=advance, on_bytes=read)
     if as_json:
         common.print_json([dataclasses.asdict(made) for made in repairs])
         return

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from longmem.chat import ChatSession
     from longmem.generation import Attribution, Piece
 
-# A token drew on a span if it paid it so much of the memory heads' attention; less is noise.
-_NOTICED = 0.05
 # Spans of one source that are at most so many characters apart are one place.
 _NEAR = 40
 _MOST_FOOTNOTES = 10
@@ -212,7 +210,9 @@ def stretches(pieces: Sequence[Piece]) -> list[Stretch]:
     Of the places that a token drew on, the one counts that all tokens together drew on most: a passage that is being
     told rather than a word that happens to fit.
     """
-    noticed = [[span for span in piece.sources if span.weight >= _NOTICED] for piece in pieces]
+    from longmem.generation import NOTICED
+
+    noticed = [[span for span in piece.sources if span.weight >= NOTICED] for piece in pieces]
     place_of, totals = _places([span for spans in noticed for span in spans])
     found: list[Stretch] = []
     last_place = None

@@ -320,8 +320,9 @@ ORDER BY bank.name, piece.source, piece.char_start
 
 
 def _generated(store: MemoryStore, plan: _Plan) -> list[Generated]:
-    """Text that drew on what goes, or on text that did, and would stay."""
-    rows = store.manifest.query(_DREW)
+    """Text that drew on what goes, or on text that did, and would stay: pieces whole, as they were written."""
+    # Where several banks hold it, the one that is asked is named.
+    rows = sorted(store.manifest.query(_DREW), key=lambda row: row[6] != plan.bank)
     namespaces = dict(store.manifest.query("SELECT name, namespace FROM bank"))
     # What is forgotten, or drew on it: namespace, source, and spans.
     touched = [(plan.namespace, source, spans) for source, spans in plan.spans.items()]
