@@ -380,6 +380,41 @@ def test_parts_are_shown_asked_for_and_forgotten(notes, tiny_model_dir):
     assert altered.exit_code == 1
 
 
+def test_versions_forks_and_files(notes, tiny_model_dir, other_tiny_model_dir):
+    model = ("--model", tiny_model_dir, *CPU)
+    (notes / "more.txt").write_text("The lighthouse of Brest. ")
+    ok("write", *at("notes"), "more.txt", *model)
+    first, second = json.loads(ok("log", *at("notes"), "--json"))
+    assert (first["operation"], first["sources"], second["sources"]) == ("append", ["notes.txt"], ["more.txt"])
+    assert second["tokens"] == first["tokens"] + second["added"] > 0
+    assert "append" in ok("log", *at("notes"))
+    assert "Version 1" in ok("tag", "first", *at("notes"), "--version", 1)
+    for version in ("1", "first"):
+        (source,) = json.loads(ok("sources", *at("notes"), "--version", version, "--json"))
+        assert source["source"] == "notes.txt"
+    assert "more.txt" not in ok("recall", "lighthouse", *at("notes"), "--version", "first", *model)
+    assert "has no tag 'x'" in fails("sources", *at("notes"), "--version", "x")
+
+    assert "shares files with notes" in ok("fork", *at("notes"), "--to", "notes/draft", "--version", "first")
+    assert "files of its own" in ok("fork", *at("notes"), "--to", "copy")
+    assert "already" in fails("fork", *at("notes"), "--to", "copy")
+    assert json.loads(ok("diff", "notes/draft", *at("notes"), "--json"))["ours"] == ["more.txt"]
+    assert ok("diff", "notes/draft", *at("notes")) == "- more.txt\n"
+    assert "the same" in ok("diff", "copy", *at("notes"))
+    assert ok("diff", *at("notes"), "--version", 2, "--other-version", 1) == "- more.txt\n"
+    assert f"{second['added']:,} tokens" in ok("merge", "copy", *at("notes/draft"))
+    assert "no tag first any more" in ok("tag", "first", *at("notes"), "--remove")
+
+    ok("export", "notes.longmem", *at("notes"))
+    assert "exists already" in fails("export", "notes.longmem", *at("notes"))
+    assert "Bank notes holds" in ok("import", "notes.longmem", "--store", "elsewhere")
+    ok("import", "notes.longmem", *at("again"))
+    assert ok("sources", *at("again"), "--json") == ok("sources", *at("notes"), "--json")
+    assert "cannot be read as an exported bank" in fails("import", "more.txt", *at("x"))
+    ok("copy", *at("notes"), "--to", "new", "--model", other_tiny_model_dir, *CPU)
+    assert "lighthouse" in ok("recall", "lighthouse", *at("new"), "--model", other_tiny_model_dir, *CPU)
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -144,6 +144,7 @@ def recall(
         typer.Option(help="Share of the word score: 0 is the memory heads alone, 1 words (BM25) alone."),
     ] = None,
     search: common.Search = "exact",
+    version: common.Version = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     as_json: common.Json = False,
@@ -153,7 +154,8 @@ def recall(
     from longmem.store import MemoryStore
 
     with MemoryStore.open(store, create=False) as opened:
-        remembered = opened.bank(bank, device=common.device_of(device), search=search)
+        number = common.version_of(version)
+        remembered = opened.bank(bank, device=common.device_of(device), search=search, version=number)
         loaded = common.load_model(model, device)
         hits = passages.recall(loaded, remembered, query, top_k, words)
     if as_json:
@@ -190,12 +192,14 @@ def banks(store: common.Store, as_json: common.Json = False) -> None:
     common.out.print(table if infos else f"No banks in {store} yet.")
 
 
-def sources(store: common.Store, bank: common.Bank, as_json: common.Json = False) -> None:
+def sources(
+    store: common.Store, bank: common.Bank, version: common.Version = None, as_json: common.Json = False
+) -> None:
     """List what a bank remembers."""
     from longmem.store import MemoryStore
 
     with MemoryStore.open(store, create=False) as opened:
-        infos = opened.bank(bank, verify=False).source_infos()
+        infos = opened.bank(bank, verify=False, version=common.version_of(version)).source_infos()
     if as_json:
         common.print_json([dataclasses.asdict(info) for info in infos])
         return

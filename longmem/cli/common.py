@@ -36,6 +36,12 @@ Bank = Annotated[str, typer.Option(help="Name of the bank: notes, user/1234.", s
 MaybeBank = Annotated[
     str | None, typer.Option(help="Name of the bank; without one nothing is remembered.", show_default=False)
 ]
+Version = Annotated[
+    str | None,
+    typer.Option(
+        "--version", help="Number or tag of a version (`longmem log`); the newest by default.", show_default=False
+    ),
+]
 Model = Annotated[str, typer.Option(help="A SideNet that ships with longmem, or a checkpoint folder.")]
 BackboneName = Annotated[str, typer.Option("--backbone", help="An embedded model, a folder, or a Hugging Face hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -140,6 +146,11 @@ def check_bank(store: Path | None, bank: str | None, search: str) -> None:
         raise typer.BadParameter("--bank needs --store, or LONGMEM_STORE in the environment.", param_hint="--store")
     if bank is None and search == "index":
         raise typer.BadParameter("without --bank there is nothing to search.", param_hint="--search")
+
+
+def version_of(version: str | None) -> int | str | None:
+    """A version as it was given: a number, or a tag."""
+    return int(version) if version is not None and version.isascii() and version.isdigit() else version
 
 
 @contextmanager

@@ -63,6 +63,8 @@ def forget(
     spans = [_span(text) for text in span or []]
     times = {name: _time(text, name) for name, text in (("after", after), ("before", before)) if text is not None}
     with MemoryStore.open(store, create=False) as opened:
+        if not preview:
+            opened.manifest.require_writable()
         loaded: LongMem | None = None
         if match is not None:
             loaded = common.load_model(model, device)

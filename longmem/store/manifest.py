@@ -172,6 +172,19 @@ class Manifest:
                 raise
         return cls(folder, database, writable=writable)
 
+    @classmethod
+    def from_bytes(cls, data: bytes, path: Path) -> Manifest:
+        """A manifest in memory, to be read; `path` is where it came from, for errors. Raises as `open` does."""
+        database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        with _explained(path):
+            try:
+                database.deserialize(data)
+                database = _check_format(database, path, writable=False)
+            except BaseException:
+                database.close()
+                raise
+        return cls(path, database, writable=False)
+
     def close(self) -> None:
         with self._lock:
             self._db.close()
@@ -213,6 +226,13 @@ class Manifest:
                 f"The store in {self.folder} is open for reading only: its folder or manifest cannot be written. "
                 "Change their permissions and open it again, or copy the store."
             )
+
+
+def blank() -> sqlite3.Connection:
+    """A new manifest in memory."""
+    database = sqlite3.connect(":memory:", isolation_level=None)
+    _create(database)
+    return database
 
 
 def _connect(manifest: Path) -> sqlite3.Connection:
@@ -260,10 +280,7 @@ def _check_format(database: sqlite3.Connection, folder: Path, *, writable: bool)
     if writable and _is_new(database):
         database.execute("BEGIN EXCLUSIVE")
         if _is_new(database):
-            _run(database, SCHEMA)
-            database.execute("INSERT INTO secret VALUES (1, randomblob(32))")
-            database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+            _create(database)
         database.execute("COMMIT")
     if _number(database, "PRAGMA application_id") != APPLICATION_ID:
         raise StoreError(
@@ -283,6 +300,13 @@ def _check_format(database: sqlite3.Connection, folder: Path, *, writable: bool)
     if version < FORMAT_VERSION:
         _migrate(database)
     return database
+
+
+def _create(database: sqlite3.Connection) -> None:
+    _run(database, SCHEMA)
+    database.execute("INSERT INTO secret VALUES (1, randomblob(32))")
+    database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
 
 
 def _migrate(database: sqlite3.Connection) -> None:

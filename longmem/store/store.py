@@ -22,6 +22,8 @@ import torch
 from longmem.bank import BankEntry
 from longmem.config import BankSpec, Precision
 from longmem.errors import BankError, BankMismatchError, BankNotFoundError, StoreError, StoreNotWritableError
+from longmem.store.algebra import Diff, TextEncoder, copy_by, diff, fork, merge
+from longmem.store.archive import export, import_
 from longmem.store.consolidate import SEGMENT_BYTES, Consolidation, consolidate
 from longmem.store.forgetting import Preview, Stretch, forget, preview, written
 from longmem.store.indexes import INDEXES
@@ -41,6 +43,7 @@ from longmem.store.segments import (
 )
 from longmem.store.stored_bank import StoredBank
 from longmem.store.verify import Report, verify
+from longmem.store.versions import Version, log, resolve, tag, tags, untag
 
 # Later than any version.
 _NEVER = 2**62
@@ -191,6 +194,7 @@ class MemoryStore:
         device: torch.device | str = "cpu",
         verify: bool = True,
         search: Literal["exact", "index"] = "exact",
+        version: int | str | None = None,
     ) -> StoredBank:
         """Open a bank and load it onto a device; with a spec, create it if there is none.
 
@@ -200,9 +204,12 @@ class MemoryStore:
                 existing bank only.
             verify: compare every segment file with its checksum.
             search: "index" searches with the index that the bank has (`StoredBank.load_index`).
+            version: number or tag of a past version, which can be read and not written. It shows what it held, without
+                what was forgotten since.
 
         Raises:
             BankNotFoundError: if there is no such bank and no spec.
+            BankError: if there is no such version.
             BankIndexError: if an index is asked for, and there is none or it does not fit.
             BankMismatchError: if the bank was written with another spec.
             StoreCorruptError: if a segment file is missing or damaged; `verify` names all of them, `repair` mends.
@@ -212,7 +219,7 @@ class MemoryStore:
         row = self.find(name)
         if row is None:
             # A bank that is new has no index.
-            if spec is None or search == "index":
+            if spec is None or search == "index" or version is not None:
                 raise self.not_found(name)
             row = self._create_bank(name, spec)
         bank_id, stored = row
@@ -223,7 +230,8 @@ class MemoryStore:
                 f"Bank {name!r} keeps keys and values in {stored.precision}, and was to be opened in {spec.precision}. "
                 "A bank's precision is chosen when it is made: open it without one, or use another bank name."
             )
-        bank = StoredBank(self, bank_id, name, stored, device, verify=verify)
+        number = None if version is None else resolve(self, name, version)
+        bank = StoredBank(self, bank_id, name, stored, device, verify=verify, version=number)
         bank.refresh()
         if search == "index":
             bank.load_index()
@@ -258,6 +266,148 @@ class MemoryStore:
                 ) from error
             raise
         self.erase([*files, *(file for (file,) in aside if file is not None)])
+
+    def log(self, name: str) -> list[Version]:
+        """The versions of a bank, oldest first: each append, forget, fork, merge, copy and import began one.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+        """
+        return log(self, name)
+
+    def tags(self, name: str) -> dict[str, int]:
+        """The tags of a bank, with their versions."""
+        return tags(self, name)
+
+    def tag(self, name: str, label: str, version: int | str | None = None) -> int:
+        """Name a version of a bank, the newest by default; returns its number.
+
+        Raises:
+            BankError: if the bank has such a tag already, or no such version, or the label is not made of letters,
+                digits, `.`, `_` and `-` (and of digits alone).
+        """
+        return tag(self, name, label, version)
+
+    def untag(self, name: str, label: str) -> None:
+        """Remove a tag. The version stays.
+
+        Raises:
+            BankError: if there is no such tag.
+        """
+        untag(self, name, label)
+
+    def fork(self, name: str, to: str, *, version: int | str | None = None) -> None:
+        """A new bank that holds what a version of another holds, with its history, and goes its own way from there.
+
+        Named below its namespace ("user/1234" → "user/1234/draft") it shares all files, which takes no time and no
+        space; and what one forgets, the other forgets. By any other name it is of a namespace of its own, with copies
+        of all files: neither forgets with the other.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            BankError: if `to` is taken or cannot name a bank, or there is no such version.
+            StoreCorruptError: if a segment that has to be copied is damaged.
+            StoreNotWritableError: if the store is read-only or the disk is full.
+        """
+        fork(self, name, to, version)
+
+    def merge(self, name: str, other: str, *, version: int | str | None = None) -> int:
+        """Add to a bank what another holds and it does not, behind all that it holds; returns how many tokens came.
+
+        A source that both hold is continued, if one of them holds all that the other does, by the same pieces.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            BankMismatchError: if they were written by different models.
+            BankError: if a source went on differently in the two; nothing is merged then.
+            StoreCorruptError: if a segment that has to be copied is damaged.
+            StoreNotWritableError: if the store is read-only or the disk is full.
+        """
+        return merge(self, name, other, version)
+
+    def diff(
+        self,
+        name: str,
+        other: str,
+        *,
+        version: int | str | None = None,
+        other_version: int | str | None = None,
+    ) -> Diff:
+        """What two banks, or two versions of one, hold differently.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            BankError: if there is no such version.
+        """
+        return diff(self, name, other, version, other_version)
+
+    def copy(
+        self,
+        name: str,
+        to: str,
+        model: TextEncoder,
+        *,
+        version: int | str | None = None,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> None:
+        """A new bank of a namespace of its own, written by another backbone from the texts that a bank keeps.
+
+        Pieces, times and versions stay. Where the new tokenizer reads a piece's tokens as its text, they stay as well
+        (a conversation's special tokens among them); otherwise the text is tokenised anew.
+
+        Args:
+            model: a `LongMem` of the new backbone.
+            on_tokens: progress, called with the number of tokens of the bank that were just done.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            BankError: if `to` is taken or cannot name a bank, or there is no such version.
+            StoreNotWritableError: if the store is read-only or the disk is full.
+        """
+        copy_by(self, name, to, model, version, on_tokens)
+
+    def export(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        version: int | str | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> int:
+        """Write a bank to one file, with its versions and tags; returns its size in bytes. docs/format.md describes it.
+
+        What the bank forgets later, the file does not.
+
+        Args:
+            on_bytes: progress, called with the size of each segment that was written.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            BankError: if the file exists, or there is no such version.
+            StoreCorruptError: if a segment is missing or damaged.
+            StoreNotWritableError: if the file cannot be written.
+        """
+        return export(self, name, Path(path), version, on_bytes)
+
+    def import_(
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> str:
+        """A new bank from a file that `export` wrote; returns its name, by default the one that it had.
+
+        Args:
+            on_bytes: progress, called with the size of each segment that was read.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            BankError: if the name is taken or cannot name a bank.
+            StoreCorruptError: if the file is damaged, or no exported bank.
+            StoreNotWritableError: if the store is read-only or the disk is full.
+        """
+        return import_(self, Path(path), name, on_bytes)
 
     def preview_forget(self, name: str, stretches: Sequence[Stretch]) -> Preview:
         """What `forget` would do. Changes nothing.
@@ -384,6 +534,19 @@ class MemoryStore:
         for bank_id, spec in self.manifest.query("SELECT id, spec FROM bank WHERE name = ?", name):
             return bank_id, BankSpec.from_json(spec)
         return None
+
+    def require(self, name: str) -> tuple[int, BankSpec]:
+        """Id and spec of a bank; raises `BankNotFoundError` if there is none."""
+        found = self.find(name)
+        if found is None:
+            raise self.not_found(name)
+        return found
+
+    def require_free(self, name: str) -> None:
+        """Raise `BankError` unless a new bank can have this name."""
+        check_bank_name(name)
+        if self.find(name) is not None:
+            raise BankError(f"There is a bank {name!r} in {self.folder} already. Choose another name.")
 
     def _create_bank(self, name: str, spec: BankSpec) -> tuple[int, BankSpec]:
         with self.manifest.transaction() as database:
