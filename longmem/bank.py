@@ -150,7 +150,12 @@ class MemoryBank:
     """Remembered tokens, in the order they were written; grows without limit.
 
     Memory doubles when it is full, so that appending N tokens one at a time copies O(N) in all.
+
+    Attributes:
+        name: in its store; None for a bank that is in none.
     """
+
+    name: str | None = None
 
     def __init__(self, spec: BankSpec, device: torch.device | str = "cpu") -> None:
         self.spec = spec

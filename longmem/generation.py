@@ -22,6 +22,8 @@ from torch import Tensor
 from longmem.attention import MemoryRead
 from longmem.bank import BankEntry, DrawnOn, MemoryBank
 from longmem.errors import ConfigError
+from longmem.group import BankGroup, Readable, members
+from longmem.index import PLACES, place_of
 from longmem.model import LongMem, ModelCache
 from longmem.steps import BatchDecoder, read_on, records
 
@@ -86,6 +88,7 @@ class Attribution:
     Attributes:
         source, start, end, text: characters [start, end) of a source.
         weight: share of the memory heads' attention that went there, 0 … 1 (mean over heads).
+        bank: name of the bank that remembers it; None if that has none.
     """
 
     source: str
@@ -93,6 +96,7 @@ class Attribution:
     end: int
     text: str
     weight: float
+    bank: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def generate(
     model: LongMem,
     prompt: str | Tensor,
     *,
-    bank: MemoryBank | None = None,
+    bank: Readable | None = None,
     config: GenerationConfig | None = None,
     source: str | None = None,
 ) -> Iterator[Piece]:
@@ -123,7 +127,7 @@ def generate(
 
     Args:
         prompt: text, or token ids (T,) without the prefix; as long as you like.
-        bank: what is remembered. The part of the text that leaves the window is added to it.
+        bank: what is remembered. The part of the text that leaves the window is added to it; to the first of a group.
         source: name of that part in the bank, continued if it is there already; "generated/1", 2, … by default.
 
     Raises:
@@ -172,10 +176,9 @@ class Continuation:
         window, stops = self.window, self._stops
         wanted = window.config.attribute
         sources = ()
-        if wanted and window.bank is not None and reads:
-            position_X, weight_X = _last_read(reads, row)
-            window.bank.attend(position_X[weight_X > 0], weight_X[weight_X > 0])
-            sources = attribute(reads, window.bank, row=row)
+        if wanted and window.remembered is not None and reads:
+            _count(window.remembered, *_last_read(reads, row))
+            sources = attribute(reads, window.remembered, row=row)
         moved, self.moved = self.moved, window.extend([token_id], silent=token_id in self._ends)
         window.draw_on(sources)
         self.token_id = token_id
@@ -347,16 +350,18 @@ class LocalWindow:
     What the model reads is the bank without those tokens, since it sees them locally.
 
     Args:
-        bank: None drops what leaves.
+        bank: None drops what leaves; of a group, the first gets it.
         source: name of the stream in the bank, continued if it is there already.
 
     Attributes:
+        remembered: the bank or group as it was given.
+        bank: that what leaves goes to.
         token_ids: in the window, without the prefix.
         decoder: their text.
     """
 
     def __init__(
-        self, model: LongMem, bank: MemoryBank | None, config: GenerationConfig, *, source: str | None = None
+        self, model: LongMem, bank: Readable | None, config: GenerationConfig, *, source: str | None = None
     ) -> None:
         longest = model.backbone.max_positions
         self.size = min(DEFAULT_WINDOW, longest) if config.window is None else config.window
@@ -367,7 +372,8 @@ class LocalWindow:
             )
         if bank is not None:
             model.check(bank)
-        self.model, self.bank, self.config = model, bank, config
+        self.model, self.remembered, self.config = model, bank, config
+        self.bank = bank.first if isinstance(bank, BankGroup) else bank
         self.token_ids: list[int] = []
         self.decoder = TextDecoder(model.tokenizer)
         self._source = source
@@ -477,10 +483,10 @@ class LocalWindow:
         return self.model.with_prefix(torch.tensor(self.token_ids, dtype=torch.int64))
 
     @property
-    def visible(self) -> MemoryBank | None:
-        """The bank without what is in the window."""
+    def visible(self) -> Readable | None:
+        """What is remembered, without what is in the window."""
         if self.bank is None or not self._in_bank:
-            return self.bank
+            return self.remembered
         bank, near = self.bank, slice(max(0, len(self.bank) - self._in_bank), None)
         own = bank.sources.index(self._source) if self._source in bank.sources else -1
         # By their places in the source: a bank that is thinned may have rows for some of them only.
@@ -489,8 +495,9 @@ class LocalWindow:
         hidden = int(hidden_n.sum())
         # Somebody else has written since: better to see part of the window twice than to miss what is new.
         if hidden == 0 or not bool(hidden_n[-hidden:].all()):
-            return bank
-        return bank.between(0, len(bank) - hidden)
+            return self.remembered
+        part = bank.between(0, len(bank) - hidden)
+        return self.remembered.with_first(part) if isinstance(self.remembered, BankGroup) else part
 
 
 def remember_tokens(
@@ -522,13 +529,13 @@ def remember_tokens(
 def _joined(spans: Sequence[Attribution]) -> tuple[DrawnOn, ...]:
     """What all tokens of a stretch drew on: spans that overlap are one, with the largest weight."""
     joined: list[DrawnOn] = []
-    for span in sorted(spans, key=lambda span: (span.source, span.start)):
+    for span in sorted(spans, key=lambda span: (span.bank or "", span.source, span.start)):
         last = joined[-1] if joined else None
-        if last is not None and last.source == span.source and span.start <= last.end:
+        if last is not None and (last.bank, last.source) == (span.bank, span.source) and span.start <= last.end:
             end, weight = max(last.end, span.end), max(last.weight, span.weight)
             joined[-1] = replace(last, end=end, weight=weight)
         else:
-            joined.append(DrawnOn(None, span.source, span.start, span.end, span.weight))
+            joined.append(DrawnOn(span.bank, span.source, span.start, span.end, span.weight))
     return tuple(joined)
 
 
@@ -544,10 +551,16 @@ _GAP = 8
 _PAD = 4  # half the gap, so that spans never overlap
 
 
-def attribute(
-    reads: Sequence[MemoryRead], bank: MemoryBank, spans: int = 3, *, row: int = 0
-) -> tuple[Attribution, ...]:
+def _count(bank: Readable, position_X: Tensor, weight_X: Tensor) -> None:
+    """Let each bank count the attention that its rows were paid."""
+    for number, (one, _) in enumerate(members(bank)):
+        mine_X = (position_X // PLACES == number) & (weight_X > 0)
+        one.attend(position_X[mine_X] % PLACES, weight_X[mine_X])
+
+
+def attribute(reads: Sequence[MemoryRead], bank: Readable, spans: int = 3, *, row: int = 0) -> tuple[Attribution, ...]:
     """The stretches of remembered text that the last token of a batch row drew on most, heaviest first."""
+    banks = [one for one, _ in members(bank)]
     if not reads:
         return ()
     index_X, weight_X = _last_read(reads, row)
@@ -555,22 +568,24 @@ def attribute(
     position_P, inverse_X = index_X.unique(return_inverse=True)
     weight_P = torch.zeros(len(position_P)).index_add(0, inverse_X, weight_X) / heads
     top_weight, top = weight_P.topk(min(_HEAVIEST, len(position_P)))
-    runs: list[list[int]] = []
-    for position in sorted(position_P[top[top_weight > 0]].tolist()):
-        gap = bank.gap(runs[-1][1], position) if runs else None
+    runs: list[list[int]] = []  # of neighbours: number of the bank, first and last position
+    for number, position in map(place_of, sorted(position_P[top[top_weight > 0]].tolist())):
+        last = runs[-1] if runs else [-1, 0, 0]
+        gap = banks[number].gap(last[2], position) if number == last[0] else None
         if gap is not None and 0 < gap <= _GAP:
-            runs[-1][1] = position
+            last[2] = position
         else:
-            runs.append([position, position])
+            runs.append([number, position, position])
     found = []
-    for first, last in runs:
-        weight = float(weight_P[(position_P >= first) & (position_P <= last)].sum())
+    for number, first, last in runs:
+        of, begin = banks[number], number * PLACES
+        weight = float(weight_P[(position_P >= begin + first) & (position_P <= begin + last)].sum())
         for _ in range(_PAD):
             # Not over a gap: what has no row was not read.
-            first -= first > 0 and bank.gap(first - 1, first) == 1
-            last += last + 1 < len(bank) and bank.gap(last, last + 1) == 1
-        span = bank.span(first, last)
-        found.append(Attribution(span.source, span.start, span.end, span.text, weight))
+            first -= first > 0 and of.gap(first - 1, first) == 1
+            last += last + 1 < len(of) and of.gap(last, last + 1) == 1
+        span = of.span(first, last)
+        found.append(Attribution(span.source, span.start, span.end, span.text, weight, of.name))
     return tuple(sorted(found, key=lambda a: -a.weight)[:spans])
 
 

@@ -192,7 +192,7 @@ def test_what_one_process_writes_another_reads(work, tiny_model_dir, monkeypatch
     hits = json.loads(ok("recall", "honey and wax", "--bank", "notes", "--json", *model))
     assert hits[0]["source"] == "notes.txt" and "honey" in hits[0]["text"]
     assert hits[0]["text"] == TINY_TEXT[hits[0]["start"] : hits[0]["end"]]
-    assert set(hits[0]) == {"rank", "source", "start", "end", "text", "score", "memory_score", "word_score"}
+    assert set(hits[0]) == {"rank", "bank", "source", "start", "end", "text", "score", "memory_score", "word_score"}
 
     words = ("generate", "Ada keeps", "--bank", "notes", "--attribute", "--max-new-tokens", 4, "--json")
     answer = json.loads(ok(*words, *model))
@@ -413,6 +413,32 @@ def test_versions_forks_and_files(notes, tiny_model_dir, other_tiny_model_dir):
     assert "cannot be read as an exported bank" in fails("import", "more.txt", *at("x"))
     ok("copy", *at("notes"), "--to", "new", "--model", other_tiny_model_dir, *CPU)
     assert "lighthouse" in ok("recall", "lighthouse", *at("new"), "--model", other_tiny_model_dir, *CPU)
+
+
+def test_several_banks_are_read_in_one_answer(work, tiny_model_dir):
+    model = ("--model", tiny_model_dir, *CPU)
+    (work / "bees.txt").write_text("Ada keeps bees on the roof of the old town hall.")
+    (work / "wax.txt").write_text("Wax melts at low heat, and bees make more of it.")
+    ok("write", *at("user/1234"), "bees.txt", *model)
+    ok("write", *at("domain/wax"), "wax.txt", *model)
+    both = ("--store", "memories", "--bank", "user/1234", "--bank", "domain/wax:0.5")
+    hits = json.loads(ok("recall", "bees", *both, "--json", *model))
+    assert {hit["bank"] for hit in hits} == {"user/1234", "domain/wax"}
+    assert "domain/wax, wax.txt" in " ".join(ok("recall", "bees", *both, *model).split())
+    said = json.loads(ok("generate", "Ada keeps", *both, "--max-new-tokens", 6, "--attribute", "--json", *model))
+    assert {span["bank"] for piece in said["pieces"] for span in piece["sources"]} == {"user/1234", "domain/wax"}
+    ok("generate", "Ada keeps", *both, "--max-new-tokens", 9, "--attribute", *model)
+    talked = cli("chat", *both, "--max-new-tokens", 4, "--session", "x", *model, input="Hello bees.\n/quit\n")
+    assert talked.exit_code == 0 and "of bank user/1234" in talked.stderr
+    assert "Bank domain/wax remembers" in talked.stderr
+    assert "chat/x" in ok("sources", *at("user/1234")) and "chat/x" not in ok("sources", *at("domain/wax"))
+    # What it drew on is noted with its bank.
+    shown = cli("forget", "wax.txt", *at("domain/wax"), "--preview")
+    assert shown.exit_code == 0
+    # A past version can be read beside others, and is not written to.
+    ok("generate", "Ada keeps", *both, "--version", 1, "--max-new-tokens", 4, *model)
+    fails("recall", "bees", "--store", "memories", "--bank", "user/1234:x", *model, code=2)
+    assert "weight" in fails("recall", "bees", "--store", "memories", "--bank", "user/1234:-1", *model)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from longmem import index, sketch
 from longmem.approximate import BankIndex
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead, SideNetConfig
-from longmem.index import BankReader, PlacedReader, Retrieved, StreamBanks, search_tokens
+from longmem.index import BankReader, PlacedReader, StreamBanks, search_tokens
 
 HEADS = (MemoryHead(1, 0), MemoryHead(1, 1), MemoryHead(2, 1))
 SPEC = BankSpec("tiny", "0" * 64, HEADS, 4, "float32")

@@ -137,7 +137,7 @@ def available_disk(folder: Path) -> int:
 def recall(
     query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
     store: common.Store,
-    bank: common.Bank,
+    bank: common.Banks,
     top_k: Annotated[int, typer.Option(help="How many passages.")] = 8,
     words: Annotated[
         float | None,
@@ -151,11 +151,9 @@ def recall(
 ) -> None:
     """Show the remembered passages that a query is about."""
     from longmem import recall as passages
-    from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
-        number = common.version_of(version)
-        remembered = opened.bank(bank, device=common.device_of(device), search=search, version=number)
+    with common.open_banks(store, bank, device, search, common.version_of(version)) as remembered:
+        assert remembered is not None
         loaded = common.load_model(model, device)
         hits = passages.recall(loaded, remembered, query, top_k, words)
     if as_json:
@@ -167,7 +165,8 @@ def recall(
     table = Table("", "score", "memory", "words", "source", "text", box=None, pad_edge=False, header_style="dim")
     for rank, hit in enumerate(hits, start=1):
         scores = (f"{score:.2f}" for score in (hit.score, hit.memory_score, hit.word_score))
-        place = Text(f"{hit.source}:{hit.start}–{hit.end}", overflow="fold")
+        of = f"{hit.bank}, " if len(bank) > 1 else ""
+        place = Text(f"{of}{hit.source}:{hit.start}–{hit.end}", overflow="fold")
         table.add_row(str(rank), *scores, place, Text(common.snippet(hit.text, 240)))
     common.out.print(table)
 

@@ -147,8 +147,8 @@ def merge(store: MemoryStore, name: str, other: str, version: int | str | None) 
         ours = contents(store.manifest, bank_id, resolve(store, name, None))
         if (spec.precision, spec.centre) != (other_spec.precision, other_spec.centre):
             raise BankMismatchError(
-                f"Bank {name!r} keeps keys and values in {spec.precision}, {other!r} in {other_spec.precision}: rows of "
-                f"one mean nothing in the other. Write the texts of {other!r} to {name!r} instead."
+                f"Bank {name!r} keeps keys and values in {spec.precision}, {other!r} in {other_spec.precision}: rows "
+                f"of one mean nothing in the other. Write the texts of {other!r} to {name!r} instead."
             )
         new = _missing(store, ours, theirs)
         if not new:
@@ -297,9 +297,8 @@ def copy_by(
                     on_tokens(piece.tokens)
             writer.flush()
             note = f"of {name}, version {number}, from backbone {spec.backbone}"
-            copied = dataclasses.replace(
-                held, pieces=writer.placed, records=records, spec=spec_text, thinned={}, tags=[]
-            )
+            copied = dataclasses.replace(held, pieces=writer.placed, records=records, spec=new_spec.to_json())
+            copied = dataclasses.replace(copied, thinned={}, tags=[])
             with store.manifest.transaction() as database:
                 store.require_free(to)
                 if store.revision(bank_id) == held.revision:

@@ -60,6 +60,8 @@ class StoredBank(MemoryBank):
         version: the past version that it shows, and which cannot be written; None is the newest, whichever that is.
     """
 
+    name: str
+
     def __init__(
         self,
         store: MemoryStore,
