@@ -72,13 +72,14 @@ def fill(bank: MemoryBank, model: LongMem, tokens: int, seed: int) -> None:
 
 def stores(model: LongMem, folder: Path) -> tuple[dict[str, MemoryBank], dict[str, MemoryBank]]:
     """The banks of one store, and each again from a store that holds no other."""
-    together, alone = {}, {}
+    together: dict[str, MemoryBank] = {}
+    alone: dict[str, MemoryBank] = {}
     with MemoryStore.open(folder / "all") as store:
         for number, name in enumerate(NAMES):
             bank = store.bank(name, model.bank_spec)
             if name != "empty":
                 fill(bank, model, 5 + 9 * number, number)
-        together = {name: store.bank(name) for name in NAMES}
+        together |= {name: store.bank(name) for name in NAMES}
     for number, name in enumerate(NAMES):
         with MemoryStore.open(folder / name.replace("/", "-")) as store:
             bank = store.bank(name, model.bank_spec)

@@ -177,7 +177,7 @@ class Continuation:
         wanted = window.config.attribute
         sources = ()
         if wanted and window.remembered is not None and reads:
-            _count(window.remembered, *_last_read(reads, row))
+            window.count(*_last_read(reads, row))
             sources = attribute(reads, window.remembered, row=row)
         moved, self.moved = self.moved, window.extend([token_id], silent=token_id in self._ends)
         window.draw_on(sources)
@@ -389,6 +389,13 @@ class LocalWindow:
         """Note what the last token drew on, for what will be written of it."""
         self._drew_on += [span for span in sources if span.weight >= NOTICED]
 
+    def count(self, position_X: Tensor, weight_X: Tensor) -> None:
+        """Let the bank that is written to count the attention that its rows were paid; others are only read."""
+        for number, (one, _) in enumerate(members(self.remembered) if self.remembered is not None else ()):
+            if one is self.bank:
+                mine_X = (position_X // PLACES == number) & (weight_X > 0)
+                one.attend(position_X[mine_X] % PLACES, weight_X[mine_X])
+
     def extend(self, token_ids: Sequence[int], *, remember: bool = True, silent: bool = False) -> int:
         """Add tokens at the end; returns how many left the window to make room.
 
@@ -549,13 +556,6 @@ def _new_source(bank: MemoryBank) -> str:
 _HEAVIEST = 32  # tokens a generated token is attributed to, before neighbours are joined
 _GAP = 8
 _PAD = 4  # half the gap, so that spans never overlap
-
-
-def _count(bank: Readable, position_X: Tensor, weight_X: Tensor) -> None:
-    """Let each bank count the attention that its rows were paid."""
-    for number, (one, _) in enumerate(members(bank)):
-        mine_X = (position_X // PLACES == number) & (weight_X > 0)
-        one.attend(position_X[mine_X] % PLACES, weight_X[mine_X])
 
 
 def attribute(reads: Sequence[MemoryRead], bank: Readable, spans: int = 3, *, row: int = 0) -> tuple[Attribution, ...]:

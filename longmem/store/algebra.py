@@ -16,8 +16,8 @@ from torch import Tensor
 
 from longmem.bank import BankEntry, packed
 from longmem.config import BankSpec, Precision
-from longmem.errors import BankError, BankMismatchError, StoreNotWritableError
-from longmem.store.copying import Contents, Writer, contents, put, put_piece, rewrite
+from longmem.errors import BankError, BankMismatchError, StoreCorruptError, StoreNotWritableError
+from longmem.store.copying import Contents, Writer, contents, put, put_piece, rewrite, still_held
 from longmem.store.manifest import now
 from longmem.store.repair import Encoder
 from longmem.store.rows import add_version, hold
@@ -109,11 +109,15 @@ def _copy(store: MemoryStore, name: str, to: str, version: int, operation: str, 
             with store.manifest.transaction() as database:
                 store.require_free(to)
                 # What was forgotten meanwhile must not live on in the copy.
-                if store.revision(bank_id) == held.revision:
+                if still_held(store, bank_id, held.pieces):
                     new_id = put(database, copied, to, to, writer.place(database))
                     add_version(database, new_id, operation, now(), note)
                     return
             writer.discard()
+        except StoreCorruptError:
+            writer.discard()
+            if store.revision(bank_id) == held.revision:
+                raise
         except OSError as error:
             writer.discard()
             raise not_writable(store, error, f"Bank {to!r} was not made") from error
@@ -144,28 +148,27 @@ def merge(store: MemoryStore, name: str, other: str, version: int | str | None) 
             )
         number = resolve(store, other, version)
         theirs = contents(store.manifest, other_id, number)
-        ours = contents(store.manifest, bank_id, resolve(store, name, None))
         if (spec.precision, spec.centre) != (other_spec.precision, other_spec.centre):
             raise BankMismatchError(
                 f"Bank {name!r} keeps keys and values in {spec.precision}, {other!r} in {other_spec.precision}: rows "
                 f"of one mean nothing in the other. Write the texts of {other!r} to {name!r} instead."
             )
-        new = _missing(store, ours, theirs)
+        new = _missing(store, _contents_now(store, bank_id), theirs)
         if not new:
             return 0
         spaces = dict(store.manifest.query("SELECT id, namespace FROM bank WHERE id IN (?, ?)", bank_id, other_id))
         writer = Writer(store)
         try:
-            copied = theirs
-            if spaces[bank_id] != spaces[other_id]:
-                copied = rewrite(store, theirs, new, writer)
+            shared = spaces[bank_id] == spaces[other_id]
+            copied = theirs if shared else rewrite(store, theirs, new, writer)
             with store.manifest.transaction() as database:
-                revisions = store.revision(bank_id), store.revision(other_id)
-                if revisions == (ours.revision, theirs.revision):
+                # Others may have written to both meanwhile, or forgotten.
+                same = _missing(store, _contents_now(store, bank_id), theirs) == new
+                if same and still_held(store, other_id, theirs.pieces):
                     segments, time = writer.place(database), now()
                     came = add_version(database, bank_id, "merge", time, f"of {other}, version {number}")
                     ids = [piece.id for piece in new]
-                    if writer.written:
+                    if not shared:
                         ids = [put_piece(database, copied, piece, name, segments) for piece in copied.pieces]
                     hold(database, bank_id, [(piece, came) for piece in ids])
                     database.execute(
@@ -173,12 +176,20 @@ def merge(store: MemoryStore, name: str, other: str, version: int | str | None) 
                     )
                     return sum(piece.tokens for piece in new)
             writer.discard()
+        except StoreCorruptError:
+            writer.discard()
+            if store.revision(other_id) == theirs.revision:
+                raise
         except OSError as error:
             writer.discard()
             raise not_writable(store, error, f"Nothing was merged into bank {name!r}") from error
         except BaseException:
             writer.discard()
             raise
+
+
+def _contents_now(store: MemoryStore, bank_id: int) -> Contents:
+    return contents(store.manifest, bank_id, 2**62)
 
 
 def _missing(store: MemoryStore, ours: Contents, theirs: Contents) -> list[Piece]:
@@ -301,7 +312,7 @@ def copy_by(
             copied = dataclasses.replace(copied, thinned={}, tags=[])
             with store.manifest.transaction() as database:
                 store.require_free(to)
-                if store.revision(bank_id) == held.revision:
+                if still_held(store, bank_id, held.pieces):
                     new_id = put(database, copied, to, to, writer.place(database))
                     add_version(database, new_id, "copy", now(), note)
                     return

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING
 
 from longmem.errors import BankError, StoreCorruptError, StoreNotWritableError
 from longmem.store.algebra import not_writable
-from longmem.store.copying import Contents, contents, put
+from longmem.store.copying import Contents, contents, put, still_held
 from longmem.store.manifest import MANIFEST, Manifest, blank, now
 from longmem.store.rows import add_version
 from longmem.store.segments import (
@@ -59,7 +59,7 @@ def export(
             try:
                 size = _pack(store, held, temporary, stack, on_bytes)
                 # What was forgotten meanwhile must not live on in the file.
-                if store.revision(bank_id) == held.revision:
+                if still_held(store, bank_id, held.pieces):
                     os.rename(temporary, path)
                     sync_folder(path.parent)
                     return size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -108,6 +108,12 @@ def put_piece(database: sqlite3.Connection, held: Contents, piece: Piece, name: 
     if piece.id in held.thinned:
         database.execute("INSERT INTO thinned (piece, rows, kept) VALUES (?, ?, ?)", (new, *held.thinned[piece.id]))
     return new
+
+
+def still_held(store: MemoryStore, bank_id: int, pieces: Sequence[Piece]) -> bool:
+    """Whether a bank holds all of these pieces still, and all of their rows; what was appended does not matter."""
+    rows = {piece.id: piece.rows for piece in store.pieces(bank_id)}
+    return all(rows.get(piece.id) == piece.rows for piece in pieces)
 
 
 class Writer:
