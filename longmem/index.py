@@ -375,7 +375,7 @@ class PlacedReader:
         self._length_B.copy_(to_device(torch.tensor(lengths), self.device))
 
     @torch.no_grad()
-    def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
+    def __call__(self, layer: int, query_BKGTE: Tensor) -> RetrievedRows:
         batch, kv_heads, group, tokens, head_dim = query_BKGTE.shape
         heads, top_k = self.config.heads_of(layer), self.config.top_k
         keys_X, values_X, length_X = (part_HB[heads].flatten() for part_HB in self._place_3HB)

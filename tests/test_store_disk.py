@@ -220,8 +220,9 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, model: LongMem) -> None:
     folder = tmp_path / "memories"
     with MemoryStore.open(folder) as store:
         fill(store, model, tmp_path / "file")
+        assert store.manifest.scrub()  # no page is free
     whole = (folder / "manifest.sqlite").read_bytes()
-    for position in (0, 20, 100, len(whole) // 2):
+    for position in (20, 100, *range(0, len(whole), 4096)):
         damaged = bytearray(whole)
         damaged[position : position + 64] = b"\xff" * 64
         (folder / "manifest.sqlite").write_bytes(damaged)
