@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from test_store import assert_same, files_of, largest_file, make_entry, make_index, segment_files
 
 from longmem.bank import BankEntry, DrawnOn, MemoryBank
+from longmem.config import Precision
 from longmem.errors import (
     BankMismatchError,
     BankNotFoundError,
@@ -370,3 +371,74 @@ def test_forgetting_removes_an_index(folder: Path) -> None:
         bank.save_index(make_index(bank))
         store.forget("notes", [Stretch("b")])
         assert list((folder / "indexes").iterdir()) == []
+
+
+# ---- banks in few bits, and banks that were thinned --------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_bank_in_few_bits_forgets_to_the_bit(folder: Path, model: LongMem, precision: Precision) -> None:
+    spec = model.bank_spec_in(precision)
+    with MemoryStore.open(folder) as store:
+        bank = write(store.bank("notes", spec), model, [("a", TINY_TEXT + SECRET), ("b", "Other. "), ("a", "End.")])
+        before = {source: (bank.tokens_of(source), bank.length_of(source)) for source in bank.sources}
+        entry = BankEntry("a", SECRET, 0, before["a"][0][-40:], torch.zeros(40, 2), *[torch.zeros(1, 0, 1)] * 2)
+        store.forget("notes", [Stretch("a", len(TINY_TEXT), len(TINY_TEXT + SECRET))], model)
+        never = write(MemoryBank(spec), model, [("a", TINY_TEXT), ("b", "Other. "), ("a", "End.")])
+        assert_same(store.bank("notes"), never)
+        assert torch.equal(logits(model, store.bank("notes")), logits(model, never))
+        sought = [needle for needle, kind in needles(entry).items() if kind == "text"]
+        assert sought and traces(folder, sought) == {} and store.verify().ok
+
+
+def test_a_thinned_bank_keeps_the_rows_it_had(folder: Path, model: LongMem) -> None:
+    with MemoryStore.open(folder) as store:
+        bank = write(store.bank("notes", model.bank_spec), model, [("a", TINY_TEXT), ("b", "Other. "), ("a", SECRET)])
+        bank.thin(torch.arange(len(bank)) % 3 > 0)
+        place = {int(n) for n in bank.place_N[bank.source_index_N == 0]}
+        start = TINY_TEXT.index("Her brother")
+        first = int((bank.offsets_N2[bank.source_index_N == 0][:, 1] <= start).sum())
+        store.forget("notes", [Stretch("a", start, start + 20)], model)
+        again = store.bank("notes")
+        never = write(model.new_bank(), model, [("a", TINY_TEXT[:start] + TINY_TEXT[start + 20 :])])
+        write(never, model, [("b", "Other. "), ("a", SECRET)])
+        assert again.text_of("a") == never.text_of("a") and torch.equal(again.tokens_of("a"), never.tokens_of("a"))
+        # Rows before the cut are those that were there; each is, bit for bit, what a fresh write has in its place.
+        mine = again.place_N[again.source_index_N == 0].tolist()
+        assert mine[:first] == sorted(place)[:first] and len(mine) < len(never.tokens_of("a"))
+        theirs = {int(n): row for row, n in enumerate(never.place_N) if int(never.source_index_N[row]) == 0}
+        rows = [theirs[n] for n in mine]
+        ours_N = again.source_index_N == 0
+        assert torch.equal(again.keys_HNE[:, ours_N], never.keys_HNE[:, rows])
+        assert torch.equal(again.values_HNE[:, ours_N], never.values_HNE[:, rows])
+        assert store.verify().ok
+        for path in segment_files(folder):
+            path.unlink()
+        store.repair(model)
+        assert_same(store.bank("notes"), again)
+
+
+@pytest.mark.parametrize("precision", ["full", "int4"])
+def test_thinned_banks_are_forked_merged_and_exported(folder: Path, model: LongMem, precision: Precision) -> None:
+    with MemoryStore.open(folder) as store:
+        bank = write(store.bank("notes", model.bank_spec_in(precision)), model, [("a", TINY_TEXT), ("b", SECRET)])
+        store.fork("notes", "notes/fork")
+        fork = store.bank("notes/fork")
+        write(fork, model, [("c", "Of the fork alone. ")])
+        store.consolidate("notes/fork")
+        bank.thin(torch.arange(len(bank)) % 2 > 0)
+        store.fork("notes", "copy")
+        store.bank("empty", store.bank("notes").spec)
+        store.merge("empty", "notes")
+        store.export("notes", folder / "file")
+        store.import_(folder / "file", "imported")
+        for name in ("notes", "copy", "empty", "imported"):
+            assert_same(store.bank(name), bank)
+        # What is shared is thinned for all; what only the fork holds is not.
+        fork.refresh()
+        assert_same(store.bank("notes/fork"), fork)
+        assert len(fork) == len(bank) + len(fork.tokens_of("c"))
+        assert store.verify().ok
+        write(store.bank("full", model.bank_spec_in("int8")), model, [("z", "Rounded otherwise. ")])
+        with pytest.raises(BankMismatchError, match="in int8"):
+            store.merge("notes", "full")
