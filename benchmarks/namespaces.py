@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import platform
 import random
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from longmem.store import MemoryStore
 RESULTS = Path(__file__).parent / "results" / "namespaces.json"
 VOCABULARY = 97
 NAMES = ("user/1", "user/2", "user/1/session", "team/a", "team/b", "domain/physics", "domain/law", "empty")
+PART = 250  # cases that a process does at a time
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0)
 
 
@@ -134,25 +137,35 @@ def case(model: LongMem, banks: dict[str, MemoryBank], alone: dict[str, MemoryBa
     }
 
 
-def run(cases: int, on_case: Callable[[int], None] | None = None) -> dict[str, Any]:
+def run(cases: int, first: int = 0) -> dict[str, Any]:
+    """What holds in so many cases, how often. `first` is the number of the first, which seeds it."""
+    torch.set_num_threads(1)
     model = tiny_model()
     held: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         banks, alone = stores(model, Path(name))
-        for seed in range(cases):
+        for seed in range(first, first + cases):
             for what, holds in case(model, banks, alone, seed).items():
                 held[what] = held.get(what, 0) + holds
-            if on_case is not None:
-                on_case(seed)
     return {"cases": cases, "reading": held.pop("seen"), "holds": held}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    found = run(arguments.cases, lambda n: print(f"{n:,} cases", flush=True) if n % 1000 == 0 else None)
+    starts = range(0, arguments.cases, PART)
+    found: dict[str, Any] = {"cases": 0, "reading": 0, "holds": {}}
+    with ProcessPoolExecutor(arguments.processes, multiprocessing.get_context("spawn")) as pool:
+        sizes = [min(PART, arguments.cases - start) for start in starts]
+        for part in pool.map(run, sizes, starts):
+            found["cases"] += part["cases"]
+            found["reading"] += part["reading"]
+            for what, count in part["holds"].items():
+                found["holds"][what] = found["holds"].get(what, 0) + count
+            print(f"{found['cases']:,} cases", flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     device = platform.processor() or platform.machine()
     result = {"commit": commit, "device": device, "torch": torch.__version__, **found}
