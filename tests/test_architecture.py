@@ -20,6 +20,7 @@ LAYERS = (
     {"ivf"},
     {"approximate"},
     {"bank"},
+    {"group"},
     {"index", "retention", "probe"},
     {"store"},
     {"attention"},
@@ -94,7 +95,7 @@ def test_imports_point_one_way() -> None:
 
 
 def test_memory_and_network_meet_in_the_model_alone() -> None:
-    for name in ("bank", "store", "index", "retention", "sketch", "ivf", "approximate"):
+    for name in ("bank", "group", "store", "index", "retention", "sketch", "ivf", "approximate"):
         assert siblings(name, lazily=True) <= {
             "approximate",
             "bank",
@@ -102,6 +103,7 @@ def test_memory_and_network_meet_in_the_model_alone() -> None:
             "config",
             "data",
             "errors",
+            "group",
             "ivf",
             "ops",
             "retention",
