@@ -83,7 +83,15 @@ class MemoryRead:
     @cached_property
     def log_weight_BKGTR(self) -> Tensor:
         """log of each retrieved token's share among the retrieved ones; computed when asked for."""
-        score_BKGTR = self.found.scores(self.query_BKGTE, self.scaling, self.discount_BKGT)
+        return self._log_weight(self.discount_BKGT)
+
+    @property
+    def log_match_BKGTR(self) -> Tensor:
+        """The same by how well each token matches alone, as if being older cost nothing."""
+        return self._log_weight(None)
+
+    def _log_weight(self, discount_BKGT: Tensor | None) -> Tensor:
+        score_BKGTR = self.found.scores(self.query_BKGTE, self.scaling, discount_BKGT)
         return score_BKGTR.masked_fill(~self.valid_BKGTR.any(-1, keepdim=True), 0.0).log_softmax(-1)
 
     @property
