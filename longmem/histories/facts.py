@@ -65,7 +65,7 @@ _CHANGED = (
     "{N} is now {v}.",
     "{N} has changed: it is {v}.",
     "{N} isn't what it was, it's {v} now.",
-    "{N} is no longer the same but {v}.",
+    "{N} is not the same any more: {v}.",
 )
 _ASKED = ("{W} is {n}?", "{W}'s {n}?", "{W} was {n} again?", "{N} is … {w}?", "{N}: {w} is it?")
 _CLAUSE = "{w} {n} is"
