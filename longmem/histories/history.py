@@ -38,7 +38,8 @@ class HistoryConfig:
         tokens: of all histories together, at least.
         shortest, longest: tokens of a history, which is longer by what its last part has too many.
         distance: tokens, at least, between the last mention of something and a question for it. No less than a training
-            segment, or the answer may stand in the window.
+            segment, or the answer may stand in the window; and a whole number of segments, as questions are put where
+            every so many tokens begin.
         near: share of the questions, as far as there is enough to ask, that ask for what was mentioned less than `NEAR`
             tokens ago, so that the window stays trusted. Their answers are not marked.
         seed: of everything drawn.
