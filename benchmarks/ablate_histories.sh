@@ -9,8 +9,8 @@
 # NAME: texts (no histories), share-10, share-25 (percent of the segments), share-10-weighted, share-25-weighted (a token
 # of an answer weighs 10); newest (as share-25-weighted, and heads may prefer what was remembered later), doubtful (a
 # quarter of the rows read a wrong bank, a quarter their own among others'), newest-doubtful, newest-doubtful-30 (a token
-# of an answer weighs 30), starved (as newest-doubtful, and a fifth of the steps read in short windows); or
-# evaluate-NAME, which trains nothing.
+# of an answer weighs 30), starved (as newest-doubtful, and a fifth of the steps read in short windows),
+# harmless (as starved, and what a wrong bank changes is learned away); or evaluate-NAME, which trains nothing.
 # Environment: WARM, a checkpoint to begin with; CASES (500; recall asks a fifth as often), REMEMBERED (16384), PREFILL
 # (65536), SEGMENTS (16); CPU=1 compiles nothing, for a trial without a GPU.
 set -euo pipefail
@@ -35,6 +35,7 @@ case ${name#evaluate-} in
     doubtful) options=("${asked[@]}" "${doubt[@]}") ;;
     newest-doubtful) options=("${asked[@]}" "${doubt[@]}" --newest-wins) ;;
     starved) options=("${asked[@]}" "${doubt[@]}" --newest-wins --starved-fraction 0.2) ;; # its files had all windows of 256
+    harmless) options=("${asked[@]}" "${doubt[@]}" --newest-wins --starved-fraction 0.2 --harmless-weight 1) ;;
     newest-doubtful-30) options=("${asked[@]}" "${doubt[@]}" --newest-wins --answer-weight 30) ;;
     *)
         echo "unknown variant $name: the head of $0 lists those there are" >&2

@@ -34,7 +34,7 @@ from longmem.errors import CheckpointError, ConfigError, MissingExtraError
 from longmem.evals.perplexity import PerplexityConfig, PerplexityResult, perplexity
 from longmem.index import StreamBanks, StreamReader
 from longmem.model import LongMem
-from longmem.ops import linear_cross_entropy, linear_nll
+from longmem.ops import linear_cross_entropy, linear_divergence, linear_nll
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class TrainConfig:
             that questions with little before them are learned too. Nobody is crowded then.
         starved: tokens of the shortest such windows; each starved step takes this, twice, or four times as many, as
             long as they divide `segment`.
+        harmless_weight: of the divergence of what is said with a wrong bank from what is said with an empty one, in
+            rows that read a wrong one: it should change nothing. A distribution a token teaches more than the token.
         lookup_weight: of the memory regulariser: attention among retrieved tokens should fall on those that are the
             next token.
         answer_weight: of marked answers (see `longmem.data.Document`), beside 1 for any other token, in rows that read
@@ -87,6 +89,7 @@ class TrainConfig:
     crowd: int = 4
     starved_fraction: float = 0.0
     starved: int = 64
+    harmless_weight: float = 0.0
     lookup_weight: float = 0.0
     answer_weight: float = 1.0
     memory: bool = True
@@ -113,6 +116,8 @@ class TrainConfig:
             raise ConfigError(f"starved must divide the {self.segment} tokens of a segment; got {self.starved}.")
         if self.empty_weight < 0:
             raise ConfigError(f"empty_weight must not be negative; got {self.empty_weight}.")
+        if self.harmless_weight < 0:
+            raise ConfigError(f"harmless_weight must not be negative; got {self.harmless_weight}.")
         if self.answer_weight < 0:
             raise ConfigError(f"answer_weight must be at least 0; got {self.answer_weight}.")
         if self.dtype not in DTYPES:
@@ -193,21 +198,16 @@ class Trainer:
         memory_layers = set(self.model.config.memory_layers)
         seen = self._see(tokens_BS, {*self.sidenet.boundaries, *memory_layers, self.model.backbone.num_layers})
 
-        reader, right_B = self._reader(windows=len(tokens_BS) // self.config.rows)
+        reader, right_B, wrong_M = self._reader(windows=len(tokens_BS) // self.config.rows)
+        empty_BTD = None if reader is None else self._read_nothing(seen, segments)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             hidden_BTD, reads = self.model.correct(seen, reader)
             factor_BS = self._factors(segments, right_B if reader is not None else torch.zeros_like(right_B))
             loss = self._language_loss(hidden_BTD[:, :-1], tokens_BS, factor_BS)
             answers = self._answer_loss(hidden_BTD[:, :-1], segments, right_B) if reader is not None else {}
             lookup = self._lookup_loss(reads, reader, right_B, tokens_BS) if reader is not None else loss.new_zeros(())
-        (loss + self.config.lookup_weight * lookup).backward()
-        # The difference form has nothing to learn from an empty bank: there it is the backbone.
-        if reader is not None and self.config.empty_weight and self.sidenet.config.update == "alpha":
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
-                hidden_BTD, _ = self.model.correct(seen, None)
-                factor_BS = self._factors(segments, torch.zeros_like(right_B))
-                empty = self._language_loss(hidden_BTD[:, :-1], tokens_BS, factor_BS)
-            (self.config.empty_weight * empty).backward()
+            harm = self._harm(hidden_BTD, empty_BTD, wrong_M)
+        (loss + self.config.lookup_weight * lookup + self.config.harmless_weight * harm).backward()
 
         norm = nn.utils.clip_grad_norm_(self.sidenet.parameters(), self.config.clip)
         for group in self.optimizer.param_groups:
@@ -219,14 +219,45 @@ class Trainer:
             self._write(self._see(whole.tokens_BS, memory_layers) if starves else seen, whole.tokens_BS)
         self.done += 1
         self.tokens += tokens_BS.numel()
-        return self._figures(loss, lookup, answers, norm, reads)
+        return self._figures(loss, lookup, harm, answers, norm, reads)
+
+    def _read_nothing(self, seen: BackboneOutput, segments: Segments) -> Tensor | None:
+        """Learn from the same segments with an empty bank; their hidden states, if they are needed."""
+        config = self.config
+        # The difference form has nothing to learn from an empty bank: there it is the backbone.
+        learns = bool(config.empty_weight) and self.sidenet.config.update == "alpha"
+        if not learns and not config.harmless_weight:
+            return None
+        with (
+            torch.set_grad_enabled(learns),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"),
+        ):
+            hidden_BTD, _ = self.model.correct(seen, None)
+            if learns:
+                nobody_B = torch.zeros(len(segments.tokens_BS), dtype=torch.bool, device=self.device)
+                factor_BS = self._factors(segments, nobody_B)
+                empty = self._language_loss(hidden_BTD[:, :-1], segments.tokens_BS, factor_BS)
+        if learns:
+            (config.empty_weight * empty).backward()
+        return hidden_BTD.detach()
+
+    def _harm(self, hidden_BTD: Tensor, empty_BTD: Tensor | None, wrong_M: Tensor) -> Tensor:
+        """Mean divergence, in nats a token, of rows that read a wrong bank from what they say with an empty one."""
+        if not self.config.harmless_weight or empty_BTD is None or not len(wrong_M):
+            return hidden_BTD.new_zeros((), dtype=torch.float32)
+        norm = self.model.backbone.final_norm
+        heard_XD, told_XD = (
+            norm(part_BTD.index_select(0, wrong_M)[:, :-1]).flatten(0, 1) for part_BTD in (hidden_BTD, empty_BTD)
+        )
+        return linear_divergence(heard_XD, told_XD, self.model.backbone.output_weight_VD, 1 / len(heard_XD))
 
     def _see(self, tokens_BS: Tensor, boundaries: set[int]) -> BackboneOutput:
         prefix_B1 = tokens_BS.new_full((tokens_BS.shape[0], 1), self.model.backbone.prefix_token_id)
         return self.model.backbone(torch.cat((prefix_B1, tokens_BS), dim=1), boundaries=boundaries)
 
-    def _reader(self, windows: int = 1) -> tuple[StreamReader | None, Tensor]:
-        """The banks as this step sees them, and which rows see their own, given how many windows a stream has."""
+    def _reader(self, windows: int = 1) -> tuple[StreamReader | None, Tensor, Tensor]:
+        """The banks as this step sees them, given how many windows a stream has; which rows see their own (bool), and
+        which do not (their numbers)."""
         config, rows = self.config, self.config.rows
         draw_B = self.rng.random(rows)
         source_B, shift = np.arange(rows), int(self.rng.integers(1, max(2, rows)))
@@ -239,10 +270,12 @@ class Trainer:
         source_B = np.where(wrong_B, (source_B + shift) % rows, source_B).repeat(windows)
         wrong_B = wrong_B.repeat(windows)
         right_B = to_device(torch.from_numpy(~wrong_B), self.device)
+        wrong_M = to_device(torch.from_numpy(np.flatnonzero(wrong_B)), self.device)
         if not config.memory:
-            return None, right_B
+            return None, right_B, wrong_M
         source_B = to_device(torch.from_numpy(source_B), self.device)
-        return self.banks.reader(source_B, crowded.tolist(), config.crowd if len(crowded) else 1), right_B
+        reader = self.banks.reader(source_B, crowded.tolist(), config.crowd if len(crowded) else 1)
+        return reader, right_B, wrong_M
 
     def _factors(self, segments: Segments, told_B: Tensor) -> Tensor | None:
         """Weight of each token, (B, S) float32, given which rows read what tells their answers; None is 1 for all."""
@@ -300,7 +333,13 @@ class Trainer:
         return step % self.config.log_every == 0 or step == self.config.steps
 
     def _figures(
-        self, loss: Tensor, lookup: Tensor, answers: dict[str, float], norm: Tensor, reads: list[MemoryRead]
+        self,
+        loss: Tensor,
+        lookup: Tensor,
+        harm: Tensor,
+        answers: dict[str, float],
+        norm: Tensor,
+        reads: list[MemoryRead],
     ) -> dict[str, float]:
         if not self._logs(self.done):
             return {}
@@ -309,6 +348,7 @@ class Trainer:
             "tokens": self.tokens,
             "loss": float(loss.detach()),
             "lookup": float(lookup.detach()),
+            "harm": float(harm.detach()),
             **answers,
             "gradient_norm": float(norm),
             "learning_rate": self.optimizer.param_groups[0]["lr"],

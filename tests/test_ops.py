@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longmem.ops import gather_rows, linear_cross_entropy, linear_nll, reference, topk_scan
+from longmem.ops import gather_rows, linear_cross_entropy, linear_divergence, linear_nll, reference, topk_scan
 from longmem.ops.reference import discounted
 
 
@@ -103,6 +103,20 @@ def test_linear_cross_entropy_has_the_value_and_gradient_of_torch(rows: int, chu
     (3.0 * expected).backward()
     torch.testing.assert_close(mine_XD.grad, torchs_XD.grad, atol=1e-5, rtol=1e-4)
     assert weight_VD.grad is None
+
+
+@given(st.integers(1, 13), st.integers(1, 15), st.integers(2, 30), st.integers(0, 99))
+def test_linear_divergence_has_the_value_and_gradient_of_torch(rows: int, chunk: int, words: int, seed: int) -> None:
+    weight_VD, told_XD = normal(words, 6, seed=seed), normal(rows, 6, seed=seed + 1)
+    mine_XD, torchs_XD = (normal(rows, 6, seed=seed + 2).requires_grad_() for _ in range(2))
+    loss = linear_divergence(mine_XD, told_XD, weight_VD, 0.3, chunk)
+    heard_XV, told_XV = ((part_XD @ weight_VD.T).log_softmax(-1) for part_XD in (torchs_XD, told_XD))
+    expected = 0.3 * F.kl_div(heard_XV, told_XV, reduction="sum", log_target=True)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-4)
+    (3.0 * loss).backward()
+    (3.0 * expected).backward()
+    torch.testing.assert_close(mine_XD.grad, torchs_XD.grad, atol=1e-5, rtol=1e-4)
+    assert linear_divergence(told_XD, told_XD, weight_VD, 1.0).abs() < 1e-5
 
 
 @given(st.integers(1, 13), st.integers(1, 15), st.integers(0, 99))

@@ -79,12 +79,28 @@ def test_starved_steps_read_in_short_windows_and_write_whole_segments(tmp_path: 
     assert torch.equal(starved.banks.keys_HBNE, whole.banks.keys_HBNE)
     assert torch.equal(starved.banks.token_ids_BN, whole.banks.token_ids_BN)
     # All windows of a stream read its bank, and what they are about is cut in the same order.
-    reader, right_B = starved._reader(windows=4)
+    reader, right_B, _ = starved._reader(windows=4)
     assert reader is not None and reader.source_B.tolist() == [0, 0, 0, 0, 1, 1, 1, 1] and right_B.all()
     segments = starved.streams.next()
     assert torch.equal(segments.cut(4).tokens_BS.view(2, 16), segments.tokens_BS)
     train(fresh(), REPETITIVE, dataclasses.replace(config, learning_rate=1e-3, starved_fraction=0.5), tmp_path)
     assert all(math.isfinite(row["loss"]) for row in log_of(tmp_path))
+
+
+@pytest.mark.parametrize("form", ["alpha", "difference"])
+def test_what_a_wrong_bank_changes_is_learned_away(form: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(SMALL, steps=60, rows=4, wrong_fraction=0.5, learning_rate=3e-3)
+    harms = {}
+    for weight in (1e-9, 10.0):
+        folder = tmp_path / str(weight)
+        train(fresh(update=form), REPETITIVE, dataclasses.replace(config, harmless_weight=weight), folder)
+        harms[weight] = np.mean([row["harm"] for row in log_of(folder)[-15:]])
+    assert 0 < harms[10.0] < 0.5 * harms[1e-9]
+    # Where nobody reads a wrong bank there is none.
+    trainer = Trainer(
+        fresh(update=form), REPETITIVE, dataclasses.replace(config, wrong_fraction=0.0, harmless_weight=1.0)
+    )
+    assert trainer.step()["harm"] == 0
 
 
 class Interrupted(Exception):
@@ -190,7 +206,7 @@ def test_the_loss_with_an_empty_bank_reads_none(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(model, "correct", lambda out, retrieve: seen.append(retrieve is None) or correct(out, retrieve))
     trainer.step()
     trainer.step()
-    assert seen == [False, True] * 2
+    assert seen == [True, False] * 2
 
 
 def test_a_segment_reads_what_came_before_it_and_never_itself() -> None:
@@ -238,7 +254,7 @@ def test_wrong_banks_are_as_many_as_asked() -> None:
     for fraction in (0.0, 1.0):
         trainer = Trainer(fresh(), REPETITIVE, dataclasses.replace(SMALL, wrong_fraction=fraction, rows=3))
         trainer.step()
-        reader, right_B = trainer._reader()
+        reader, right_B, _ = trainer._reader()
         assert reader is not None and right_B.tolist() == [not fraction] * 3
         assert (reader.length_B == 16).all()
         assert sorted(reader.source_B.tolist()) == [0, 1, 2]
@@ -251,7 +267,7 @@ def test_crowded_rows_are_as_many_as_asked_once_every_ring_is_full() -> None:
     )
     trainer = Trainer(fresh(), tiny.documents(*[400] * 4), config)
     for step in range(5):
-        reader, right_B = trainer._reader()
+        reader, right_B, _ = trainer._reader()
         assert reader is not None
         full = step * 16 >= 32
         assert (reader.crowded_M is not None) == full
@@ -315,6 +331,7 @@ def test_documents_too_short_leave_no_folder(tmp_path: Path) -> None:
         {"starved_fraction": -0.1},
         {"starved": 5, "starved_fraction": 0.5},
         {"empty_weight": -0.1},
+        {"harmless_weight": -1.0},
         {"answer_weight": -1.0},
         {"dtype": "float16"},
     ],

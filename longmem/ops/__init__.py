@@ -4,7 +4,7 @@
 """
 
 from longmem.ops.dispatch import attend_rows, causal_logsumexp, gather_rows, reads_apart, topk_coded, topk_scan
-from longmem.ops.loss import linear_cross_entropy, linear_nll
+from longmem.ops.loss import linear_cross_entropy, linear_divergence, linear_nll
 from longmem.ops.pools import Pools
 from longmem.ops.reference import causal_mask, row_scores
 
@@ -15,6 +15,7 @@ __all__ = [
     "causal_mask",
     "gather_rows",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_nll",
     "reads_apart",
     "row_scores",
