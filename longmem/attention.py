@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmem.index import Retrieved
-from longmem.ops import causal_mask
+from longmem.ops import JointHeads, causal_mask, joins_at_once
 
 # Bank size at which the size bias is 0, so that it and the plain bias can be learned apart.
 REFERENCE_SIZE = 16384
@@ -45,8 +45,10 @@ def local_attention(
 
 
 def pick_heads(heads_BHTE: Tensor, picked: Sequence[int]) -> Tensor:
-    """Some of the heads (dimension 1). A list as an index would be copied to the device, which waits for all it has to
-    do, and cannot be recorded."""
+    """Some of the heads (dimension 1); a view where they are neighbours. A list as an index would be copied to the
+    device, which waits for all it has to do, and cannot be recorded."""
+    if list(picked) == list(range(picked[0], picked[-1] + 1)):
+        return heads_BHTE[:, picked[0] : picked[-1] + 1]
     return torch.stack([heads_BHTE[:, head] for head in picked], dim=1)
 
 
@@ -149,6 +151,11 @@ class MemoryAttention(nn.Module):
             local_logsumexp_BKGT: its log-sum-exp (not used by the gate).
             found: what the bank returned for these queries.
         """
+        if self.fusion == "joint" and joins_at_once(query_BKGTE.device):
+            inputs = query_BKGTE, local_BKGTE, local_logsumexp_BKGT
+            difference_BKGTE, *rest = found.join(*inputs, self._joint_heads, self.scaling, REFERENCE_SIZE)
+            mass_BKGT, query_BKGTE, discount_BKGT = rest
+            return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, query_BKGTE, self.scaling, found, discount_BKGT)
         discount_BKGT = None
         if self.newest_wins:
             asked_BKGT = (query_BKGTE * self.newest_query_KGE[..., None, :]).sum(-1).float() * self.scaling
@@ -170,3 +177,8 @@ class MemoryAttention(nn.Module):
             memory_BKGTE.to(local_BKGTE.dtype) - local_BKGTE
         )
         return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, query_BKGTE, self.scaling, found, discount_BKGT)
+
+    @property
+    def _joint_heads(self) -> JointHeads:
+        newest = (self.newest_KG, self.newest_query_KGE) if self.newest_wins else (None, None)
+        return JointHeads(self.scale_KG, self.bias_KG, self.size_bias_KG, self.null_key_KGE, self.null_bias_KG, *newest)

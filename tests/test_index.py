@@ -77,7 +77,8 @@ def test_a_chunk_that_is_not_full_cannot_be_found(size: int, chunk_size: int, pa
     keys_XNE = torch.full((2, 12 if padded else size, 3), torch.nan)
     keys_XNE[:, :size] = normal(2, size, 3)
     length_X = torch.full((2,), size) if padded else None
-    index_XQR, valid_XQR = search_tokens(normal(2, 5, 3, seed=1), keys_XNE, 2 * chunk_size, chunk_size, length_X)
+    index_XQR, score_XQR = search_tokens(normal(2, 5, 3, seed=1), keys_XNE, 2 * chunk_size, chunk_size, length_X)
+    valid_XQR = score_XQR > -torch.inf
     whole = size // chunk_size * chunk_size
     assert (valid_XQR.sum(-1) == min(whole, 2 * chunk_size)).all()
     assert (index_XQR[valid_XQR] < whole).all()
