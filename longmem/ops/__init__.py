@@ -3,7 +3,15 @@
 `reference` is the plain PyTorch truth that every faster kernel (`triton`) is checked against; `dispatch` chooses.
 """
 
-from longmem.ops.dispatch import attend_rows, causal_logsumexp, gather_rows, reads_apart, topk_coded, topk_scan
+from longmem.ops.dispatch import (
+    attend_rows,
+    causal_logsumexp,
+    code_queries,
+    gather_rows,
+    reads_apart,
+    topk_coded,
+    topk_scan,
+)
 from longmem.ops.joint import JointHeads, joins_at_once, joint_rows
 from longmem.ops.loss import linear_cross_entropy, linear_nll
 from longmem.ops.pools import Pools
@@ -15,6 +23,7 @@ __all__ = [
     "attend_rows",
     "causal_logsumexp",
     "causal_mask",
+    "code_queries",
     "gather_rows",
     "joins_at_once",
     "joint_rows",
