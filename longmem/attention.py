@@ -153,8 +153,8 @@ class MemoryAttention(nn.Module):
         """
         if self.fusion == "joint" and joins_at_once(query_BKGTE.device):
             inputs = query_BKGTE, local_BKGTE, local_logsumexp_BKGT
-            difference_BKGTE, *rest = found.join(*inputs, self._joint_heads, self.scaling, REFERENCE_SIZE)
-            mass_BKGT, query_BKGTE, discount_BKGT = rest
+            joined = found.join(*inputs, self._joint_heads, self.scaling, REFERENCE_SIZE)
+            difference_BKGTE, mass_BKGT, query_BKGTE, discount_BKGT = joined
             return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, query_BKGTE, self.scaling, found, discount_BKGT)
         discount_BKGT = None
         if self.newest_wins:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import tiny
 import torch
@@ -9,9 +11,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import longmem.attention
 from longmem.errors import BankMismatchError, ConfigError
+from longmem.index import BankReader, PlacedReader, Retrieved
 from longmem.model import LongMem
 from longmem.steps import BatchDecoder
+from longmem.windows import Branch
 
 LENGTHS, MORE, CAPACITY = (5, 1, 19), 9, 32
 
@@ -56,6 +61,69 @@ def test_a_rows_logits_are_the_same_bits_whatever_the_others_hold():
         decoder.begin(2, tiny.tokens(12, seed=6), own)
         seen.append([decoder.step([4, 9, 5], [others, own, own])[0][1] for _ in range(4)])
     assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+
+
+class Recording(Branch):
+    """Notes what a step asks of it."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def reached(self, boundary: int) -> None:
+        self.notes.append(f"reached {boundary}")
+
+    def wait(self, boundary: int) -> None:
+        self.notes.append(f"wait {boundary}")
+
+    def __enter__(self) -> None:
+        self.notes.append("enter")
+
+    def __exit__(self, *error: object) -> None:
+        self.notes.append("exit")
+
+
+@torch.no_grad()
+def test_the_sidenet_waits_for_the_hidden_states_that_it_reads_and_for_no_others():
+    model = tiny.model()
+    bank = tiny.bank(model, 9)
+    decoder, branch = BatchDecoder(model, 1, CAPACITY), Recording()
+    decoder.begin(0, tiny.tokens(4), bank)
+    decoder._cache.backbone.branch = decoder._cache.sidenet.branch = branch
+
+    def noting(layer: int, query_BKGTE: torch.Tensor) -> Retrieved:
+        branch.notes.append(f"read {layer}")
+        return BankReader([bank], model.config)(layer, query_BKGTE)
+
+    decoder.run(noting)
+    top, spans = model.backbone.num_layers, model.config.spans
+    reached = [f"reached {boundary}" for boundary in range(top + 1)]
+    aside = [
+        note
+        for lo, _ in spans
+        for note in (f"wait {lo}", *([f"read {lo}"] if lo in model.config.memory_layers else []))
+    ]
+    assert branch.notes == [*reached, "enter", *aside, "exit"]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("update", ["alpha", "difference"])
+@torch.no_grad()
+def test_steps_with_joint_attention_in_one_kernel(family, update):
+    """As a GPU takes them: all banks in one search, then one kernel a memory layer."""
+    pytest.importorskip("triton")
+    model = tiny.model(family, update=update, newest_wins=True)
+    own, other = tiny.bank(model, 30), tiny.bank(model, 3, seed=1)
+    for banks in ([own], [own, own], [own, None, other]):
+        decoder = BatchDecoder(model, len(banks), CAPACITY)
+        for row, bank in enumerate(banks):
+            decoder.begin(row, tiny.tokens(5 + row), bank)
+        results = []
+        for at_once in (False, True):
+            with mock.patch.object(longmem.attention, "joins_at_once", lambda device, at_once=at_once: at_once):
+                logits_BV, reads = decoder.run(PlacedReader(banks, model.config, model.device))
+            results.append((logits_BV, *(read.weight_BKGTR for read in reads)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
