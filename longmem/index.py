@@ -260,6 +260,7 @@ class PlacedReader:
         row_B1 = torch.zeros(len(banks), 1) if self.shared else torch.arange(len(banks))[:, None]
         self._pool_BH = to_device((torch.arange(heads) * self._searched + row_B1).long(), device)
         self._buffers: list[tuple[Tensor, Tensor] | None] = []
+        self._told: tuple[list[list[tuple[int, int]]], list[int]] | None = None
         self.read(banks)
 
     @staticmethod
@@ -282,19 +283,28 @@ class PlacedReader:
     def read(self, banks: Sequence[MemoryBank | None]) -> None:
         """From now on read these banks, which `fits` has agreed to."""
         # Held until the next step: what was found lies there, even if a bank grows out of it meanwhile.
-        self._buffers[:] = [bank.buffers_HCE if bank is not None and bank.capacity else None for bank in banks]
-        lengths = [0 if bank is None else len(bank) for bank in banks]
-        begins, spans = [], []
-        for buffers, length in zip(self._buffers[: self._searched], lengths, strict=False):
-            begins.append([rows_HCE.data_ptr() for rows_HCE in buffers or ()] or [0, 0])
-            # Bytes from head to head. A part of a bank has the strides of the whole.
-            spans.append([rows_HCE.stride(0) * rows_HCE.element_size() for rows_HCE in buffers or ()] or [0, 0])
-            begins[-1].append(length)
-            spans[-1].append(0)
-        begin_31B, span_31B = (torch.tensor(part_B3).T[:, None] for part_B3 in (begins, spans))
-        place_3HB = begin_31B + span_31B * torch.arange(self._place_3HB.shape[1])[:, None]
-        self._place_3HB.copy_(to_device(place_3HB, self.device))
-        self._length_B.copy_(to_device(torch.tensor(lengths), self.device))
+        searched = banks[: self._searched]
+        self._buffers[:] = [bank.buffers_HCE if bank is not None and bank.capacity else None for bank in searched]
+        lengths = [0 if bank is None else len(bank) for bank in searched]
+        # Where the keys of the first head begin, where its values do, and bytes from head to head: a part of a bank
+        # has the strides of the whole.
+        places = [
+            [(rows_HCE.data_ptr(), rows_HCE.stride(0) * rows_HCE.element_size()) for rows_HCE in buffers]
+            if buffers
+            else [(0, 0), (0, 0)]
+            for buffers in self._buffers
+        ]
+        # Nearly always nothing has changed since the step before, and the device would wait for what it knows.
+        if (places, lengths) == self._told:
+            return
+        self._told = places, lengths
+        place_B22 = torch.tensor(places)
+        length_B = torch.tensor(lengths)
+        head_H1 = torch.arange(self._place_3HB.shape[1])[:, None]
+        address_2HB = (place_B22[..., 0] + head_H1[..., None] * place_B22[..., 1]).permute(2, 0, 1)
+        length_1HB = length_B.expand(1, len(head_H1), -1)
+        self._place_3HB.copy_(to_device(torch.cat((address_2HB, length_1HB)), self.device))
+        self._length_B.copy_(to_device(length_B.expand(len(banks)), self.device))
 
     @torch.no_grad()
     def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
@@ -318,7 +328,7 @@ class PlacedReader:
         if self.device.type == "cpu":
             # An empty bank has no row, not even one to be masked.
             nothing_H1E = torch.zeros(len(self._pool_BH[0]), 1, head_dim, dtype=dtype)
-            held = [buffers[which] if buffers else nothing_H1E for buffers in self._buffers[: self._searched]]
+            held = [buffers[which] if buffers else nothing_H1E for buffers in self._buffers]
             rows = [rows_HCE[head] for head in range(heads.start, heads.stop) for rows_HCE in held]
         return Pools(address_X, self.room, head_dim, dtype, tuple(rows), self._buffers)
 
