@@ -272,6 +272,22 @@ def test_a_reader_of_places_reads_by_an_index(monkeypatch: pytest.MonkeyPatch) -
         placed.read([bank] * 3)
 
 
+def test_the_device_is_told_about_banks_only_what_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other, told = make_bank(12), make_bank(30), []
+    placed = PlacedReader([one, other], config(), torch.device("cpu"))
+    monkeypatch.setattr(index, "to_device", lambda tensor, device: told.append(tensor) or tensor)
+    placed.read([one, other])
+    assert not told
+    grow(one, 1)
+    # One more token, other places, a shorter bank, a later beginning.
+    for banks in ([one, other], [other, one], [other, one.between(0, 5)], [other.between(2, 5), one.between(0, 5)]):
+        placed.read(banks)
+        assert told
+        told.clear()
+        placed.read(banks)
+        assert not told
+
+
 def test_what_was_found_stays_where_it_was_found(by: str) -> None:
     """A bank that outgrows its memory is copied; what a step found in the old memory can still be looked at."""
     bank, query_BKGTE = make_bank(12), normal(1, 2, 2, 1, 4)

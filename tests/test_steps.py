@@ -15,7 +15,7 @@ import longmem.attention
 from longmem.errors import BankMismatchError, ConfigError
 from longmem.index import BankReader, PlacedReader, Retrieved
 from longmem.model import LongMem
-from longmem.steps import BatchDecoder
+from longmem.steps import BatchDecoder, _Recorded
 from longmem.windows import Branch
 
 LENGTHS, MORE, CAPACITY = (5, 1, 19), 9, 32
@@ -156,6 +156,23 @@ def test_a_bank_may_grow_between_steps():
     assert any(bool((read.index_BKGTR >= 12).any()) for read in reads)
 
 
+@torch.no_grad()
+def test_a_replayed_step_weighs_anew_what_it_read():
+    """A read keeps the weights it has computed, and a replayed step writes to the same tensors."""
+    model = tiny.model()
+    bank = tiny.bank(model, 9)
+    decoder = BatchDecoder(model, 1, CAPACITY)
+    decoder.begin(0, tiny.tokens(4), bank)
+    recorded = object.__new__(_Recorded)
+    recorded._reader = None
+    recorded._logits_BV, recorded._reads = decoder.run(model.reader([bank], 1))
+    recorded._graph = mock.Mock(replay=lambda: [read.query_BKGTE.mul_(-3.0) for read in recorded._reads])
+    for _ in range(2):
+        for read in recorded.replay([bank])[1]:
+            score_BKGTR = read.found.scores(read.query_BKGTE, read.scaling)
+            torch.testing.assert_close(read.log_weight_BKGTR, score_BKGTR.log_softmax(-1))
+
+
 @hypothesis_settings(max_examples=20)
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 6))
 def test_texts_of_any_lengths(lengths, steps):
@@ -193,8 +210,10 @@ def test_what_cannot_be_is_named():
     decoder.step([1, None], [None, None])
     with pytest.raises(ConfigError, match="Row 0 is full"):
         decoder.step([1, None], [None, None])
-    with pytest.raises(BankMismatchError):
-        decoder.step([None, None], [tiny.bank(tiny.model(seed=3), 4), None])
+    for banks in ([None, None], [tiny.bank(model, 4), None]):
+        with pytest.raises(BankMismatchError):
+            decoder.step([None, None], [tiny.bank(tiny.model(seed=3), 4), None])
+        decoder.step([None, None], banks)
 
 
 MODEL = tiny.model()
