@@ -1,12 +1,12 @@
 """Launches that memory adds to a recorded step, counted without a GPU.
 
-    python benchmarks/decode_launches.py [--rows 1 32] [--banks one each]
+    python benchmarks/decode_launches.py [--rows 1 32] [--banks one each index]
 
 Every operation that makes or changes memory is a launch there; views are not. What a step compiles (a layer's own
 work, `window_step`) is left out, and a kernel of `longmem.ops` counts as what it launches for few queries. A small
-random model with the memory heads of SmolLM2-135M takes a step with empty banks and with banks of 4,096 tokens, with
-Triton's interpreter in place of a GPU. Prints how many launches there are by the function that asks for them. Casts
-between precisions are missing: it computes in float32.
+random model with the memory heads of SmolLM2-135M takes a step with empty banks and with banks of 4,096 tokens
+(`index`: 8,192, and some that the index does not know), with Triton's interpreter in place of a GPU. Prints how many
+launches there are by the function that asks for them. Casts between precisions are missing: it computes in float32.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from unittest import mock
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from decode_gpu import bank_of, begin, model_for
+from decode_gpu import bank_of, begin, grown, model_for, with_index
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_speed import ALL
 
 import longmem.attention
 import longmem.index
+import longmem.sketch
 from longmem.bank import MemoryBank
 from longmem.index import PlacedReader
 
 PACKAGE = str(Path(longmem.__file__).parent)
-# Launches of each kernel's Python function.
-KERNELS = {"topk_scan": 4, "attend_rows": 1, "joint_rows": 1}
+# Launches of each kernel's Python function; where a bank has room for more than 32,768 tokens a search takes one more.
+KERNELS = {"topk_scan": 4, "topk_coded": 4, "code_queries": 1, "attend_rows": 1, "joint_rows": 1}
 # What takes or names memory, and launches nothing.
 NOTHING = (
     "empty",
@@ -95,7 +96,7 @@ def kernels_as_launches(launches: Launches) -> Iterator[None]:
     patches = [
         mock.patch.object(module, name, launches.as_one(getattr(module, name), count))
         for name, count in KERNELS.items()
-        for module in (longmem.index, longmem.attention)
+        for module in (longmem.index, longmem.attention, longmem.sketch)
         if hasattr(module, name)
     ]
     for patch in patches:
@@ -111,8 +112,15 @@ def kernels_as_launches(launches: Launches) -> Iterator[None]:
 def launches_of(rows: int, banks: str) -> Counter[str]:
     """A step's launches."""
     model = model_for("cpu", ALL, torch.float32)
-    held: list[MemoryBank | None] | None = {"none": [None] * rows, "one": [bank_of(model, 4096)] * rows}.get(banks)
-    held = held or [bank_of(model, 4096, seed=row) for row in range(rows)]
+    held: list[MemoryBank | None] = [None] * rows
+    if banks == "each":
+        held = [bank_of(model, 4096, seed=row) for row in range(rows)]
+    elif banks == "one":
+        held = [bank_of(model, 4096)] * rows
+    elif banks == "index":
+        bank = with_index(bank_of(model, 8192))
+        grown(bank, 9000)
+        held = [bank] * rows
     decoder = begin(model, rows, [None] * rows)
     reader = PlacedReader(held, model.config, model.device) if any(held) else None
     launches = Launches()
@@ -120,27 +128,26 @@ def launches_of(rows: int, banks: str) -> Counter[str]:
         windows.run = launches.as_one(windows.run, 0)
     # What a CPU needs in place of addresses is no launch on a GPU.
     pools = mock.patch.object(PlacedReader, "_pools", launches.as_one(PlacedReader._pools, 0))
-    with (
-        kernels_as_launches(launches),
-        pools,
-        mock.patch.object(longmem.attention, "joins_at_once", lambda device: True),
-        launches,
-    ):
-        decoder.run(reader)
+    at_once = mock.patch.object(longmem.attention, "joins_at_once", lambda device: True)
+    with kernels_as_launches(launches), pools, at_once:
+        decoder.run(reader)  # makes what is made once
+        launches.count.clear()
+        with launches:
+            decoder.run(reader)
     return launches.count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 32])
-    parser.add_argument("--banks", nargs="*", choices=["one", "each"], default=["one", "each"])
+    parser.add_argument("--banks", nargs="*", choices=["one", "each", "index"], default=["one", "each"])
     args = parser.parse_args()
     for rows in args.rows:
         empty = launches_of(rows, "none")
         print(f"{rows} rows, empty bank: {empty.total()} beside compiled layers", flush=True)
         for place, count in sorted(empty.items()):
             print(f"  {count:4} {place}")
-        for banks in args.banks if rows > 1 else ["one"]:
+        for banks in args.banks:
             full = launches_of(rows, banks)
             print(f"{rows} rows, {banks} bank: {full.total()}, of which memory adds", full.total() - empty.total())
             for place, count in sorted((full - empty).items()):
