@@ -16,7 +16,7 @@ from longmem.errors import BankMismatchError, ConfigError
 from longmem.index import BankReader, PlacedReader, Retrieved
 from longmem.model import LongMem
 from longmem.steps import BatchDecoder, _Recorded
-from longmem.windows import Branch
+from longmem.windows import Branch, SideBranch
 
 LENGTHS, MORE, CAPACITY = (5, 1, 19), 9, 32
 
@@ -103,6 +103,40 @@ def test_the_sidenet_waits_for_the_hidden_states_that_it_reads_and_for_no_others
         for note in (f"wait {lo}", *([f"read {lo}"] if lo in model.config.memory_layers else []))
     ]
     assert branch.notes == [*reached, "enter", *aside, "exit"]
+
+
+def test_a_side_branch_waits_and_is_waited_for(monkeypatch):
+    """A GPU's streams, which are stood in for: what runs where, and what waits for what."""
+    notes: list[tuple] = []
+
+    class Stream:
+        def __init__(self, name: object) -> None:
+            self.name = name if isinstance(name, str) else "side"
+
+        def record_event(self) -> str:
+            return f"event {len(notes)}"
+
+        def wait_event(self, event: str) -> None:
+            notes.append((self.name, event))
+
+        def wait_stream(self, other: Stream) -> None:
+            notes.append((self.name, other.name))
+
+    now = [Stream("main")]
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: now.__setitem__(0, stream))
+    branch = SideBranch(torch.device("cuda"))
+    for _ in range(2):
+        notes.clear()
+        for boundary in range(3):
+            branch.reached(boundary)
+            notes.append((now[0].name, boundary))
+        with pytest.raises(ZeroDivisionError), branch:
+            assert now[0].name == "side"
+            branch.wait(1)
+            raise ZeroDivisionError
+        assert now[0].name == "main" and notes[3:] == [("side", "event 1"), ("main", "side")]
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
