@@ -13,9 +13,9 @@ so a head that finds nothing (g = 0) leaves local attention exactly as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -59,18 +59,14 @@ class MemoryRead:
     Attributes:
         layer: backbone layer.
         mass_BKGT: share of the attention that went to memory, 0 … 1.
-        query_BKGTE: what the retrieved tokens were scored with.
-        scaling: what q·k was multiplied by.
         found: the retrieved tokens.
-        discount_BKGT: what being older cost; None is nothing.
+        weigh: computes `log_weight_BKGTR`.
     """
 
     layer: int
     mass_BKGT: Tensor
-    query_BKGTE: Tensor
-    scaling: float
     found: Retrieved
-    discount_BKGT: Tensor | None = None
+    weigh: Callable[[], Tensor]
 
     @property
     def index_BKGTR(self) -> Tensor:
@@ -85,8 +81,7 @@ class MemoryRead:
     @cached_property
     def log_weight_BKGTR(self) -> Tensor:
         """log of each retrieved token's share among the retrieved ones; computed when asked for."""
-        score_BKGTR = self.found.scores(self.query_BKGTE, self.scaling, self.discount_BKGT)
-        return score_BKGTR.masked_fill(~self.valid_BKGTR.any(-1, keepdim=True), 0.0).log_softmax(-1)
+        return self.weigh()
 
     @property
     def weight_BKGTR(self) -> Tensor:
@@ -153,9 +148,10 @@ class MemoryAttention(nn.Module):
         """
         if self.fusion == "joint" and joins_at_once(query_BKGTE.device):
             inputs = query_BKGTE, local_BKGTE, local_logsumexp_BKGT
-            joined = found.join(*inputs, self._joint_heads, self.scaling, REFERENCE_SIZE)
-            difference_BKGTE, mass_BKGT, query_BKGTE, discount_BKGT = joined
-            return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, query_BKGTE, self.scaling, found, discount_BKGT)
+            difference_BKGTE, mass_BKGT, log_weight_BKGTR = found.join(
+                *inputs, self._joint_heads, self.scaling, REFERENCE_SIZE
+            )
+            return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, found, lambda: log_weight_BKGTR)
         discount_BKGT = None
         if self.newest_wins:
             asked_BKGT = (query_BKGTE * self.newest_query_KGE[..., None, :]).sum(-1).float() * self.scaling
@@ -176,7 +172,8 @@ class MemoryAttention(nn.Module):
         difference_BKGTE = mass_BKGT[..., None].to(local_BKGTE.dtype) * (
             memory_BKGTE.to(local_BKGTE.dtype) - local_BKGTE
         )
-        return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, query_BKGTE, self.scaling, found, discount_BKGT)
+        weigh = partial(found.log_weights, query_BKGTE, self.scaling, discount_BKGT)
+        return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, found, weigh)
 
     @property
     def _joint_heads(self) -> JointHeads:

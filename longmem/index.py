@@ -80,7 +80,7 @@ class Retrieved:
         heads: JointHeads,
         scaling: float,
         reference_size: float,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """All of joint attention in one launch, where `ops.joins_at_once` (see `ops.joint_rows`)."""
         rows = self.keys_PNE, self.values_PNE, self.pool_BK, self.slot_BKGTR, self.score_BKGTR, self.order_BKGTR
         return joint_rows(
@@ -93,6 +93,12 @@ class Retrieved:
         key_XQRE = gather_rows(self.keys_PNE, slot_XQR, pool_X)
         score_XQR = row_scores(_flat(query_BKGTE), key_XQRE, valid_XQR, scaling, *self._newest(discount_BKGT))
         return score_XQR.view(self.slot_BKGTR.shape)
+
+    def log_weights(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
+        """log of each retrieved token's share (B, K, G, T, R) among those that its query found; where it found nothing,
+        all have the same."""
+        score_BKGTR = self.scores(query_BKGTE, scaling, discount_BKGT)
+        return score_BKGTR.masked_fill(~self.valid_BKGTR.any(-1, keepdim=True), 0.0).log_softmax(-1)
 
     def rows(self, rows_PNE: Tensor | Pools) -> Tensor:
         """Rows (B, K, G, T, R, E) of `keys_PNE` or `values_PNE`."""

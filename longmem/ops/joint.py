@@ -46,7 +46,7 @@ def joint_rows(
     heads: JointHeads,
     scaling: float,
     reference_size: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """What `longmem.attention.MemoryAttention` computes of these, in one launch. What that rounds at every step is
     rounded once.
 
@@ -58,7 +58,8 @@ def joint_rows(
 
     Returns:
         joint − local attention (B, K, G, T, E), of which heads and tokens lie as an output projection takes them;
-        mass (B, K, G, T); the scaled queries, float32; and discounts (B, K, G, T) if there are any.
+        mass (B, K, G, T); and log of each retrieved token's share among them (B, K, G, T, R), as
+        `longmem.index.Retrieved.log_weights`.
     """
     from longmem.ops.triton import joint
 

@@ -112,8 +112,8 @@ def _newer(order_R, r):
 def attend_row(
     query_E, keys, values, slot_R, valid_R, order_ptr, at, discount, found, head_dim, stride_n, scaling, r, e
 ):
-    """Attention of one query over rows of its pools: output (E,) and log-sum-exp, discounted if there are orders (which
-    begin at `at`)."""
+    """Attention of one query over rows of its pools: output (E,), log-sum-exp and scores (R,), discounted if there are
+    orders (which begin at `at`)."""
     key_RE = _gather(keys, slot_R, valid_R, stride_n, head_dim, e)
     value_RE = _gather(values, slot_R, valid_R, stride_n, head_dim, e)
     score_R = tl.where(valid_R, tl.sum(key_RE * query_E[None, :], axis=1) * scaling, float("-inf"))
@@ -121,8 +121,9 @@ def attend_row(
     if order_ptr is not None:
         order_R = tl.load(order_ptr + at + r, mask=r < found, other=0)
         newer_R = tl.sum(tl.where(_newer(order_R, r), weight_R[None, :], 0.0), axis=1)
-        weight_R, logsumexp = _normalised(score_R - discount * newer_R)
-    return tl.sum(weight_R[:, None] * value_RE, axis=0), logsumexp
+        score_R -= discount * newer_R
+        weight_R, logsumexp = _normalised(score_R)
+    return tl.sum(weight_R[:, None] * value_RE, axis=0), logsumexp, score_R
 
 
 @triton.jit
@@ -141,7 +142,7 @@ def _attend_forward(
     discount = 0.0
     if discount_ptr is not None:
         discount = tl.load(discount_ptr + xq)
-    output_E, logsumexp = attend_row(
+    output_E, logsumexp, _ = attend_row(
         query_E,
         keys,
         values,

@@ -8,6 +8,8 @@ E head size.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -33,7 +35,7 @@ def joint_rows(
     heads: JointHeads,
     scaling: float,
     reference_size: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `longmem.ops.joint.joint_rows`."""
     batch, kv_heads, group, tokens, head_dim = query_BKGTE.shape
     found, shape_BKGT, device = slot_BKGTR.shape[-1], query_BKGTE.shape[:-1], query_BKGTE.device
@@ -47,8 +49,7 @@ def joint_rows(
     # Tokens first, as an output projection takes them.
     difference_BTKGE = torch.empty(batch, tokens, kv_heads, group, head_dim, dtype=local_BKGTE.dtype, device=device)
     mass_BKGT = torch.empty(shape_BKGT, device=device)
-    scaled_BKGTE = torch.empty(query_BKGTE.shape, device=device)
-    discount_BKGT = torch.empty(shape_BKGT, device=device) if newest else None
+    log_weight_BKGTR = torch.empty(*shape_BKGT, found, device=device)
     if mass_BKGT.numel():
         _joint[(mass_BKGT.numel(),)](
             query_BKGTE, *query_BKGTE.stride()[:4], local_BKGTE, *local_BKGTE.stride()[:4],
@@ -56,12 +57,12 @@ def joint_rows(
             *keys[:2], *values, pool_BK, *pool_BK.stride(),
             *per_query, *(() if newest else (None,)), *per_query[0].stride()[:4], bank_size_B,
             *(None if part is None else part.contiguous() for part in heads),
-            difference_BTKGE, mass_BKGT, scaled_BKGTE, discount_BKGT,
-            kv_heads, group, tokens, found, head_dim, scaling, reference_size,
+            difference_BTKGE, mass_BKGT, log_weight_BKGTR,
+            kv_heads, group, tokens, found, head_dim, scaling, reference_size, -math.log(found),
             ALIGNED=Source(*values).aligned, R=triton.next_power_of_2(found), E=triton.next_power_of_2(head_dim),
             num_warps=4 if newest else 2,
         )  # fmt: skip
-    return difference_BTKGE.permute(0, 2, 3, 1, 4), mass_BKGT, scaled_BKGTE, discount_BKGT
+    return difference_BTKGE.permute(0, 2, 3, 1, 4), mass_BKGT, log_weight_BKGTR
 
 
 def _dense_rows(rows: Tensor) -> Tensor:
@@ -76,8 +77,8 @@ def _joint(
     keys_ptr, keys_address_ptr, values_ptr, values_address_ptr, stride_p, stride_n, pool_ptr, pool_b, pool_k,
     slot_ptr, score_ptr, order_ptr, slot_b, slot_k, slot_g, slot_t, size_ptr,
     scale_ptr, bias_ptr, size_bias_ptr, null_key_ptr, null_bias_ptr, newest_ptr, newest_query_ptr,
-    difference_ptr, mass_ptr, scaled_ptr, discount_ptr,
-    kv_heads, group, tokens, found, head_dim, scaling, reference_size,
+    difference_ptr, mass_ptr, log_weight_ptr,
+    kv_heads, group, tokens, found, head_dim, scaling, reference_size, even,
     ALIGNED: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """One query."""
@@ -92,12 +93,10 @@ def _joint(
     null_E = tl.load(null_key_ptr + head * head_dim + e, mask=real, other=0.0).to(tl.float32)
     null = tl.sum(query_E * null_E, axis=0) * scaling + tl.load(null_bias_ptr + head).to(tl.float32)
     discount = 0.0
-    if discount_ptr is not None:
+    if order_ptr is not None:
         asked_E = tl.load(newest_query_ptr + head * head_dim + e, mask=real, other=0.0).to(tl.float32)
         discount = tl.load(newest_ptr + head).to(tl.float32) + tl.sum(query_E * asked_E, axis=0) * scaling
-        tl.store(discount_ptr + row, discount)
     query_E *= tl.load(scale_ptr + head).to(tl.float32)
-    tl.store(scaled_ptr + row * head_dim + e, query_E, mask=real)
 
     pool = b * pool_b + k * pool_k
     keys = pool_at(keys_ptr, keys_address_ptr, pool_ptr, pool, stride_p, ALIGNED)
@@ -105,10 +104,13 @@ def _joint(
     at = b * slot_b + k * slot_k + g * slot_g + t * slot_t
     slot_R = tl.load(slot_ptr + at + r, mask=r < found, other=0)
     valid_R = tl.load(score_ptr + at + r, mask=r < found, other=float("-inf")) > float("-inf")
-    memory_E, memory = attend_row(
+    memory_E, memory, score_R = attend_row(
         query_E, keys, values, slot_R, valid_R, order_ptr, at, discount, found, head_dim, stride_n, scaling, r, e
     )
 
+    # Of nothing, all have the same share.
+    log_weight_R = tl.where(memory > float("-inf"), score_R - memory, even)
+    tl.store(log_weight_ptr + row * found + r, log_weight_R, mask=r < found)
     size = tl.maximum(tl.load(size_ptr + b).to(tl.float32), 1.0)
     memory += tl.load(bias_ptr + head).to(tl.float32)
     memory += tl.load(size_bias_ptr + head).to(tl.float32) * tl.log(size / reference_size)
