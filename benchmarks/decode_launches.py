@@ -128,7 +128,7 @@ def launches_of(rows: int, banks: str) -> Counter[str]:
         windows.run = launches.as_one(windows.run, 0)
     # What a CPU needs in place of addresses is no launch on a GPU.
     pools = mock.patch.object(PlacedReader, "_pools", launches.as_one(PlacedReader._pools, 0))
-    at_once = mock.patch.object(longmem.attention, "joins_at_once", lambda device: True)
+    at_once = mock.patch.object(longmem.index, "joins_at_once", lambda device: True)
     with kernels_as_launches(launches), pools, at_once:
         decoder.run(reader)  # makes what is made once
         launches.count.clear()

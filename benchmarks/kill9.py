@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/kill9.py --kills 1000           # results/kill9.json
 
-Several processes append to one bank of one store, each to a source of its own; one consolidates; one reads, opening the
-bank anew and checking every token. Again and again one of them is killed at a random instant and started again. In the
-end the store is verified, and every token compared. Keys and values follow from source and place, so that any process
-can tell what they must be.
+Several processes append to one bank of one store, each to a source of its own; one consolidates; one forks, merges and
+forgets; one reads, opening the bank anew and checking every token. Again and again one of them is killed at a random
+instant and started again. In the end the store is verified, and every token compared. Keys and values follow from
+source and place, so that any process can tell what they must be.
 
 A killed process loses nothing that the kernel has taken over, so this says nothing about power loss: there the store
 relies on fsync and on SQLite's own guarantees (WAL with synchronous = FULL).
@@ -33,7 +33,7 @@ import torch
 
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead
-from longmem.store import MemoryStore
+from longmem.store import MemoryStore, Stretch
 
 RESULTS = Path(__file__).parent / "results" / "kill9.json"
 SPEC = BankSpec("random", "0" * 64, (MemoryHead(0, 0), MemoryHead(1, 0)), 8)
@@ -80,6 +80,23 @@ def consolidate(folder: str, source: str, pipe: Connection) -> None:
             made = store.consolidate("notes")
             _tell(pipe, max(made.segments_before - made.segments, 0))
             time.sleep(0.02)
+
+
+def branch(folder: str, source: str, pipe: Connection) -> None:
+    """Fork the bank inside and outside of its namespace, write, merge, forget; delete what is left, of a kill too."""
+    with MemoryStore.open(folder) as store:
+        while True:
+            for info in store.banks():
+                if info.name != "notes":
+                    store.delete(info.name)
+            store.fork("notes", "notes/draft")
+            store.fork("notes", "copy")
+            draft = store.bank("notes/draft")
+            draft.append(entry(source, draft.length_of(source)))
+            wrong = torn(draft) + torn(store.bank("copy"))
+            store.merge("notes", "notes/draft")
+            store.forget("notes", [Stretch(source)])
+            _tell(pipe, -len(wrong) if wrong else 1)
 
 
 def read(folder: str, source: str, pipe: Connection) -> None:
@@ -138,7 +155,7 @@ def run(folder: Path, kills: int, writers: int = 3, seed: int = 0, longest: floa
     with MemoryStore.open(folder) as store:
         store.bank("notes", SPEC)
     workers = [Worker(append, f"writer {n}") for n in range(writers)]
-    workers += [Worker(consolidate, "consolidate"), Worker(read, "read")]
+    workers += [Worker(consolidate, "consolidate"), Worker(branch, "branch"), Worker(read, "read")]
     for worker in workers:
         worker.start(processes, folder)
     for _ in range(kills):
@@ -176,7 +193,8 @@ def run(folder: Path, kills: int, writers: int = 3, seed: int = 0, longest: floa
         "segments_merged": sum(by_name["consolidate"].said),
         "segments": report.segments,
         "reads": sum(said > 0 for said in by_name["read"].said),
-        "torn_reads": sum(said < 0 for said in by_name["read"].said) + len(wrong),
+        "forked_merged_and_forgotten": sum(said > 0 for said in by_name["branch"].said),
+        "torn_reads": sum(said < 0 for name in ("read", "branch") for said in by_name[name].said) + len(wrong),
         "processes_that_failed": {worker.source: worker.failed for worker in workers if worker.failed},
         "faults": [fault.meaning for fault in report.faults],
     }

@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 # Names are imported when they are first used: `import longmem` alone loads neither torch nor transformers.
 _HOME = {
     "Backbone": "backbone",
+    "BankGroup": "group",
     "BankSpec": "config",
     "ChatSession": "chat",
     "GenerationConfig": "generation",
@@ -33,6 +34,7 @@ _HOME = {
 
 __all__ = [
     "Backbone",
+    "BankGroup",
     "BankSpec",
     "ChatSession",
     "GenerationConfig",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from longmem.config import BankSpec, MemoryHead, SideNetConfig
     from longmem.errors import LongMemError
     from longmem.generation import GenerationConfig
+    from longmem.group import BankGroup
     from longmem.model import LongMem
     from longmem.store import MemoryStore
     from longmem.train import TrainConfig

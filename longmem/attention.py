@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmem.index import Retrieved
-from longmem.ops import JointHeads, causal_mask, joins_at_once
+from longmem.ops import JointHeads, causal_mask
 
 # Bank size at which the size bias is 0, so that it and the plain bias can be learned apart.
 REFERENCE_SIZE = 16384
@@ -146,12 +146,12 @@ class MemoryAttention(nn.Module):
             local_logsumexp_BKGT: its log-sum-exp (not used by the gate).
             found: what the bank returned for these queries.
         """
-        if self.fusion == "joint" and joins_at_once(query_BKGTE.device):
+        if self.fusion == "joint":
             inputs = query_BKGTE, local_BKGTE, local_logsumexp_BKGT
-            difference_BKGTE, mass_BKGT, log_weight_BKGTR = found.join(
-                *inputs, self._joint_heads, self.scaling, REFERENCE_SIZE
-            )
-            return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, found, lambda: log_weight_BKGTR)
+            joined = found.join(*inputs, self._joint_heads, self.scaling, REFERENCE_SIZE)
+            if joined is not None:
+                difference_BKGTE, mass_BKGT, log_weight_BKGTR = joined
+                return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, found, lambda: log_weight_BKGTR)
         discount_BKGT = None
         if self.newest_wins:
             asked_BKGT = (query_BKGTE * self.newest_query_KGE[..., None, :]).sum(-1).float() * self.scaling

@@ -27,6 +27,23 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
+class DrawnOn:
+    """Remembered text that a generated text drew on.
+
+    Attributes:
+        bank: name of the bank that holds it; None is the bank that the generated text is written to.
+        source, start, end: characters [start, end) of a source.
+        weight: the largest share of the memory heads' attention that one token paid it, 0 … 1.
+    """
+
+    bank: str | None
+    source: str
+    start: int
+    end: int
+    weight: float
+
+
+@dataclass(frozen=True)
 class BankEntry:
     """Consecutive tokens of one source, as `LongMem.encode` produces and `MemoryBank.append` takes them.
 
@@ -38,6 +55,7 @@ class BankEntry:
         offsets_N2: int64, [start, end) of each token in the source, in characters.
         keys_HNE, values_HNE: the backbone's keys (before rotary) and values of the memory heads.
         kept_K: int64, which of the tokens the keys and values are of, ascending; None is all of them.
+        drew_on: remembered text that the model drew on while it generated these tokens, if that was recorded.
     """
 
     source: str
@@ -48,6 +66,7 @@ class BankEntry:
     keys_HNE: Tensor
     values_HNE: Tensor
     kept_K: Tensor | None = None
+    drew_on: tuple[DrawnOn, ...] = ()
 
     def __len__(self) -> int:
         return self.token_ids_N.numel()
@@ -131,7 +150,12 @@ class MemoryBank:
     """Remembered tokens, in the order they were written; grows without limit.
 
     Memory doubles when it is full, so that appending N tokens one at a time copies O(N) in all.
+
+    Attributes:
+        name: in its store; None for a bank that is in none.
     """
+
+    name: str | None = None
 
     def __init__(self, spec: BankSpec, device: torch.device | str = "cpu") -> None:
         self.spec = spec

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from longmem.attention import MemoryRead
-from longmem.bank import MemoryBank
 from longmem.errors import ConfigError
 from longmem.generation import Continuation, GenerationConfig, LocalWindow, Piece, prompt_ids, sample, sampler
+from longmem.group import Readable
 from longmem.model import LongMem
 from longmem.steps import BatchDecoder
 
@@ -23,7 +23,7 @@ def generate_batch(
     model: LongMem,
     prompts: Sequence[str | Tensor],
     *,
-    banks: Sequence[MemoryBank | None] | MemoryBank | None = None,
+    banks: Sequence[Readable | None] | Readable | None = None,
     config: GenerationConfig | None = None,
     sources: Sequence[str | None] | None = None,
     rows: int = 32,
@@ -47,7 +47,7 @@ def generate_batch(
         BankMismatchError: a bank belongs to another model.
     """
     config = config or GenerationConfig()
-    if banks is None or isinstance(banks, MemoryBank):
+    if banks is None or isinstance(banks, Readable):
         banks = [banks] * len(prompts)
     sources = [None] * len(prompts) if sources is None else sources
     if not len(banks) == len(sources) == len(prompts):
@@ -74,7 +74,7 @@ def _side_by_side(
     waiting = deque(range(len(prompts)))
     texts: dict[int, tuple[int, Continuation]] = {}
     # A row whose text is done keeps its bank, so that a recorded step need not be recorded again without it.
-    banks: list[MemoryBank | None] = [None] * rows
+    banks: list[Readable | None] = [None] * rows
     while waiting or texts:
         for row in range(rows):
             if row not in texts and waiting:

@@ -16,9 +16,9 @@ from typing import Any, Self
 
 from jinja2 import TemplateError
 
-from longmem.bank import MemoryBank
 from longmem.errors import ConfigError
 from longmem.generation import GenerationConfig, LocalWindow, Piece, continue_text, sampler, stop_token_ids, tokenize
+from longmem.group import Readable
 from longmem.model import LongMem
 
 # Stands for an earlier reply where the template is asked how the next turn begins.
@@ -29,7 +29,7 @@ class ChatSession:
     """A conversation with memory. What was said in earlier sessions with the same bank is remembered.
 
     Args:
-        bank: what is remembered, and where this conversation goes; None keeps only the window.
+        bank: what is remembered, and where this conversation goes (of a group, the first); None keeps only the window.
         name: the conversation is source `chat/<name>` of the bank, continued if it is there already.
         system: the system prompt, the template's own by default.
 
@@ -41,7 +41,7 @@ class ChatSession:
     def __init__(
         self,
         model: LongMem,
-        bank: MemoryBank | None,
+        bank: Readable | None,
         name: str,
         config: GenerationConfig | None = None,
         *,

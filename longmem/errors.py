@@ -18,7 +18,8 @@
     ├── ConfigError               settings that do not go together
     ├── DeviceError               a device that this machine does not have
     ├── CompilerError             a step that a C++ compiler should compile, and cannot
-    └── MissingExtraError         an optional package that is not installed
+    ├── MissingExtraError         an optional package that is not installed
+    └── UnavailableError          a contender or a task of a comparison that cannot be run here
 
 Each message says what was given, what was expected and what to do next.
 """
@@ -100,3 +101,7 @@ class CompilerError(LongMemError):
 
 class MissingExtraError(LongMemError):
     """An optional package is not installed."""
+
+
+class UnavailableError(LongMemError):
+    """A contender or a task of a comparison cannot be run here; the report says why."""

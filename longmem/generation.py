@@ -13,19 +13,23 @@ B batch, T tokens, N tokens of a stretch, V vocabulary; K, G, R as in `longmem.i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longmem.attention import MemoryRead
-from longmem.bank import BankEntry, MemoryBank
+from longmem.bank import BankEntry, DrawnOn, MemoryBank
 from longmem.errors import ConfigError
+from longmem.group import BankGroup, Readable, members
+from longmem.index import PLACES, place_of
 from longmem.model import LongMem, ModelCache
 from longmem.steps import BatchDecoder, read_on, records
 
 DEFAULT_WINDOW = 1536
+# A token drew on a span if it paid it so much of the memory heads' attention; less is noise.
+NOTICED = 0.05
 # Tokens that are read in recorded steps one by one; for more, the whole window is read again at once.
 _MOST_STEPS = 32
 
@@ -42,7 +46,8 @@ class GenerationConfig:
         seed: of sampling; None draws a new one each time.
         window: tokens of the local window, its prefix among them; None is 1536, or the backbone's window if smaller.
         memory: dial from 0 (the backbone alone) to 1 (the trained strength).
-        attribute: find out which remembered text each token drew on (`Piece.sources`).
+        attribute: find out which remembered text each token drew on (`Piece.sources`). What is remembered of the
+            generated text then says so, too, so that it can be found when that text is forgotten.
         remember: write what leaves the window to the bank; otherwise it is dropped.
         stop: end before any of these strings.
         stop_token_ids: end at any of these; None is the tokenizer's end of text.
@@ -83,6 +88,7 @@ class Attribution:
     Attributes:
         source, start, end, text: characters [start, end) of a source.
         weight: share of the memory heads' attention that went there, 0 … 1 (mean over heads).
+        bank: name of the bank that remembers it; None if that has none.
     """
 
     source: str
@@ -90,6 +96,7 @@ class Attribution:
     end: int
     text: str
     weight: float
+    bank: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ def generate(
     model: LongMem,
     prompt: str | Tensor,
     *,
-    bank: MemoryBank | None = None,
+    bank: Readable | None = None,
     config: GenerationConfig | None = None,
     source: str | None = None,
 ) -> Iterator[Piece]:
@@ -120,7 +127,7 @@ def generate(
 
     Args:
         prompt: text, or token ids (T,) without the prefix; as long as you like.
-        bank: what is remembered. The part of the text that leaves the window is added to it.
+        bank: what is remembered. The part of the text that leaves the window is added to it; to the first of a group.
         source: name of that part in the bank, continued if it is there already; "generated/1", 2, … by default.
 
     Raises:
@@ -169,11 +176,11 @@ class Continuation:
         window, stops = self.window, self._stops
         wanted = window.config.attribute
         sources = ()
-        if wanted and window.bank is not None and reads:
-            position_X, weight_X = _last_read(reads, row)
-            window.bank.attend(position_X[weight_X > 0], weight_X[weight_X > 0])
-            sources = attribute(reads, window.bank, row=row)
+        if wanted and window.remembered is not None and reads:
+            window.count(*_last_read(reads, row))
+            sources = attribute(reads, window.remembered, row=row)
         moved, self.moved = self.moved, window.extend([token_id], silent=token_id in self._ends)
+        window.draw_on(sources)
         self.token_id = token_id
         self._left -= 1
         self.done = token_id in self._ends or not self._left
@@ -343,16 +350,18 @@ class LocalWindow:
     What the model reads is the bank without those tokens, since it sees them locally.
 
     Args:
-        bank: None drops what leaves.
+        bank: None drops what leaves; of a group, the first gets it.
         source: name of the stream in the bank, continued if it is there already.
 
     Attributes:
+        remembered: the bank or group as it was given.
+        bank: that what leaves goes to.
         token_ids: in the window, without the prefix.
         decoder: their text.
     """
 
     def __init__(
-        self, model: LongMem, bank: MemoryBank | None, config: GenerationConfig, *, source: str | None = None
+        self, model: LongMem, bank: Readable | None, config: GenerationConfig, *, source: str | None = None
     ) -> None:
         longest = model.backbone.max_positions
         self.size = min(DEFAULT_WINDOW, longest) if config.window is None else config.window
@@ -363,7 +372,8 @@ class LocalWindow:
             )
         if bank is not None:
             model.check(bank)
-        self.model, self.bank, self.config = model, bank, config
+        self.model, self.remembered, self.config = model, bank, config
+        self.bank = bank.first if isinstance(bank, BankGroup) else bank
         self.token_ids: list[int] = []
         self.decoder = TextDecoder(model.tokenizer)
         self._source = source
@@ -373,6 +383,18 @@ class LocalWindow:
         # The window is [unremembered | in the bank | not yet in the bank]
         self._unremembered = 0
         self._in_bank = 0
+        self._drew_on: list[Attribution] = []
+
+    def draw_on(self, sources: Sequence[Attribution]) -> None:
+        """Note what the last token drew on, for what will be written of it."""
+        self._drew_on += [span for span in sources if span.weight >= NOTICED]
+
+    def count(self, position_X: Tensor, weight_X: Tensor) -> None:
+        """Let the bank that is written to count the attention that its rows were paid; others are only read."""
+        for number, (one, _) in enumerate(members(self.remembered) if self.remembered is not None else ()):
+            if one is self.bank:
+                mine_X = (position_X // PLACES == number) & (weight_X > 0)
+                one.attend(position_X[mine_X] % PLACES, weight_X[mine_X])
 
     def extend(self, token_ids: Sequence[int], *, remember: bool = True, silent: bool = False) -> int:
         """Add tokens at the end; returns how many left the window to make room.
@@ -456,7 +478,9 @@ class LocalWindow:
             self.decoder.text[first:last],
             offsets_N2 - first,
             source=self._source,
+            drew_on=_joined(self._drew_on),
         )
+        self._drew_on = []
         self._in_bank += end - begin
         return end - begin
 
@@ -466,10 +490,10 @@ class LocalWindow:
         return self.model.with_prefix(torch.tensor(self.token_ids, dtype=torch.int64))
 
     @property
-    def visible(self) -> MemoryBank | None:
-        """The bank without what is in the window."""
+    def visible(self) -> Readable | None:
+        """What is remembered, without what is in the window."""
         if self.bank is None or not self._in_bank:
-            return self.bank
+            return self.remembered
         bank, near = self.bank, slice(max(0, len(self.bank) - self._in_bank), None)
         own = bank.sources.index(self._source) if self._source in bank.sources else -1
         # By their places in the source: a bank that is thinned may have rows for some of them only.
@@ -478,12 +502,20 @@ class LocalWindow:
         hidden = int(hidden_n.sum())
         # Somebody else has written since: better to see part of the window twice than to miss what is new.
         if hidden == 0 or not bool(hidden_n[-hidden:].all()):
-            return bank
-        return bank.between(0, len(bank) - hidden)
+            return self.remembered
+        part = bank.between(0, len(bank) - hidden)
+        return self.remembered.with_first(part) if isinstance(self.remembered, BankGroup) else part
 
 
 def remember_tokens(
-    model: LongMem, bank: MemoryBank, token_ids_N: Tensor, text: str, offsets_N2: Tensor, *, source: str
+    model: LongMem,
+    bank: MemoryBank,
+    token_ids_N: Tensor,
+    text: str,
+    offsets_N2: Tensor,
+    *,
+    source: str,
+    drew_on: tuple[DrawnOn, ...] = (),
 ) -> None:
     """Append tokens to a source as they are. (Writing their text would tokenise it anew, perhaps differently.)
 
@@ -492,12 +524,26 @@ def remember_tokens(
         text: what they say.
         offsets_N2: [start, end) of each in `text`.
         source: continued if it is in the bank already.
+        drew_on: what they drew on when they were generated.
     """
     past = bank.length_of(source)
     before_N = bank.tokens_of(source)
     keys_HNE, values_HNE = model.encode(torch.cat((before_N, token_ids_N)), len(before_N))
-    bank.append(BankEntry(source, text, past, token_ids_N, offsets_N2 + past, keys_HNE, values_HNE))
+    bank.append(BankEntry(source, text, past, token_ids_N, offsets_N2 + past, keys_HNE, values_HNE, drew_on=drew_on))
     model.keep_to_cap(bank)
+
+
+def _joined(spans: Sequence[Attribution]) -> tuple[DrawnOn, ...]:
+    """What all tokens of a stretch drew on: spans that overlap are one, with the largest weight."""
+    joined: list[DrawnOn] = []
+    for span in sorted(spans, key=lambda span: (span.bank or "", span.source, span.start)):
+        last = joined[-1] if joined else None
+        if last is not None and (last.bank, last.source) == (span.bank, span.source) and span.start <= last.end:
+            end, weight = max(last.end, span.end), max(last.weight, span.weight)
+            joined[-1] = replace(last, end=end, weight=weight)
+        else:
+            joined.append(DrawnOn(span.bank, span.source, span.start, span.end, span.weight))
+    return tuple(joined)
 
 
 def _new_source(bank: MemoryBank) -> str:
@@ -512,10 +558,9 @@ _GAP = 8
 _PAD = 4  # half the gap, so that spans never overlap
 
 
-def attribute(
-    reads: Sequence[MemoryRead], bank: MemoryBank, spans: int = 3, *, row: int = 0
-) -> tuple[Attribution, ...]:
+def attribute(reads: Sequence[MemoryRead], bank: Readable, spans: int = 3, *, row: int = 0) -> tuple[Attribution, ...]:
     """The stretches of remembered text that the last token of a batch row drew on most, heaviest first."""
+    banks = [one for one, _ in members(bank)]
     if not reads:
         return ()
     index_X, weight_X = _last_read(reads, row)
@@ -523,22 +568,24 @@ def attribute(
     position_P, inverse_X = index_X.unique(return_inverse=True)
     weight_P = torch.zeros(len(position_P)).index_add(0, inverse_X, weight_X) / heads
     top_weight, top = weight_P.topk(min(_HEAVIEST, len(position_P)))
-    runs: list[list[int]] = []
-    for position in sorted(position_P[top[top_weight > 0]].tolist()):
-        gap = bank.gap(runs[-1][1], position) if runs else None
+    runs: list[list[int]] = []  # of neighbours: number of the bank, first and last position
+    for number, position in map(place_of, sorted(position_P[top[top_weight > 0]].tolist())):
+        last = runs[-1] if runs else [-1, 0, 0]
+        gap = banks[number].gap(last[2], position) if number == last[0] else None
         if gap is not None and 0 < gap <= _GAP:
-            runs[-1][1] = position
+            last[2] = position
         else:
-            runs.append([position, position])
+            runs.append([number, position, position])
     found = []
-    for first, last in runs:
-        weight = float(weight_P[(position_P >= first) & (position_P <= last)].sum())
+    for number, first, last in runs:
+        of, begin = banks[number], number * PLACES
+        weight = float(weight_P[(position_P >= begin + first) & (position_P <= begin + last)].sum())
         for _ in range(_PAD):
             # Not over a gap: what has no row was not read.
-            first -= first > 0 and bank.gap(first - 1, first) == 1
-            last += last + 1 < len(bank) and bank.gap(last, last + 1) == 1
-        span = bank.span(first, last)
-        found.append(Attribution(span.source, span.start, span.end, span.text, weight))
+            first -= first > 0 and of.gap(first - 1, first) == 1
+            last += last + 1 < len(of) and of.gap(last, last + 1) == 1
+        span = of.span(first, last)
+        found.append(Attribution(span.source, span.start, span.end, span.text, weight, of.name))
     return tuple(sorted(found, key=lambda a: -a.weight)[:spans])
 
 

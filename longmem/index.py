@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -22,6 +23,7 @@ from longmem.ops import (
     Pools,
     attend_rows,
     gather_rows,
+    joins_at_once,
     joint_rows,
     reads_apart,
     row_scores,
@@ -32,9 +34,53 @@ from longmem.ops import (
 _LEAST_ROOM = 1 << 14
 
 
-@dataclass(frozen=True)
 class Retrieved:
-    """What a layer's memory heads found, and where its keys and values lie.
+    """What a layer's memory heads found.
+
+    Attributes:
+        valid_BKGTR: False where the bank held fewer than R tokens.
+        index_BKGTR: position in the row's bank; of several banks that are read together, see `place_of`.
+        bank_size_B: remembered tokens N of each row's bank.
+    """
+
+    valid_BKGTR: Tensor
+    index_BKGTR: Tensor
+    bank_size_B: Tensor
+
+    def attend(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Attention over what each query found: outputs (B, K, G, T, E) and log-sum-exps (B, K, G, T).
+
+        Args:
+            discount_BKGT: what being older costs, in nats for the whole of the attention.
+        """
+        raise NotImplementedError
+
+    def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
+        """Scaled scores (B, K, G, T, R) of what each query found, −inf where nothing was."""
+        raise NotImplementedError
+
+    def join(
+        self,
+        query_BKGTE: Tensor,
+        local_BKGTE: Tensor,
+        local_logsumexp_BKGT: Tensor,
+        heads: JointHeads,
+        scaling: float,
+        reference_size: float,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """All of joint attention in one launch (`ops.joint_rows`); None where it takes more than one."""
+        return None
+
+    def log_weights(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
+        """log of each retrieved token's share (B, K, G, T, R) among those that its query found; where it found nothing,
+        all have the same."""
+        score_BKGTR = self.scores(query_BKGTE, scaling, discount_BKGT)
+        return score_BKGTR.masked_fill(~self.valid_BKGTR.any(-1, keepdim=True), 0.0).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class RetrievedRows(Retrieved):
+    """What was found in one bank a row, and where its keys and values lie.
 
     Attributes:
         keys_PNE, values_PNE: pools of remembered rows. Those that lie apart may change with the reader's next step.
@@ -61,11 +107,6 @@ class Retrieved:
         return self.score_BKGTR > -torch.inf
 
     def attend(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Attention over what each query found: outputs (B, K, G, T, E) and log-sum-exps (B, K, G, T).
-
-        Args:
-            discount_BKGT: what being older costs, in nats for the whole of the attention.
-        """
         shape_BKGT = query_BKGTE.shape[:-1]
         output_XQE, logsumexp_XQ = attend_rows(
             _flat(query_BKGTE), self.keys_PNE, self.values_PNE, *self._places, scaling, *self._newest(discount_BKGT)
@@ -80,25 +121,19 @@ class Retrieved:
         heads: JointHeads,
         scaling: float,
         reference_size: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """All of joint attention in one launch, where `ops.joins_at_once` (see `ops.joint_rows`)."""
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        if not joins_at_once(query_BKGTE.device):
+            return None
         rows = self.keys_PNE, self.values_PNE, self.pool_BK, self.slot_BKGTR, self.score_BKGTR, self.order_BKGTR
         return joint_rows(
             query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows, self.bank_size_B, heads, scaling, reference_size
         )
 
     def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
-        """Scaled scores (B, K, G, T, R) of what each query found, −inf where nothing was."""
         pool_X, slot_XQR, valid_XQR = self._places
         key_XQRE = gather_rows(self.keys_PNE, slot_XQR, pool_X)
         score_XQR = row_scores(_flat(query_BKGTE), key_XQRE, valid_XQR, scaling, *self._newest(discount_BKGT))
         return score_XQR.view(self.slot_BKGTR.shape)
-
-    def log_weights(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
-        """log of each retrieved token's share (B, K, G, T, R) among those that its query found; where it found nothing,
-        all have the same."""
-        score_BKGTR = self.scores(query_BKGTE, scaling, discount_BKGT)
-        return score_BKGTR.masked_fill(~self.valid_BKGTR.any(-1, keepdim=True), 0.0).log_softmax(-1)
 
     def rows(self, rows_PNE: Tensor | Pools) -> Tensor:
         """Rows (B, K, G, T, R, E) of `keys_PNE` or `values_PNE`."""
@@ -115,6 +150,68 @@ class Retrieved:
         if discount_BKGT is None:
             return None, None
         return _flat(self.order_BKGTR), _flat(discount_BKGT)
+
+
+# Positions in the banks of a group: bank number · PLACES + position in that bank.
+PLACES = 1 << 40
+
+
+def place_of(index: int) -> tuple[int, int]:
+    """Number of the bank in its group (`longmem.group.members`) and position in it, of an entry of `index_BKGTR`."""
+    return divmod(index, PLACES)
+
+
+@dataclass(frozen=True)
+class RetrievedTogether(Retrieved):
+    """What was found in several banks a row: each gives its own R tokens, and weights multiply exponentiated scores.
+
+    Where all banks but one are absent, everything is, bit for bit, what that one gives by itself: its log-sum-exp is
+    their sum, and its share is exactly 1.
+
+    Attributes:
+        parts: one a bank.
+        log_weight_BS: float32, log of each bank's weight in each row; anything where a row has no such bank.
+    """
+
+    parts: tuple[RetrievedRows, ...]
+    log_weight_BS: Tensor
+
+    @cached_property
+    def valid_BKGTR(self) -> Tensor:
+        return torch.cat([part.valid_BKGTR for part in self.parts], dim=-1)
+
+    @cached_property
+    def index_BKGTR(self) -> Tensor:
+        return torch.cat([part.index_BKGTR + number * PLACES for number, part in enumerate(self.parts)], dim=-1)
+
+    @cached_property
+    def bank_size_B(self) -> Tensor:
+        """Tokens of all banks, each counted as often as its weight says."""
+        size_BS = torch.stack([part.bank_size_B for part in self.parts], dim=-1)
+        return (size_BS * self.log_weight_BS.exp()).sum(-1)
+
+    def attend(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        outputs, logsumexps = zip(
+            *(part.attend(query_BKGTE, scaling, discount_BKGT) for part in self.parts), strict=True
+        )
+        logsumexp_BKGTS = torch.stack(logsumexps, dim=-1) + self.log_weight_BS[:, None, None, None]
+        logsumexp_BKGT = logsumexp_BKGTS.logsumexp(-1)
+        nothing_BKGT1 = logsumexp_BKGT[..., None] == -torch.inf
+        share_BKGTS = (logsumexp_BKGTS - logsumexp_BKGT[..., None]).exp().masked_fill(nothing_BKGT1, 0.0)
+        output_BKGTE = torch.zeros_like(outputs[0])
+        for number, part_BKGTE in enumerate(outputs):
+            output_BKGTE = output_BKGTE + share_BKGTS[..., number, None].to(part_BKGTE.dtype) * part_BKGTE
+        return output_BKGTE, logsumexp_BKGT
+
+    def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
+        log_weights = self.log_weight_BS[:, None, None, None, :, None].unbind(-2)
+        return torch.cat(
+            [
+                part.scores(query_BKGTE, scaling, discount_BKGT) + log_weight
+                for part, log_weight in zip(self.parts, log_weights, strict=True)
+            ],
+            dim=-1,
+        )
 
 
 def _flat(per_query: Tensor) -> Tensor:
@@ -186,7 +283,7 @@ class BankReader:
         self.config = config
 
     @torch.no_grad()
-    def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
+    def __call__(self, layer: int, query_BKGTE: Tensor) -> RetrievedRows:
         bank = self.banks[0]
         if bank is not None and _shared(self.banks) and len(bank) and bank.device == query_BKGTE.device:
             return self._read_one(bank, layer, query_BKGTE)
@@ -205,7 +302,7 @@ class BankReader:
         """Remembered tokens of each row's bank, (B,)."""
         return torch.tensor([0.0 if bank is None else float(len(bank)) for bank in self.banks], device=device)
 
-    def _read_one(self, bank: MemoryBank, layer: int, query_BKGTE: Tensor) -> Retrieved:
+    def _read_one(self, bank: MemoryBank, layer: int, query_BKGTE: Tensor) -> RetrievedRows:
         """All rows read one bank: its keys are read once, and found rows where they lie."""
         batch, kv_heads, group, tokens, _ = query_BKGTE.shape
         heads, query_KQE = self.config.heads_of(layer), query_BKGTE.transpose(0, 1).flatten(1, 3)
@@ -213,9 +310,9 @@ class BankReader:
         index, score = (part_KQR.unflatten(1, (batch, group, tokens)).transpose(0, 1) for part_KQR in found)
         pool_BK = torch.arange(kv_heads, device=bank.device).expand(batch, kv_heads)
         rows = bank.keys_HNE[heads], bank.values_HNE[heads]
-        return Retrieved(*rows, pool_BK, index, score, index, self._sizes(bank.device), index)
+        return RetrievedRows(*rows, pool_BK, index, score, index, self._sizes(bank.device), index)
 
-    def _read_each(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
+    def _read_each(self, layer: int, query_BKGTE: Tensor) -> RetrievedRows:
         heads = self.config.heads_of(layer)
         batch, kv_heads, group, tokens, head_dim = query_BKGTE.shape
         shape = (batch, kv_heads, group, tokens, self.config.top_k)
@@ -237,7 +334,29 @@ class BankReader:
         pool_BK = torch.arange(batch * kv_heads, device=device).view(batch, kv_heads)
         slot_BKGTR = torch.arange(found, device=device).view(shape[2:]).expand(shape)
         pools = keys_BKFE.flatten(0, 1), values_BKFE.flatten(0, 1), pool_BK
-        return Retrieved(*pools, slot_BKGTR, score, index, self._sizes(device), index)
+        return RetrievedRows(*pools, slot_BKGTR, score, index, self._sizes(device), index)
+
+
+class GroupReader:
+    """Reads several banks a batch row, each by itself (`RetrievedTogether`).
+
+    Args:
+        rows: of each row its banks and their weights above 0; none is an empty one.
+    """
+
+    def __init__(self, rows: Sequence[Sequence[tuple[MemoryBank, float]]], config: SideNetConfig) -> None:
+        most = max(len(row) for row in rows)
+        self._readers = [
+            BankReader([row[number][0] if number < len(row) else None for row in rows], config)
+            for number in range(most)
+        ]
+        padded = [[weight for _, weight in row] + [1.0] * (most - len(row)) for row in rows]
+        self._log_weight_BS = torch.tensor(padded, dtype=torch.float32).log()
+
+    @torch.no_grad()
+    def __call__(self, layer: int, query_BKGTE: Tensor) -> RetrievedTogether:
+        parts = tuple(reader(layer, query_BKGTE) for reader in self._readers)
+        return RetrievedTogether(parts, self._log_weight_BS.to(query_BKGTE.device))
 
 
 class PlacedReader:
@@ -313,7 +432,7 @@ class PlacedReader:
         self._length_B.copy_(to_device(length_B.expand(len(banks)), self.device))
 
     @torch.no_grad()
-    def __call__(self, layer: int, query_BKGTE: Tensor) -> Retrieved:
+    def __call__(self, layer: int, query_BKGTE: Tensor) -> RetrievedRows:
         batch, kv_heads, group, tokens, head_dim = query_BKGTE.shape
         heads, top_k = self.config.heads_of(layer), self.config.top_k
         keys_X, values_X, length_X = (part_HB[heads].flatten() for part_HB in self._place_3HB)
@@ -326,7 +445,7 @@ class PlacedReader:
             found = self.index.search(heads, query_XQE, keys, top_k, length_X)
         index, score = (part_XQR.view(kv_heads, batch, group, tokens, top_k).transpose(0, 1) for part_XQR in found)
         pool_BK = self._pool_BH[:, :kv_heads]
-        return Retrieved(keys, values, pool_BK, index, score, index, self._length_B, index)
+        return RetrievedRows(keys, values, pool_BK, index, score, index, self._length_B, index)
 
     def _pools(self, which: int, address_X: Tensor, heads: slice, head_dim: int) -> Pools:
         """The keys (0) or values (1) of some heads."""
@@ -439,7 +558,7 @@ class StreamReader:
             slot, score = slot.index_copy(0, self.crowded_M, at), score.index_copy(0, self.crowded_M, best)
         pool_BK = torch.arange(kv_heads, device=slot.device).expand(batch, kv_heads)
         rows = keys_KBNE.flatten(1, 2), values_KBNE.flatten(1, 2)
-        return Retrieved(*rows, pool_BK, slot, score, slot, self.size_B, self._order(slot))
+        return RetrievedRows(*rows, pool_BK, slot, score, slot, self.size_B, self._order(slot))
 
     def _order(self, slot: Tensor) -> Tensor:
         """How many of the tokens that a ring can hold were written before, or would have been."""

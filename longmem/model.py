@@ -28,7 +28,8 @@ from longmem.config import BankSpec, Precision, SideNetConfig
 from longmem.data import read_text
 from longmem.decoding import RowDecoder, compiling
 from longmem.errors import BankMismatchError, CompilerError, ConfigError, SideNetNotFoundError, SourceError
-from longmem.index import BankReader, Retrieve
+from longmem.group import BankGroup, Readable, members
+from longmem.index import BankReader, GroupReader, Retrieve
 from longmem.ops import linear_nll
 from longmem.sidenet import SideNet, SideNetCache
 from longmem.store import StoredBank
@@ -249,7 +250,7 @@ class LongMem(nn.Module):
     def forward(
         self,
         input_ids_BT: Tensor,
-        banks: Sequence[MemoryBank | None] | MemoryBank | None = None,
+        banks: Sequence[Readable | None] | Readable | None = None,
         *,
         memory: float = 1.0,
         cache: ModelCache | None = None,
@@ -259,7 +260,7 @@ class LongMem(nn.Module):
 
         Args:
             input_ids_BT: token ids of the local window, or those that continue `cache`.
-            banks: one a row (None is an empty one); a single bank serves every row.
+            banks: one a row (None is an empty one, a `BankGroup` several); a single bank serves every row.
             memory: 0 is the backbone bit for bit, 1 the trained strength.
             cache: extended in place.
             last_only: logits of the last position alone, (B, 1, V).
@@ -301,9 +302,9 @@ class LongMem(nn.Module):
         )
         return top_BTD + found.difference_BTD, found.reads
 
-    def reader(self, banks: Sequence[MemoryBank | None] | MemoryBank | None, rows: int) -> Retrieve | None:
-        """A retrieve callable over one bank a row; None if nothing is remembered in any."""
-        if banks is None or isinstance(banks, MemoryBank):
+    def reader(self, banks: Sequence[Readable | None] | Readable | None, rows: int) -> Retrieve | None:
+        """A retrieve callable over one bank a row, or one group; None if nothing is remembered in any."""
+        if banks is None or isinstance(banks, Readable):
             banks = [banks] * rows
         if len(banks) != rows:
             raise ConfigError(
@@ -314,10 +315,15 @@ class LongMem(nn.Module):
                 self.check(bank)
         if not any(bank is not None and len(bank) for bank in banks):
             return None
-        return BankReader(banks, self.config)
+        read = [() if bank is None else members(bank) for bank in banks]
+        if all(not row or (len(row) == 1 and row[0][1] == 1.0) for row in read):
+            return BankReader([row[0][0] if row else None for row in read], self.config)
+        return GroupReader(read, self.config)
 
-    def check(self, bank: MemoryBank) -> None:
-        """Raise `BankMismatchError` if the bank is not for this model."""
+    def check(self, bank: Readable) -> None:
+        """Raise `BankMismatchError` if the bank, or a group's, is not for this model."""
+        if isinstance(bank, BankGroup):
+            bank = bank.first  # the others are of the same spec
         given, wanted = bank.spec, self.bank_spec
         for name in ("weights", "memory_heads", "head_dim"):
             if getattr(given, name) != getattr(wanted, name):
@@ -510,7 +516,7 @@ class LongMem(nn.Module):
     # ---- use -----------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompt: str | Tensor, *, bank: MemoryBank | None = None, source: str | None = None, **settings: Any
+        self, prompt: str | Tensor, *, bank: Readable | None = None, source: str | None = None, **settings: Any
     ) -> Iterator[Piece]:
         """Continue a text with what the bank remembers, token by token (see `longmem.generation.generate`).
 
@@ -525,7 +531,7 @@ class LongMem(nn.Module):
         self,
         prompts: Sequence[str | Tensor],
         *,
-        banks: Sequence[MemoryBank | None] | MemoryBank | None = None,
+        banks: Sequence[Readable | None] | Readable | None = None,
         sources: Sequence[str | None] | None = None,
         rows: int = 32,
         compile: bool = False,
@@ -538,7 +544,7 @@ class LongMem(nn.Module):
         config = GenerationConfig(**settings)
         return generate_batch(self, prompts, banks=banks, sources=sources, config=config, rows=rows, compile=compile)
 
-    def recall(self, query: str, *, bank: MemoryBank, top_k: int = 8, words: float | None = None) -> list[Hit]:
+    def recall(self, query: str, *, bank: Readable, top_k: int = 8, words: float | None = None) -> list[Hit]:
         """The remembered passages that a query is about, best first (see `longmem.recall.recall`)."""
         from longmem.recall import recall
 

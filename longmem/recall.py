@@ -23,6 +23,8 @@ from torch import Tensor
 
 from longmem.bank import MemoryBank
 from longmem.errors import ConfigError
+from longmem.group import Readable, members
+from longmem.index import PLACES
 from longmem.model import LongMem
 
 LONGEST = 256  # tokens of a passage; a longer paragraph is cut at sentence or line ends
@@ -50,19 +52,21 @@ class Hit(Passage):
     """A passage that answers a query.
 
     Attributes:
-        score: (1 − words) · memory_score + words · word_score.
+        score: (1 − words) · memory_score + words · word_score, times its bank's weight if several are read.
         memory_score: evidence of the memory heads, 0 … 1, relative to the best passage of this query.
         word_score: BM25, 0 … 1, relative to the best passage of this query.
+        bank: name of the bank that remembers it; None if that has none.
     """
 
     score: float
     memory_score: float
     word_score: float
+    bank: str | None = None
 
 
 def recall(
     model: LongMem,
-    bank: MemoryBank,
+    bank: Readable,
     query: str,
     top_k: int = 8,
     words: float | None = None,
@@ -73,6 +77,7 @@ def recall(
     """The best passages for a query, best first; none if nothing is remembered.
 
     Args:
+        bank: what is remembered, in one bank or in a group.
         words: share of the word score, from 0 (memory heads alone) to 1 (BM25 alone); None is the measured default.
         index: the bank's passages, to ask many questions of a bank; made anew if the bank has grown or shrunk.
         on_progress: called with the sources cut into passages so far, and how many there are.
@@ -91,20 +96,26 @@ def recall(
         raise ConfigError(f"top_k must be at least 1; got {top_k}.")
     if not 0.0 <= words <= 1.0:
         raise ConfigError(f"words must be from 0 (memory heads alone) to 1 (words alone); got {words}.")
-    if index is None or len(index.passage_N) != len(bank):
+    if index is None or index.sizes != _sizes(bank):
         index = PassageIndex(bank, on_progress)
     if not index.passages:
         return []
     memory_P = _relative(memory_scores(model, bank, query, index)) if words < 1 else torch.zeros(len(index.passages))
     word_P = _relative(index.word_scores(query))
-    score_P = (1 - words) * memory_P + words * word_P
+    weight_P = torch.tensor([weight for _, weight in members(bank)])[index.bank_P]
+    score_P = ((1 - words) * memory_P + words * word_P) * weight_P
     hits = []
     for place in score_P.argsort(descending=True, stable=True)[:top_k].tolist():
         passage, score = index.passages[place], float(score_P[place])
         if score > 0:
             scores = (score, float(memory_P[place]), float(word_P[place]))
-            hits.append(Hit(passage.source, passage.start, passage.end, passage.text, *scores))
+            of, _ = members(bank)[int(index.bank_P[place])]
+            hits.append(Hit(passage.source, passage.start, passage.end, passage.text, *scores, of.name))
     return hits
+
+
+def _sizes(bank: Readable) -> list[int]:
+    return [len(one) for one, _ in members(bank)]
 
 
 def _relative(score_P: Tensor) -> Tensor:
@@ -113,7 +124,7 @@ def _relative(score_P: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def memory_scores(model: LongMem, bank: MemoryBank, query: str, index: PassageIndex) -> Tensor:
+def memory_scores(model: LongMem, bank: Readable, query: str, index: PassageIndex) -> Tensor:
     """How much attention each passage gets while the memory heads read the query, (P,).
 
     The share of each token's attention is summed over tokens and heads, without those of the last memory layer if
@@ -135,7 +146,8 @@ def memory_scores(model: LongMem, bank: MemoryBank, query: str, index: PassageIn
             readers_U = zeros_U.index_add(0, inverse_X, (weight_X > _NOTICED).float())
             damping_U = ((len(token_ids) + 2) / (readers_U + 1)).log()
             weight_U = zeros_U.index_add(0, inverse_X, weight_X) * damping_U
-            score_P.index_add_(0, index.passage_N[position_U], weight_U)
+            begin_U = index.begins[position_U // PLACES]
+            score_P.index_add_(0, index.passage_N[begin_U + position_U % PLACES], weight_U)
     return score_P
 
 
@@ -146,16 +158,35 @@ class PassageIndex:
     """The passages of a bank, ready to be ranked: which tokens each has, and its words.
 
     Attributes:
-        passages: in the order of sources and text.
-        passage_N: which passage each remembered token belongs to.
+        passages: bank by bank, in the order of sources and text.
+        passage_N: which passage each remembered token belongs to, those of several banks one after the other.
+        bank_P: which of the banks (`longmem.group.members`) each passage is in.
+        sizes: tokens of each bank.
+        begins: where the tokens of each bank begin in `passage_N`.
     """
 
-    def __init__(self, bank: MemoryBank, on_progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, bank: Readable, on_progress: Callable[[int, int], None] | None = None) -> None:
         self.passages: list[Passage] = []
-        self.passage_N = torch.zeros(len(bank), dtype=torch.int64)
+        self.sizes = _sizes(bank)
+        self.begins = torch.tensor([0, *self.sizes]).cumsum(0)[:-1]
+        self.passage_N = torch.zeros(sum(self.sizes), dtype=torch.int64)
+        banks = [one for one, _ in members(bank)]
+        sources, done, counts = sum(len(one.sources) for one in banks), 0, []
+        for one, begin in zip(banks, self.begins.tolist(), strict=True):
+            before = len(self.passages)
+            for _ in self._cut(one, begin):
+                done += 1
+                if on_progress is not None:
+                    on_progress(done, sources)
+            counts.append(len(self.passages) - before)
+        self.bank_P = torch.arange(len(banks)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
+        self._words = self._index_words()
+
+    def _cut(self, bank: MemoryBank, begin: int) -> Iterator[str]:
+        """Cut a bank into passages; yields each source when it is done."""
         order_N = bank.source_index_N.argsort(stable=True)
         counts = torch.bincount(bank.source_index_N, minlength=len(bank.sources)).tolist()
-        for done, (source, tokens_n) in enumerate(zip(bank.sources, order_N.split(counts), strict=True), start=1):
+        for source, tokens_n in zip(bank.sources, order_N.split(counts), strict=True):
             text = bank.text_of(source)
             offsets_n2 = bank.offsets_N2[tokens_n]
             # By all tokens of the source, also those that have no row any more.
@@ -164,11 +195,9 @@ class PassageIndex:
                 # By its end: a token often has the space before its word.
                 begins = torch.tensor([start for start, _ in spans])
                 place_n = (torch.searchsorted(begins, offsets_n2[:, 1].contiguous()) - 1).clamp(min=0)
-                self.passage_N[tokens_n] = place_n + len(self.passages)
+                self.passage_N[begin + tokens_n] = place_n + len(self.passages)
                 self.passages += [Passage(source, start, end, text[start:end]) for start, end in spans]
-            if on_progress is not None:
-                on_progress(done, len(counts))
-        self._words = self._index_words()
+            yield source
 
     def _index_words(self) -> bm25s.BM25 | None:
         texts = _tokenize([passage.text for passage in self.passages])

@@ -23,6 +23,7 @@ from longmem.config import BankSpec
 from longmem.data import to_device
 from longmem.decoding import KeyValueBuffer
 from longmem.errors import ConfigError
+from longmem.group import BankGroup, Readable
 from longmem.index import PlacedReader, Retrieve
 from longmem.model import LongMem, ModelCache
 from longmem.windows import Branch, SideBranch, WindowBuffer, Windows, window_step
@@ -38,7 +39,7 @@ def records(device: torch.device) -> bool:
 
 @torch.no_grad()
 def read_on(
-    model: LongMem, tokens_N: Tensor, bank: MemoryBank | None, cache: ModelCache, memory: float
+    model: LongMem, tokens_N: Tensor, bank: Readable | None, cache: ModelCache, memory: float
 ) -> tuple[Tensor, list[MemoryRead]]:
     """Read tokens behind what `cache` holds; next-token logits (V,), and what the last piece read."""
     for piece_T in tokens_N.to(model.device).split(_PREFILL):
@@ -97,7 +98,7 @@ class BatchDecoder:
         self._specs: list[BankSpec | None] = [None] * rows  # of banks that were found to be the model's
 
     @torch.no_grad()
-    def begin(self, row: int, tokens_N: Tensor, bank: MemoryBank | None = None) -> tuple[Tensor, list[MemoryRead]]:
+    def begin(self, row: int, tokens_N: Tensor, bank: Readable | None = None) -> tuple[Tensor, list[MemoryRead]]:
         """Read a text into a row, in place of what the row held.
 
         Args:
@@ -123,7 +124,7 @@ class BatchDecoder:
         return result
 
     @torch.no_grad()
-    def step(self, tokens: Sequence[int | None], banks: Sequence[MemoryBank | None]) -> tuple[Tensor, list[MemoryRead]]:
+    def step(self, tokens: Sequence[int | None], banks: Sequence[Readable | None]) -> tuple[Tensor, list[MemoryRead]]:
         """Add a token to every row.
 
         Args:
@@ -140,14 +141,17 @@ class BatchDecoder:
         self._check(tokens, banks)
         self._token_B1.copy_(to_device(torch.tensor([[token or 0] for token in tokens]), self.model.device))
         model = self.model
-        recording = records(model.device) and PlacedReader.takes(banks, model.config, model.device)
+        # Banks that are read together are read step by step.
+        plain = [bank for bank in banks if not isinstance(bank, BankGroup)]
+        takes = len(plain) == len(banks) and PlacedReader.takes(plain, model.config, model.device)
+        recording = records(model.device) and takes
         # One place more than the longest text has, for the token that it gets.
         self._cache.look_at(self.capacity if recording else max(self._lengths) + 1)
         if recording:
-            if self._recorded is None or not self._recorded.fits(banks):
+            if self._recorded is None or not self._recorded.fits(plain):
                 self._recorded = None  # its memory is free for the next
-                self._recorded = _Recorded(self, banks)
-            logits_BV, reads = self._recorded.replay(banks)
+                self._recorded = _Recorded(self, plain)
+            logits_BV, reads = self._recorded.replay(plain)
         else:
             logits_BV, reads = self.run(model.reader(banks, self.rows))
         taken = [int(token is not None) for token in tokens]
@@ -160,7 +164,7 @@ class BatchDecoder:
         hidden_B1D, reads = self.model.read(self._token_B1, reader, memory=self.memory, cache=self._cache)
         return self.model.backbone.logits(hidden_B1D)[:, 0], reads
 
-    def _check(self, tokens: Sequence[int | None], banks: Sequence[MemoryBank | None]) -> None:
+    def _check(self, tokens: Sequence[int | None], banks: Sequence[Readable | None]) -> None:
         if not len(tokens) == len(banks) == self.rows:
             raise ConfigError(
                 f"{len(tokens)} tokens and {len(banks)} banks were given for {self.rows} rows; give one of each a row."
@@ -175,6 +179,7 @@ class BatchDecoder:
                     "None."
                 )
         for row, bank in enumerate(banks):
+            bank = bank.first if isinstance(bank, BankGroup) else bank
             # Once: the device waits meanwhile.
             if bank is not None and bank.spec is not self._specs[row]:
                 self.model.check(bank)

@@ -13,13 +13,14 @@ PACKAGE = Path(longmem.__file__).parent
 # A module imports from the lines above its own, never from its own line or below.
 LAYERS = (
     {"errors"},
-    {"config", "ops", "families", "pretrained", "quantize", "codec", "data", "drawing"},
+    {"config", "ops", "families", "pretrained", "quantize", "codec", "data", "drawing", "registry"},
     {"decoding", "encoding"},
     {"windows"},
     {"backbone", "sketch"},
     {"ivf"},
     {"approximate"},
     {"bank"},
+    {"group"},
     {"index", "retention", "probe"},
     {"store"},
     {"attention"},
@@ -28,8 +29,9 @@ LAYERS = (
     {"model"},
     {"steps"},
     {"generation", "recall", "indexing", "keeping", "bench", "evals"},
-    {"batch"},
-    {"chat", "histories", "train"},
+    {"batch", "contenders"},
+    {"chat", "histories", "tasks", "train"},
+    {"comparison", "harness"},
     {"cli"},
 )
 HEIGHT = {name: height for height, layer in enumerate(LAYERS) for name in layer}
@@ -93,7 +95,7 @@ def test_imports_point_one_way() -> None:
 
 
 def test_memory_and_network_meet_in_the_model_alone() -> None:
-    for name in ("bank", "store", "index", "retention", "sketch", "ivf", "approximate"):
+    for name in ("bank", "group", "store", "index", "retention", "sketch", "ivf", "approximate"):
         assert siblings(name, lazily=True) <= {
             "approximate",
             "bank",
@@ -101,6 +103,7 @@ def test_memory_and_network_meet_in_the_model_alone() -> None:
             "config",
             "data",
             "errors",
+            "group",
             "ivf",
             "ops",
             "retention",

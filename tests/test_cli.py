@@ -192,7 +192,7 @@ def test_what_one_process_writes_another_reads(work, tiny_model_dir, monkeypatch
     hits = json.loads(ok("recall", "honey and wax", "--bank", "notes", "--json", *model))
     assert hits[0]["source"] == "notes.txt" and "honey" in hits[0]["text"]
     assert hits[0]["text"] == TINY_TEXT[hits[0]["start"] : hits[0]["end"]]
-    assert set(hits[0]) == {"rank", "source", "start", "end", "text", "score", "memory_score", "word_score"}
+    assert set(hits[0]) == {"rank", "bank", "source", "start", "end", "text", "score", "memory_score", "word_score"}
 
     words = ("generate", "Ada keeps", "--bank", "notes", "--attribute", "--max-new-tokens", 4, "--json")
     answer = json.loads(ok(*words, *model))
@@ -345,6 +345,134 @@ def test_banks_sources_and_forget(notes):
     assert f"{row['tokens']:,} tokens" in ok("forget", "notes.txt", *at("notes"), "--yes")
     assert "remembers nothing" in ok("sources", *at("notes"))
     assert list(Path("memories/segments").iterdir()) == []
+
+
+def test_parts_are_shown_asked_for_and_forgotten(notes, tiny_model_dir):
+    model = ("--model", tiny_model_dir, *CPU)
+    gone = "Her brother paints boats in Brest. "
+    start = TINY_TEXT.index(gone)
+    span = ("forget", "notes.txt", "--span", f"{start}:{start + len(gone)}", *at("notes"))
+    before = disk()
+    shown = cli(*span, "--preview")
+    assert shown.exit_code == 0 and disk() == before and gone.strip() in shown.stderr and shown.stdout == ""
+    refused = cli(*span, *model, input="n\n")
+    assert refused.exit_code == 1 and disk() == before and "encoded again" in refused.stderr
+    said = json.loads(ok(*span, *model, "--yes", "--json"))
+    assert [text["text"] for text in said["text"]] == [gone] and said["receipts"][0]["banks"][0]["tokens"] > 0
+    (source,) = json.loads(ok("sources", *at("notes"), "--json"))
+    assert source["chars"] == len(TINY_TEXT) - len(gone)
+    listed = json.loads(ok("receipts", "--store", "memories", "--json"))
+    assert listed == {"genuine": True, "receipts": said["receipts"]}
+    assert said["receipts"][0]["signature"][:20] in ok("receipts", "--store", "memories")
+
+    # By a query: the passage that it finds.
+    match = ("--match", "honey wax moon", "--top-k", 1, "--preview", "--json")
+    found = json.loads(ok("forget", *at("notes"), *match, *model))
+    assert found["receipts"] == [] and "honey" in found["text"][0]["text"]
+    # By time.
+    assert "Nothing" in cli("forget", *at("notes"), "--after", "2999-01-01", "--yes").stderr
+    assert "forgot" in ok("forget", *at("notes"), "--after", "2020-01-01", "--before", "2999-01-01T00:00", "--yes")
+    assert "remembers nothing" in ok("sources", *at("notes"))
+    with sqlite3.connect("memories/manifest.sqlite") as database:
+        database.execute("UPDATE receipt SET said = replace(said, 'notes', 'other')")
+    database.close()
+    altered = cli("receipts", "--store", "memories")
+    assert altered.exit_code == 1
+
+
+def test_versions_forks_and_files(notes, tiny_model_dir, other_tiny_model_dir):
+    model = ("--model", tiny_model_dir, *CPU)
+    (notes / "more.txt").write_text("The lighthouse of Brest. ")
+    ok("write", *at("notes"), "more.txt", *model)
+    first, second = json.loads(ok("log", *at("notes"), "--json"))
+    assert (first["operation"], first["sources"], second["sources"]) == ("append", ["notes.txt"], ["more.txt"])
+    assert second["tokens"] == first["tokens"] + second["added"] > 0
+    assert "append" in ok("log", *at("notes"))
+    assert "Version 1" in ok("tag", "first", *at("notes"), "--version", 1)
+    for version in ("1", "first"):
+        (source,) = json.loads(ok("sources", *at("notes"), "--version", version, "--json"))
+        assert source["source"] == "notes.txt"
+    assert "more.txt" not in ok("recall", "lighthouse", *at("notes"), "--version", "first", *model)
+    assert "has no tag 'x'" in fails("sources", *at("notes"), "--version", "x")
+
+    assert "shares files with notes" in ok("fork", *at("notes"), "--to", "notes/draft", "--version", "first")
+    assert "files of its own" in ok("fork", *at("notes"), "--to", "copy")
+    assert "already" in fails("fork", *at("notes"), "--to", "copy")
+    assert json.loads(ok("diff", "notes/draft", *at("notes"), "--json"))["ours"] == ["more.txt"]
+    assert ok("diff", "notes/draft", *at("notes")) == "- more.txt\n"
+    assert "the same" in ok("diff", "copy", *at("notes"))
+    assert ok("diff", *at("notes"), "--version", 2, "--other-version", 1) == "- more.txt\n"
+    assert f"{second['added']:,} tokens" in ok("merge", "copy", *at("notes/draft"))
+    assert "no tag first any more" in ok("tag", "first", *at("notes"), "--remove")
+
+    ok("export", "notes.longmem", *at("notes"))
+    assert "exists already" in fails("export", "notes.longmem", *at("notes"))
+    assert "Bank notes holds" in ok("import", "notes.longmem", "--store", "elsewhere")
+    ok("import", "notes.longmem", *at("again"))
+    assert ok("sources", *at("again"), "--json") == ok("sources", *at("notes"), "--json")
+    assert "cannot be read as an exported bank" in fails("import", "more.txt", *at("x"))
+    ok("copy", *at("notes"), "--to", "new", "--model", other_tiny_model_dir, *CPU)
+    assert "lighthouse" in ok("recall", "lighthouse", *at("new"), "--model", other_tiny_model_dir, *CPU)
+
+
+def test_several_banks_are_read_in_one_answer(work, tiny_model_dir):
+    model = ("--model", tiny_model_dir, *CPU)
+    (work / "bees.txt").write_text("Ada keeps bees on the roof of the old town hall.")
+    (work / "wax.txt").write_text("Wax melts at low heat, and bees make more of it.")
+    ok("write", *at("user/1234"), "bees.txt", *model)
+    ok("write", *at("domain/wax"), "wax.txt", *model)
+    both = ("--store", "memories", "--bank", "user/1234", "--bank", "domain/wax:0.5")
+    hits = json.loads(ok("recall", "bees", *both, "--json", *model))
+    assert {hit["bank"] for hit in hits} == {"user/1234", "domain/wax"}
+    assert "domain/wax, wax.txt" in " ".join(ok("recall", "bees", *both, *model).split())
+    said = json.loads(ok("generate", "Ada keeps", *both, "--max-new-tokens", 6, "--attribute", "--json", *model))
+    assert {span["bank"] for piece in said["pieces"] for span in piece["sources"]} == {"user/1234", "domain/wax"}
+    ok("generate", "Ada keeps", *both, "--max-new-tokens", 9, "--attribute", *model)
+    talked = cli("chat", *both, "--max-new-tokens", 4, "--session", "x", *model, input="Hello bees.\n/quit\n")
+    assert talked.exit_code == 0 and "of bank user/1234" in talked.stderr
+    assert "Bank domain/wax remembers" in talked.stderr
+    assert "chat/x" in ok("sources", *at("user/1234")) and "chat/x" not in ok("sources", *at("domain/wax"))
+    # What it drew on is noted with its bank.
+    shown = cli("forget", "wax.txt", *at("domain/wax"), "--preview")
+    assert shown.exit_code == 0
+    # A past version can be read beside others, and is not written to.
+    ok("generate", "Ada keeps", *both, "--version", 1, "--max-new-tokens", 4, *model)
+    fails("recall", "bees", "--store", "memories", "--bank", "user/1234:x", *model, code=2)
+    assert "weight" in fails("recall", "bees", "--store", "memories", "--bank", "user/1234:-1", *model)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("notes.txt", "--match", "x"),
+        ("--span", "1:2"),
+        ("notes.txt", "--span", "1-2"),
+        ("--after", "yesterday"),
+    ],
+)
+def test_what_to_forget_is_said_in_one_way(notes, words):
+    fails("forget", *words, *at("notes"), code=2)
+
+
+def test_what_was_said_of_it_is_offered(work, tiny_model_dir):
+    model = ("--model", tiny_model_dir, *CPU)
+    (work / "notes.txt").write_text(TINY_TEXT)
+    ok("write", *at("notes"), "notes.txt", *model)
+    talk = ("--max-new-tokens", 8, "--session", "x", *model)
+    ok("chat", *at("notes"), *talk, input="Ada keeps bees.\n/quit\n")
+    with sqlite3.connect("memories/manifest.sqlite") as database:
+        drew = database.execute("SELECT bank, source, weight FROM drew").fetchall()
+    database.close()
+    assert drew and all(row[:2] == ("notes", "notes.txt") and row[2] >= 0.05 for row in drew)
+    forget = ("forget", "notes.txt", *at("notes"))
+    assert "chat/x" in cli(*forget, "--preview").stderr
+    kept = cli(*forget, input="y\nn\n")
+    assert kept.exit_code == 0 and "chat/x" in ok("sources", *at("notes"))
+    ok("write", *at("notes"), "notes.txt", *model)
+    ok("chat", *at("notes"), *talk[:2], "--session", "y", *model, input="Ada keeps bees.\n/quit\n")
+    ok(*forget, "--generated", "--yes", *model)
+    assert "chat/y" not in ok("sources", *at("notes"))
 
 
 def test_an_index_is_made_used_and_dropped(work, tiny_model_dir):

@@ -14,7 +14,7 @@ from longmem import index, sketch
 from longmem.approximate import BankIndex
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead, SideNetConfig
-from longmem.index import BankReader, PlacedReader, Retrieved, StreamBanks, search_tokens
+from longmem.index import BankReader, PlacedReader, RetrievedRows, StreamBanks, search_tokens
 
 HEADS = (MemoryHead(1, 0), MemoryHead(1, 1), MemoryHead(2, 1))
 SPEC = BankSpec("tiny", "0" * 64, HEADS, 4, "float32")
@@ -299,7 +299,7 @@ def test_what_was_found_stays_where_it_was_found(by: str) -> None:
     assert torch.equal(found.scores(query_BKGTE, 0.3), expected)
 
 
-def same(one: Retrieved, reader: BankReader, layer: int, query_BKGTE: Tensor) -> None:
+def same(one: RetrievedRows, reader: BankReader, layer: int, query_BKGTE: Tensor) -> None:
     other = reader(layer, query_BKGTE)
     assert torch.equal(one.valid_BKGTR, other.valid_BKGTR)
     assert torch.equal(one.index_BKGTR * one.valid_BKGTR, other.index_BKGTR * other.valid_BKGTR)

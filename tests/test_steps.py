@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import longmem.attention
+import longmem.index
 from longmem.errors import BankMismatchError, ConfigError
 from longmem.index import BankReader, PlacedReader, Retrieved
 from longmem.model import LongMem
@@ -153,7 +153,7 @@ def test_steps_with_joint_attention_in_one_kernel(family, update):
             decoder.begin(row, tiny.tokens(5 + row), bank)
         results = []
         for at_once in (False, True):
-            with mock.patch.object(longmem.attention, "joins_at_once", lambda device, at_once=at_once: at_once):
+            with mock.patch.object(longmem.index, "joins_at_once", lambda device, at_once=at_once: at_once):
                 logits_BV, reads = decoder.run(PlacedReader(banks, model.config, model.device))
             results.append((logits_BV, *(read.weight_BKGTR for read in reads)))
         for found, expected in zip(*results, strict=True):

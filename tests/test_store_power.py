@@ -21,8 +21,9 @@ import torch
 from conftest import TINY_TEXT
 from test_store import SPEC, make_entry, make_index, readable
 
+from longmem.bank import BankEntry
 from longmem.model import LongMem
-from longmem.store import MemoryStore
+from longmem.store import MemoryStore, Stretch
 
 FOLDERS = ("segments", "indexes", "quarantine")
 
@@ -185,3 +186,81 @@ def test_a_repair_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
             assert torch.equal(mended.keys_HNE[:, :tokens], bank.keys_HNE[:, :tokens])
             # What could not be mended was moved, not deleted, whenever the power went.
             assert len(list((tmp_path / str(number) / "quarantine").iterdir())) == 1
+
+
+class Model:
+    """Encodes without a backbone: keys and values follow from the token ids before and at each place."""
+
+    bank_spec = SPEC
+
+    def encode(self, token_ids_N: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        seen_N = token_ids_N.cumsum(0)[start:] % 251
+        keys_HNE = seen_N.bfloat16().expand(2, 8, -1).transpose(1, 2).contiguous()
+        return keys_HNE, -keys_HNE
+
+    def tokenizer(self, text: str, **_: Any) -> dict[str, list]:
+        return {"input_ids": [ord(c) for c in text], "offset_mapping": [(n, n + 1) for n in range(len(text))]}
+
+    def entry(self, source: str, text: str, char_start: int = 0, before: str = "") -> BankEntry:
+        ids_N = torch.tensor([ord(c) for c in text])
+        places_N = torch.arange(char_start, char_start + len(text))
+        before_N = torch.tensor([ord(c) for c in before], dtype=torch.int64)
+        keys_values = self.encode(torch.cat((before_N, ids_N)), len(before_N))
+        return BankEntry(source, text, char_start, ids_N, torch.stack([places_N, places_N + 1], 1), *keys_values)
+
+
+def held(store: MemoryStore) -> dict[str, dict[str, str]]:
+    """Texts of all banks; every file is read and compared with its checksum."""
+    banks = {info.name: store.bank(info.name) for info in store.banks()}
+    return {name: {source: bank.text_of(source) for source in bank.sources} for name, bank in banks.items()}
+
+
+def test_every_operation_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a loss of power at any step of any operation, the store is what it was before it or after it."""
+    folder, model, secret = tmp_path / "memories", Model(), "the s3cret stone"
+    steps: dict[str, Callable[[MemoryStore], Any]] = {
+        "tag": lambda store: store.tag("notes", "first", 2),
+        "fork": lambda store: store.fork("notes", "notes/draft"),
+        "copy": lambda store: store.fork("notes", "copy", version=2),
+        "append": lambda store: store.bank("notes/draft").append(model.entry("c", "only the fork")),
+        "consolidate": lambda store: store.consolidate("notes/draft"),
+        "merge": lambda store: store.merge("copy", "notes/draft"),
+        "export": lambda store: store.export("copy", tmp_path / "file"),
+        "import": lambda store: store.import_(tmp_path / "file", "again"),
+        "forget a part": lambda store: store.forget("notes", [Stretch("b", 4, 4 + len(secret))], model),
+        "forget": lambda store: store.forget("notes/draft", [Stretch("a")], model),
+        "delete": lambda store: store.delete("notes"),
+    }
+    disk, crashes = Disk(folder), list[tuple[str, Crash, list[dict[str, dict[str, str]]]]]()
+    with MemoryStore.open(folder) as store:
+        bank = store.bank("notes", SPEC)
+        with recorded(disk, monkeypatch):
+            bank.append(model.entry("a", "one two three "))
+            bank.append(model.entry("b", f"and {secret} here"))
+            bank.append(model.entry("a", "four", 14, "one two three "))
+        for name, step in steps.items():
+            before = held(store)
+            disk.crashes.clear()
+            with recorded(disk, monkeypatch):
+                step(store)
+            disk.crash()
+            # The last ones are after it returned: then it is done.
+            *during, after_synced, after_now = disk.crashes
+            states = [before, held(store)]
+            crashes += [(name, crash, states) for crash in during]
+            crashes += [(name, crash, states[1:]) for crash in (after_synced, after_now)]
+    assert {name for name, _, _ in crashes} == set(steps) and len(crashes) > 100
+    for number, (name, crash, states) in enumerate(crashes):
+        crash.write(tmp_path / str(number))
+        with MemoryStore.open(tmp_path / str(number)) as again:
+            assert again.verify().ok, name
+            assert held(again) in states, name
+            assert again.orphans() == [], name
+        if name == "delete" and len(states) == 1:
+            # It lives on where it was copied to other namespaces, and nowhere else.
+            holders = [bank for bank, sources in states[0].items() if any(secret in text for text in sources.values())]
+            assert len(holders) == 2 and secret.encode() in readable(tmp_path / str(number))
+            with MemoryStore.open(tmp_path / str(number)) as again:
+                for bank in holders:
+                    again.delete(bank)
+            assert secret.encode() not in readable(tmp_path / str(number))

@@ -50,8 +50,8 @@ def files(folder: Path, bank: str = "notes") -> list[Path]:
     """Segment files of a bank, in order."""
     database = sqlite3.connect(folder / "manifest.sqlite")
     rows = database.execute(
-        "SELECT DISTINCT segment, file FROM piece JOIN segment ON segment.id = segment "
-        "WHERE piece.bank = (SELECT id FROM bank WHERE name = ?) ORDER BY ordinal",
+        "SELECT DISTINCT segment, file FROM held JOIN piece ON piece.id = piece JOIN segment ON segment.id = segment "
+        "WHERE held.bank = (SELECT id FROM bank WHERE name = ?) ORDER BY ordinal",
         (bank,),
     ).fetchall()
     database.close()

@@ -28,7 +28,7 @@ from longmem.backbone import Backbone
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import EncodeConfig, SideNetConfig
 from longmem.data import TokenizedDocuments
-from longmem.index import Retrieved
+from longmem.index import Retrieved, RetrievedRows
 from longmem.model import LongMem
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt_neox", "gpt2")
@@ -130,7 +130,7 @@ def retrieved(
     slot_BKGTR = torch.arange(pools[0].shape[1]).view(valid_BKGTR.shape[2:]).expand(valid_BKGTR.shape)
     pool_BK = torch.arange(batch * kv_heads).view(batch, kv_heads)
     score_BKGTR = torch.zeros(valid_BKGTR.shape).masked_fill(~valid_BKGTR, -torch.inf)
-    return Retrieved(*pools, pool_BK, slot_BKGTR, score_BKGTR, index_BKGTR, bank_size_B, index_BKGTR)
+    return RetrievedRows(*pools, pool_BK, slot_BKGTR, score_BKGTR, index_BKGTR, bank_size_B, index_BKGTR)
 
 
 def documents(*lengths: int, period: int = 0, seed: int = 0) -> TokenizedDocuments:

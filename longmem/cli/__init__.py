@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from longmem import __version__
-from longmem.cli import banks, learn, measure, talk
+from longmem.cli import banks, compare, forgetting, learn, measure, talk, versions
 from longmem.errors import LongMemError
 
 
@@ -70,7 +70,7 @@ def _root(
     pass
 
 
-_REMEMBER, _TRAIN = "Remember and read", "Train and measure"
+_REMEMBER, _KEEP, _TRAIN = "Remember and read", "Keep", "Train and measure"
 for _command in (
     banks.write,
     banks.recall,
@@ -78,14 +78,26 @@ for _command in (
     talk.chat,
     banks.banks,
     banks.sources,
-    banks.forget,
     banks.index,
+):
+    app.command(rich_help_panel=_REMEMBER)(_command)
+for _command in (
+    forgetting.forget,
+    forgetting.receipts,
+    versions.log,
+    versions.tag,
+    versions.fork,
+    versions.merge,
+    versions.diff,
+    versions.copy,
+    versions.export,
     banks.verify,
     banks.repair,
     banks.consolidate,
     banks.retain,
 ):
-    app.command(rich_help_panel=_REMEMBER)(_command)
+    app.command(rich_help_panel=_KEEP)(_command)
+app.command("import", rich_help_panel=_KEEP)(versions.import_)
 for _command in (
     learn.setup,
     learn.tokenize,
@@ -96,6 +108,8 @@ for _command in (
     measure.bench,
 ):
     app.command(rich_help_panel=_TRAIN)(_command)
+for _name, _command in (("compare", compare.compare), ("all", compare.every), ("qa", compare.qa)):
+    measure.evaluations.command(_name)(_command)
 app.add_typer(measure.evaluations, name="eval", rich_help_panel=_TRAIN)
 
 

@@ -1,5 +1,4 @@
-"""`longmem write`, `recall`, `banks`, `sources`, `forget`, `index`, `verify`, `repair`, `consolidate`,
-`retain`."""
+"""`longmem write`, `recall`, `banks`, `sources`, `index`, `verify`, `repair`, `consolidate`, `retain`."""
 
 from __future__ import annotations
 
@@ -138,23 +137,23 @@ def available_disk(folder: Path) -> int:
 def recall(
     query: Annotated[str, typer.Argument(help="What to look for.", show_default=False)],
     store: common.Store,
-    bank: common.Bank,
+    bank: common.Banks,
     top_k: Annotated[int, typer.Option(help="How many passages.")] = 8,
     words: Annotated[
         float | None,
         typer.Option(help="Share of the word score: 0 is the memory heads alone, 1 words (BM25) alone."),
     ] = None,
     search: common.Search = "exact",
+    version: common.Version = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     as_json: common.Json = False,
 ) -> None:
     """Show the remembered passages that a query is about."""
     from longmem import recall as passages
-    from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
-        remembered = opened.bank(bank, device=common.device_of(device), search=search)
+    with common.open_banks(store, bank, device, search, common.version_of(version)) as remembered:
+        assert remembered is not None
         loaded = common.load_model(model, device)
         hits = passages.recall(loaded, remembered, query, top_k, words)
     if as_json:
@@ -166,7 +165,8 @@ def recall(
     table = Table("", "score", "memory", "words", "source", "text", box=None, pad_edge=False, header_style="dim")
     for rank, hit in enumerate(hits, start=1):
         scores = (f"{score:.2f}" for score in (hit.score, hit.memory_score, hit.word_score))
-        place = Text(f"{hit.source}:{hit.start}–{hit.end}", overflow="fold")
+        of = f"{hit.bank}, " if len(bank) > 1 else ""
+        place = Text(f"{of}{hit.source}:{hit.start}–{hit.end}", overflow="fold")
         table.add_row(str(rank), *scores, place, Text(common.snippet(hit.text, 240)))
     common.out.print(table)
 
@@ -191,12 +191,14 @@ def banks(store: common.Store, as_json: common.Json = False) -> None:
     common.out.print(table if infos else f"No banks in {store} yet.")
 
 
-def sources(store: common.Store, bank: common.Bank, as_json: common.Json = False) -> None:
+def sources(
+    store: common.Store, bank: common.Bank, version: common.Version = None, as_json: common.Json = False
+) -> None:
     """List what a bank remembers."""
     from longmem.store import MemoryStore
 
     with MemoryStore.open(store, create=False) as opened:
-        infos = opened.bank(bank, verify=False).source_infos()
+        infos = opened.bank(bank, verify=False, version=common.version_of(version)).source_infos()
     if as_json:
         common.print_json([dataclasses.asdict(info) for info in infos])
         return
@@ -205,24 +207,6 @@ def sources(store: common.Store, bank: common.Bank, as_json: common.Json = False
         written = info.created.astimezone().strftime("%Y-%m-%d %H:%M")
         table.add_row(*map(Text, (info.source, f"{info.tokens:,}", f"{info.chars:,}", written)))
     common.out.print(table if infos else f"Bank {bank} remembers nothing yet.")
-
-
-def forget(
-    source: Annotated[str, typer.Argument(help="Name of the source, as `longmem sources` lists it.")],
-    store: common.Store,
-    bank: common.Bank,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-) -> None:
-    """Forget a source for good: its bytes are gone from the disk."""
-    from longmem.store import MemoryStore
-
-    with MemoryStore.open(store, create=False) as opened:
-        remembered = opened.bank(bank)
-        tokens = {info.source: info.tokens for info in remembered.source_infos()}
-        if source in tokens and not yes:
-            typer.confirm(f"Forget {source} ({tokens[source]:,} tokens) for good?", abort=True, err=True)
-        forgotten = remembered.forget(source)
-    common.out.print(f"Forgot {source}: {forgotten:,} tokens.", markup=False, highlight=False)
 
 
 def index(
@@ -331,8 +315,12 @@ def repair(
 
     with MemoryStore.open(store, create=False) as opened:
         loaded = common.load_model(model, device)
-        with common.counting("encoding again", None, "tokens") as advance:
-            repairs = opened.repair(loaded, bank, on_tokens=advance)
+        total = sum(info.bytes for info in opened.banks() if bank in (None, info.name))
+        with (
+            common.counting("checking", total, "bytes") as read,
+            common.counting("encoding again", None, "tokens") as advance,
+        ):
+            repairs = opened.repair(loaded, bank, on_tokens=advance, on_bytes=read)
     if as_json:
         common.print_json([dataclasses.asdict(made) for made in repairs])
         return

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from longmem.config import BankSpec
     from longmem.data import TokenizedDocuments
     from longmem.evals.perplexity import PerplexityConfig
+    from longmem.group import Readable
     from longmem.model import LongMem
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -35,6 +36,17 @@ MaybeStore = Annotated[
 Bank = Annotated[str, typer.Option(help="Name of the bank: notes, user/1234.", show_default=False)]
 MaybeBank = Annotated[
     str | None, typer.Option(help="Name of the bank; without one nothing is remembered.", show_default=False)
+]
+_SEVERAL = "Name of a bank, with a weight after a colon if wanted (domain/physics:0.5); several times to read several."
+Banks = Annotated[list[str], typer.Option("--bank", help=_SEVERAL, show_default=False)]
+MaybeBanks = Annotated[
+    list[str] | None, typer.Option("--bank", help=f"{_SEVERAL} The first is written to.", show_default=False)
+]
+Version = Annotated[
+    str | None,
+    typer.Option(
+        "--version", help="Number or tag of a version (`longmem log`); the newest by default.", show_default=False
+    ),
 ]
 Model = Annotated[str, typer.Option(help="A SideNet that ships with longmem, or a checkpoint folder.")]
 BackboneName = Annotated[str, typer.Option("--backbone", help="An embedded model, a folder, or a Hugging Face hub id.")]
@@ -134,12 +146,64 @@ def check_precision(bank: MemoryBank, name: str, precision: Kept | None) -> None
         )
 
 
-def check_bank(store: Path | None, bank: str | None, search: str) -> None:
-    """Raise `BadParameter` where options of a bank do not go together."""
-    if bank is not None and store is None:
+def weighted(banks: Sequence[str]) -> list[tuple[str, float]]:
+    """Names and weights of banks, as options give them."""
+    found = []
+    for text in banks:
+        name, colon, weight = text.partition(":")
+        try:
+            found.append((name, float(weight) if colon else 1.0))
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"{text!r} has no number for a weight: give NAME or NAME:WEIGHT, as in domain/physics:0.5.",
+                param_hint="--bank",
+            ) from error
+    return found
+
+
+def check_bank(store: Path | None, bank: str | Sequence[str] | None, search: str) -> None:
+    """Raise `BadParameter` where options of banks do not go together."""
+    if bank and store is None:
         raise typer.BadParameter("--bank needs --store, or LONGMEM_STORE in the environment.", param_hint="--store")
-    if bank is None and search == "index":
+    if not bank and search == "index":
         raise typer.BadParameter("without --bank there is nothing to search.", param_hint="--search")
+
+
+def together(banks: Sequence[MemoryBank], weights: Sequence[float]) -> Readable:
+    """A bank, or several to be read together."""
+    from longmem.group import BankGroup
+
+    return banks[0] if len(banks) == 1 and weights[0] == 1.0 else BankGroup(banks, weights)
+
+
+@contextmanager
+def open_banks(
+    store: Path | None,
+    banks: Sequence[str] | None,
+    device: str,
+    search: Literal["exact", "index"],
+    version: int | str | None = None,
+) -> Iterator[Readable | None]:
+    """Existing banks to be read together, the first of them in a version; None if none was asked for."""
+    if store is None or not banks:
+        yield None
+        return
+    from longmem.store import MemoryStore
+
+    names = weighted(banks)
+    with MemoryStore.open(store, create=False) as opened:
+        where = device_of(device)
+        versions = [version] + [None] * (len(names) - 1)
+        found = [
+            opened.bank(name, device=where, search=search, version=of)
+            for (name, _), of in zip(names, versions, strict=True)
+        ]
+        yield together(found, [weight for _, weight in names])
+
+
+def version_of(version: str | None) -> int | str | None:
+    """A version as it was given: a number, or a tag."""
+    return int(version) if version is not None and version.isascii() and version.isdigit() else version
 
 
 @contextmanager

@@ -15,12 +15,10 @@ import typer
 from longmem.cli import common
 
 if TYPE_CHECKING:
-    from longmem.bank import MemoryBank
     from longmem.chat import ChatSession
     from longmem.generation import Attribution, Piece
+    from longmem.group import Readable
 
-# A token drew on a span if it paid it so much of the memory heads' attention; less is noise.
-_NOTICED = 0.05
 # Spans of one source that are at most so many characters apart are one place.
 _NEAR = 40
 _MOST_FOOTNOTES = 10
@@ -39,7 +37,7 @@ Memory = Annotated[float, typer.Option(help="A dial: 0 is the backbone alone, 1 
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - is standard input.", show_default=False)],
     store: common.MaybeStore = None,
-    bank: common.MaybeBank = None,
+    bank: common.MaybeBanks = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -50,6 +48,7 @@ def generate(
     remember: Annotated[bool, typer.Option(help="Write what leaves the local window to the bank.")] = True,
     attribute: Annotated[bool, typer.Option("--attribute", help="Say which remembered text it drew on.")] = False,
     search: common.Search = "exact",
+    version: common.Version = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     compile: common.Compile = False,
@@ -57,7 +56,7 @@ def generate(
 ) -> None:
     """Continue a text, with what a bank remembers."""
     common.check_bank(store, bank, search)
-    if attribute and bank is None:
+    if attribute and not bank:
         raise typer.BadParameter("without --bank there is nothing to draw on.", param_hint="--attribute")
     from longmem import generation
 
@@ -70,11 +69,11 @@ def generate(
         window=window,
         memory=memory,
         attribute=attribute,
-        remember=remember,
+        remember=remember and version is None,  # what is past cannot be written to
     )
     if prompt == "-":
         prompt = sys.stdin.read()
-    with common.open_bank(store, bank, device, search) as remembered:
+    with common.open_banks(store, bank, device, search, common.version_of(version)) as remembered:
         loaded = common.load_model(model, device, compile=compile)
         pieces: list[Piece] = []
         for piece in generation.generate(loaded, prompt, bank=remembered, config=config):
@@ -99,7 +98,7 @@ def generate(
 
 def chat(
     store: common.MaybeStore = None,
-    bank: common.MaybeBank = None,
+    bank: common.MaybeBanks = None,
     session: Annotated[
         str | None, typer.Option(help="Name of the conversation, to continue it; the time by default.")
     ] = None,
@@ -131,27 +130,32 @@ def chat(
         seed=seed,
         window=window,
         memory=memory,
-        attribute=bank is not None,
+        attribute=bool(bank),
     )
     name = datetime.now().strftime("%Y-%m-%d %H:%M:%S") if session is None else session
     loaded = common.load_model(model, device, compile=compile)
     # Tried without a bank first: settings that cannot work should not leave a new bank behind.
     ChatSession(loaded, None, name, config, system=system).close()
-    if store is None or bank is None:
+    if store is None or not bank:
         with ChatSession(loaded, None, name, config, system=system) as conversation:
             typer.echo("No --bank: this conversation is forgotten when it ends. /help lists commands.", err=True)
             _converse(conversation, None)
         return
     with MemoryStore.open(store) as opened:
-        remembered = opened.bank(bank, common.spec_of(loaded, precision), device=loaded.device, search=search)
-        common.check_precision(remembered, bank, precision)
+        # The first is written to, and made if there is none.
+        (first, _), *others = names = common.weighted(bank)
+        found = [opened.bank(first, common.spec_of(loaded, precision), device=loaded.device, search=search)]
+        common.check_precision(found[0], first, precision)
+        found += [opened.bank(other, device=loaded.device, search=search) for other, _ in others]
+        remembered = common.together(found, [weight for _, weight in names])
         with ChatSession(loaded, remembered, name, config, system=system) as conversation:
-            known = common.contents(remembered)
-            typer.echo(f"Bank {bank} remembers {known}; this is {conversation.source}. /help lists commands.", err=True)
+            for one in found:
+                typer.echo(f"Bank {one.name} remembers {common.contents(one)}.", err=True)
+            typer.echo(f"This is {conversation.source} of bank {first}. /help lists commands.", err=True)
             _converse(conversation, remembered)
 
 
-def _converse(conversation: ChatSession, bank: MemoryBank | None) -> None:
+def _converse(conversation: ChatSession, bank: Readable | None) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  (gives `input` line editing and a history)
     reply: list[Piece] = []
@@ -203,6 +207,7 @@ class Stretch:
     source: str | None
     start: int = 0
     end: int = 0
+    bank: str | None = None
     weights: list[float] = field(default_factory=list)
 
 
@@ -212,7 +217,9 @@ def stretches(pieces: Sequence[Piece]) -> list[Stretch]:
     Of the places that a token drew on, the one counts that all tokens together drew on most: a passage that is being
     told rather than a word that happens to fit.
     """
-    noticed = [[span for span in piece.sources if span.weight >= _NOTICED] for piece in pieces]
+    from longmem.generation import NOTICED
+
+    noticed = [[span for span in piece.sources if span.weight >= NOTICED] for piece in pieces]
     place_of, totals = _places([span for spans in noticed for span in spans])
     found: list[Stretch] = []
     last_place = None
@@ -226,7 +233,7 @@ def stretches(pieces: Sequence[Piece]) -> list[Stretch]:
         if mine:
             known = [(stretch.start, stretch.end)] if stretch.source is not None else []
             bounds = known + [(span.start, span.end) for span in mine]
-            stretch.source = mine[0].source
+            stretch.source, stretch.bank = mine[0].source, mine[0].bank
             stretch.start, stretch.end = min(start for start, _ in bounds), max(end for _, end in bounds)
             stretch.weights.append(sum(span.weight for span in mine))
     return found
@@ -237,26 +244,31 @@ def _places(spans: Sequence[Attribution]) -> tuple[dict[Attribution, int], list[
     place_of: dict[Attribution, int] = {}
     totals: list[float] = []
     source, end = None, 0
-    for span in sorted(spans, key=lambda span: (span.source, span.start)):
-        if span.source != source or span.start > end + _NEAR:
+    for span in sorted(spans, key=lambda span: (span.bank or "", span.source, span.start)):
+        if (span.bank, span.source) != source or span.start > end + _NEAR:
             totals.append(0.0)
-            source, end = span.source, span.end
+            source, end = (span.bank, span.source), span.end
         end = max(end, span.end)
         place_of[span] = len(totals) - 1
         totals[-1] += span.weight
     return place_of, totals
 
 
-def _print_footnotes(pieces: Sequence[Piece], bank: MemoryBank) -> int:
+def _print_footnotes(pieces: Sequence[Piece], bank: Readable) -> int:
     """Print what stretches of generated text drew on, the heaviest in the order of the text; returns how many."""
+    from longmem.group import BankGroup, members
+
     drawn = [stretch for stretch in stretches(pieces) if stretch.source is not None]
     heaviest = sorted(drawn, key=lambda stretch: -sum(stretch.weights))[:_MOST_FOOTNOTES]
     for number, stretch in enumerate((s for s in drawn if s in heaviest), start=1):
         source = stretch.source or ""
         share = sum(stretch.weights) / len(stretch.weights)
         typer.echo(f"\n[{number}] “{common.snippet(stretch.text)}”")
-        typer.echo(f"    {source}:{stretch.start}–{stretch.end}, {share:.0%} of the memory heads' attention")
-        typer.echo(f"    “{common.snippet(bank.text_of(source, stretch.start, stretch.end), 240)}”")
+        of = next(one for one, _ in members(bank) if one.name == stretch.bank)
+        where = f"{of.name}, " if isinstance(bank, BankGroup) else ""
+        place = f"{where}{source}:{stretch.start}–{stretch.end}"
+        typer.echo(f"    {place}, {share:.0%} of the memory heads' attention")
+        typer.echo(f"    “{common.snippet(of.text_of(source, stretch.start, stretch.end), 240)}”")
     if len(drawn) > len(heaviest):
         typer.echo(f"\n{len(drawn) - len(heaviest)} lighter ones are not shown.")
     return len(drawn)

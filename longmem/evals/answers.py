@@ -388,9 +388,12 @@ def encode_texts(
     for number, (text, encoded) in enumerate(zip(different, found, strict=True)):
         ids_N = torch.tensor(encoded["input_ids"], dtype=torch.int64)
         pieces = [parts[number, kept] for _, kept, _ in model.config.encode.windows(0, len(ids_N))]
-        keys_values = [torch.cat(some, dim=1) for some in zip(*pieces, strict=True)] if pieces else model.encode(ids_N)
+        if pieces:
+            keys_HNE, values_HNE = (torch.cat(some, dim=1) for some in zip(*pieces, strict=True))
+        else:
+            keys_HNE, values_HNE = model.encode(ids_N)
         offsets_N2 = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2)
-        entries[text] = BankEntry("", text, 0, ids_N, offsets_N2, *keys_values)
+        entries[text] = BankEntry("", text, 0, ids_N, offsets_N2, keys_HNE, values_HNE)
     return [entries[text] for text in texts]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from longmem.evals.answers import (
 from longmem.evals.chats import ATTRIBUTES, KINDS, Chat, ChatConfig, Split, Turn, generate_chats
 from longmem.model import LongMem
 
+Part = TypeVar("Part")
 LABELS = (RIGHT, "stale", "wrong", "borrowed", "stray")
 # Stands for a reply where the template is asked how the next turn begins.
 _REPLY = "8c1f9e"
@@ -185,9 +186,9 @@ def _outcomes(model: LongMem, chats: Sequence[Chat], filler: Sequence[BankEntry]
     return ask_everywhere(model, cases)
 
 
-def between(filler: Sequence[BankEntry], sessions: Sequence[BankEntry]) -> list[BankEntry]:
+def between(filler: Sequence[Part], sessions: Sequence[Part]) -> list[Part]:
     """Sessions in their order with equal shares of the filler after each."""
-    mixed: list[BankEntry] = []
+    mixed: list[Part] = []
     for number, session in enumerate(sessions):
         first, last = (n * len(filler) // len(sessions) for n in (number, number + 1))
         mixed += [session, *filler[first:last]]

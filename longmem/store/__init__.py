@@ -10,21 +10,32 @@ manifest row names are left-overs of a crash and mean nothing. docs/format.md de
 
 from __future__ import annotations
 
+from longmem.store.algebra import ChangedSource, Diff
 from longmem.store.consolidate import Consolidation
+from longmem.store.forgetting import Generated, Preview, Stretch
+from longmem.store.receipts import Receipt
 from longmem.store.repair import Quarantined, Repair
 from longmem.store.store import BankInfo, MemoryStore, check_bank_name
 from longmem.store.stored_bank import SourceInfo, StoredBank
 from longmem.store.verify import Fault, Report
+from longmem.store.versions import Version
 
 __all__ = [
     "BankInfo",
+    "ChangedSource",
     "Consolidation",
+    "Diff",
     "Fault",
+    "Generated",
     "MemoryStore",
+    "Preview",
     "Quarantined",
+    "Receipt",
     "Repair",
     "Report",
     "SourceInfo",
     "StoredBank",
+    "Stretch",
+    "Version",
     "check_bank_name",
 ]

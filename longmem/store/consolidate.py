@@ -8,15 +8,13 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from longmem.errors import StoreCorruptError, StoreNotWritableError
-from longmem.store.segments import Piece, Record, named, read_segment
+from longmem.store.segments import Piece, Record, by_segment, named, read_segment
 
 if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
 
 # Two copies of a segment are in memory while it is written, and a forget rewrites those that it shares.
 SEGMENT_BYTES = 256 << 20
-_PLACES = "SELECT id, segment FROM piece WHERE bank = ?"
-_RECORDS = "SELECT record.piece FROM record JOIN piece ON piece.id = record.piece WHERE bank = ?"
 
 
 @dataclass(frozen=True)
@@ -44,23 +42,21 @@ def consolidate(
     bank_id, _ = found
     before = len({piece.segment for piece in store.pieces(bank_id)})
     # What was forgotten or moved meanwhile ends a pass early; then look again.
-    while not all(_merge(store, bank_id, name, run, on_segments) for run in _runs(store, bank_id, segment_bytes)):
+    while not all(_merge(store, name, run, on_segments) for run in _runs(store, bank_id, segment_bytes)):
         pass
-    ((segments, size),) = store.manifest.query(
-        "SELECT COUNT(*), COALESCE(SUM(bytes), 0) FROM segment WHERE bank = ?", bank_id
-    )
-    return Consolidation(name, before, segments, size)
+    sizes = store.segment_sizes(bank_id)
+    return Consolidation(name, before, len(sizes), sum(sizes.values()))
 
 
 def _runs(store: MemoryStore, bank_id: int, segment_bytes: int) -> list[list[Piece]]:
-    """Pieces of neighbouring segments that become one.
+    """Pieces of neighbouring segments that become one, in the order of the bank; last, what only its forks hold.
 
     A segment of half the size is left alone, so that a bank that is consolidated often is not copied each time.
     """
-    sizes = dict(store.manifest.query("SELECT id, bytes FROM segment WHERE bank = ?", bank_id))
+    sizes, segments = store.segment_sizes(bank_id), by_segment(store.pieces(bank_id))
     runs: list[list[Piece]] = [[]]
     room = segment_bytes
-    for segment, group in groupby(store.pieces(bank_id), key=lambda piece: piece.segment):
+    for segment, held in segments.items():
         # A segment that was committed between the two queries has no size yet; the next consolidation takes it.
         size = sizes.get(segment, segment_bytes)
         large = size > segment_bytes // 2
@@ -68,18 +64,22 @@ def _runs(store: MemoryStore, bank_id: int, segment_bytes: int) -> list[list[Pie
             runs.append([])
             room = segment_bytes
         if not large:
-            runs[-1] += group
+            mine = {piece.id for piece in held}
+            runs[-1] += [*held, *(piece for piece in store.in_segment(segment) if piece.id not in mine)]
             room -= size
     return [run for run in runs if len({piece.segment for piece in run}) > 1]
 
 
-def _merge(
-    store: MemoryStore, bank_id: int, name: str, run: list[Piece], on_segments: Callable[[int], None] | None
-) -> bool:
-    """Copy pieces into one new segment; False if they changed meanwhile."""
+def _merge(store: MemoryStore, name: str, run: list[Piece], on_segments: Callable[[int], None] | None) -> bool:
+    """Copy all that lies in some segments into a new one; False if it changed meanwhile."""
     old = {piece.segment: piece.file for piece in run}
-    placed = {piece.id: piece.segment for piece in run}
     new = None
+
+    def still() -> bool:
+        """Whether in these segments lies what lay there."""
+        now = {piece.id: segment for segment in old for piece in store.in_segment(segment)}
+        return now == {piece.id: piece.segment for piece in run}
+
     try:
         entries = []
         for _, group in groupby(run, key=lambda piece: piece.segment):
@@ -88,24 +88,21 @@ def _merge(
             try:
                 entries += read_segment(path, pieces, what, store.mend(name), verify=True)
             except StoreCorruptError:
-                if not _still(store.manifest.query(_PLACES, bank_id), placed):
+                if not still():
                     return False
                 raise
         new = store.write_segment(entries)
         with store.manifest.transaction() as database:
-            if not _still(database.execute(_PLACES, (bank_id,)).fetchall(), placed):
+            if not still():
                 store.discard(new.file)
                 return False
-            store.move(database, bank_id, new, run)
+            store.move(database, new, run)
             # Pieces of the first version have no record; now that their checksums held, they get one.
-            known = {row for (row,) in database.execute(_RECORDS, (bank_id,))}
             for piece, entry in zip(run, entries, strict=True):
-                if piece.id not in known:
+                if not database.execute("SELECT 1 FROM record WHERE piece = ?", (piece.id,)).fetchone():
                     record = Record.of(entry).pack()
                     database.execute("INSERT INTO record (piece, data) VALUES (?, ?)", (piece.id, record))
             database.executemany("DELETE FROM segment WHERE id = ?", [(segment,) for segment in old])
-            # Whoever finds an old file missing must see that the manifest has changed.
-            database.execute("UPDATE bank SET revision = revision + 1 WHERE id = ?", (bank_id,))
     except BaseException as error:
         if new is not None:
             store.discard(new.file)
@@ -119,9 +116,3 @@ def _merge(
     if on_segments is not None:
         on_segments(len(old))
     return True
-
-
-def _still(rows: list[tuple], placed: dict[int, int]) -> bool:
-    """Whether pieces lie where they lay."""
-    now = dict(rows)
-    return all(now.get(piece) == segment for piece, segment in placed.items())

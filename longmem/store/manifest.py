@@ -1,4 +1,4 @@
-"""The manifest of a store: which banks there are, and which segments each holds. SQLite, and nothing but SQLite.
+"""The manifest of a store: which banks there are, and which pieces each holds. SQLite, and nothing but SQLite.
 
 docs/format.md describes every table.
 """
@@ -16,29 +16,27 @@ from pathlib import Path
 from longmem.errors import StoreCorruptError, StoreError, StoreNotWritableError
 
 MANIFEST = "manifest.sqlite"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 APPLICATION_ID = 0x4C4D454D  # "LMEM"
 
 SCHEMA = """
 CREATE TABLE bank (
-    id       INTEGER PRIMARY KEY AUTOINCREMENT,
-    name     TEXT    NOT NULL UNIQUE,
-    spec     TEXT    NOT NULL,
-    revision INTEGER NOT NULL,
-    created  TEXT    NOT NULL,
-    updated  TEXT    NOT NULL
+    id        INTEGER PRIMARY KEY AUTOINCREMENT,
+    name      TEXT    NOT NULL UNIQUE,
+    namespace TEXT    NOT NULL,
+    spec      TEXT    NOT NULL,
+    revision  INTEGER NOT NULL,
+    created   TEXT    NOT NULL,
+    updated   TEXT    NOT NULL
 );
 CREATE TABLE segment (
     id     INTEGER PRIMARY KEY AUTOINCREMENT,
-    bank   INTEGER NOT NULL REFERENCES bank (id),
     file   TEXT    NOT NULL UNIQUE,
     sha256 TEXT    NOT NULL,
     bytes  INTEGER NOT NULL
 );
 CREATE TABLE piece (
     id          INTEGER PRIMARY KEY AUTOINCREMENT,
-    bank        INTEGER NOT NULL REFERENCES bank (id),
-    ordinal     INTEGER NOT NULL,
     source      TEXT    NOT NULL,
     char_start  INTEGER NOT NULL,
     chars       INTEGER NOT NULL,
@@ -46,13 +44,69 @@ CREATE TABLE piece (
     segment     INTEGER NOT NULL REFERENCES segment (id),
     first_token INTEGER NOT NULL,
     first_char  INTEGER NOT NULL,
-    created     TEXT    NOT NULL,
-    UNIQUE (bank, ordinal)
+    created     TEXT    NOT NULL
 );
 CREATE INDEX piece_segment ON piece (segment);
+CREATE TABLE held (
+    bank    INTEGER NOT NULL REFERENCES bank (id),
+    ordinal INTEGER NOT NULL,
+    piece   INTEGER NOT NULL REFERENCES piece (id),
+    version INTEGER NOT NULL,
+    PRIMARY KEY (bank, ordinal)
+) WITHOUT ROWID;
+CREATE INDEX held_piece ON held (piece);
 CREATE TABLE record (
     piece INTEGER PRIMARY KEY REFERENCES piece (id),
     data  BLOB    NOT NULL
+);
+CREATE TABLE drew (
+    piece      INTEGER NOT NULL REFERENCES piece (id),
+    bank       TEXT    NOT NULL,
+    source     TEXT    NOT NULL,
+    char_start INTEGER NOT NULL,
+    char_end   INTEGER NOT NULL,
+    weight     REAL    NOT NULL
+);
+CREATE INDEX drew_piece ON drew (piece);
+CREATE TABLE version (
+    bank      INTEGER NOT NULL REFERENCES bank (id),
+    number    INTEGER NOT NULL,
+    operation TEXT    NOT NULL,
+    note      TEXT,
+    forgotten INTEGER NOT NULL,
+    created   TEXT    NOT NULL,
+    PRIMARY KEY (bank, number)
+) WITHOUT ROWID;
+CREATE TABLE tag (
+    bank    INTEGER NOT NULL REFERENCES bank (id),
+    name    TEXT    NOT NULL,
+    version INTEGER NOT NULL,
+    PRIMARY KEY (bank, name)
+) WITHOUT ROWID;
+CREATE TABLE receipt (
+    id        INTEGER PRIMARY KEY AUTOINCREMENT,
+    namespace TEXT    NOT NULL,
+    said      TEXT    NOT NULL,
+    signature TEXT    NOT NULL
+);
+CREATE TABLE secret (
+    id  INTEGER PRIMARY KEY CHECK (id = 1),
+    key BLOB    NOT NULL
+);
+CREATE TABLE thinned (
+    piece INTEGER PRIMARY KEY REFERENCES piece (id),
+    rows  INTEGER NOT NULL,
+    kept  BLOB    NOT NULL
+);
+CREATE TABLE score (
+    piece INTEGER NOT NULL REFERENCES piece (id),
+    name  TEXT    NOT NULL,
+    data  BLOB    NOT NULL,
+    PRIMARY KEY (piece, name)
+) WITHOUT ROWID;
+CREATE TABLE cap (
+    bank     INTEGER PRIMARY KEY REFERENCES bank (id),
+    settings TEXT    NOT NULL
 );
 CREATE TABLE quarantine (
     id         INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -66,43 +120,27 @@ CREATE TABLE quarantine (
     created    TEXT    NOT NULL
 );
 """
-# Added since: a manifest of version 2 without them has banks that were never thinned.
-RETENTION = """
-CREATE TABLE IF NOT EXISTS thinned (
-    piece INTEGER PRIMARY KEY REFERENCES piece (id),
-    rows  INTEGER NOT NULL,
-    kept  BLOB    NOT NULL
-);
-CREATE TABLE IF NOT EXISTS score (
-    piece INTEGER NOT NULL REFERENCES piece (id),
-    name  TEXT    NOT NULL,
-    data  BLOB    NOT NULL,
-    PRIMARY KEY (piece, name)
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS cap (
-    bank     INTEGER PRIMARY KEY REFERENCES bank (id),
-    settings TEXT    NOT NULL
-);
+
+# Format 1 had one row, in `segment`, for a piece and its file, and no copy of the text outside of that file. Format 2
+# had pieces of one bank each, and no versions.
+_PIECES_OF_1 = """
+CREATE TABLE old_piece AS SELECT id, bank, ordinal, source, char_start, chars, tokens, id AS segment, 0 AS first_token,
+    0 AS first_char, created FROM old_segment;
+CREATE TABLE old_record (piece, data);
+CREATE TABLE old_quarantine AS SELECT * FROM quarantine
 """
-# Format 1 had one row for a piece and its file, and no copy of the text outside of that file.
-_MIGRATION = f"""
-ALTER TABLE segment RENAME TO segment_1;
-{SCHEMA[SCHEMA.index("CREATE TABLE segment") :]}
-INSERT INTO segment SELECT id, bank, file, sha256, bytes FROM segment_1;
+_MIGRATION = """
+INSERT INTO bank SELECT id, name, name, spec, revision, created, updated FROM old_bank;
+INSERT INTO segment SELECT id, file, sha256, bytes FROM old_segment;
 INSERT INTO piece
-SELECT id, bank, ordinal, source, char_start, chars, tokens, id, 0, 0, created FROM segment_1;
-DROP TABLE segment_1;
-"""
-# What cannot be migrated is read through views: a temporary one hides a table of the same name.
-_VIEWS = """
-CREATE TEMP VIEW piece AS
-SELECT id, bank, ordinal, source, char_start, chars, tokens, id AS segment, 0 AS first_token, 0 AS first_char, created
-FROM main.segment;
-CREATE TEMP VIEW segment AS SELECT id, bank, file, sha256, bytes FROM main.segment;
-CREATE TEMP TABLE record (piece INTEGER PRIMARY KEY, data BLOB);
-CREATE TEMP TABLE quarantine (
-    bank INTEGER, source TEXT, char_start INTEGER, chars INTEGER, file TEXT, record BLOB, reason TEXT
-);
+SELECT id, source, char_start, chars, tokens, segment, first_token, first_char, created FROM old_piece;
+INSERT INTO held SELECT bank, ordinal, id, ROW_NUMBER() OVER (PARTITION BY bank ORDER BY ordinal) FROM old_piece;
+INSERT INTO version
+SELECT bank, ROW_NUMBER() OVER (PARTITION BY bank ORDER BY ordinal), 'append', NULL, 0, created FROM old_piece;
+INSERT INTO record SELECT piece, data FROM old_record;
+INSERT INTO quarantine SELECT id, bank, source, char_start, chars, file, record, reason, created FROM old_quarantine;
+DELETE FROM sqlite_sequence WHERE 'old_' || name IN (SELECT name FROM sqlite_sequence);
+UPDATE sqlite_sequence SET name = substr(name, 5) WHERE name LIKE 'old#_%' ESCAPE '#'
 """
 _BUSY_SECONDS = 30.0
 
@@ -128,11 +166,24 @@ class Manifest:
         with _explained(folder):
             database = _connect(path) if writable else _connect_read_only(path)
             try:
-                _check_format(database, folder, writable=writable)
+                database = _check_format(database, folder, writable=writable)
             except BaseException:
                 database.close()
                 raise
         return cls(folder, database, writable=writable)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: Path) -> Manifest:
+        """A manifest in memory, to be read; `path` is where it came from, for errors. Raises as `open` does."""
+        database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        with _explained(path):
+            try:
+                database.deserialize(data)
+                database = _check_format(database, path, writable=False)
+            except BaseException:
+                database.close()
+                raise
+        return cls(path, database, writable=False)
 
     def close(self) -> None:
         with self._lock:
@@ -157,6 +208,17 @@ class Manifest:
                     self._db.execute("ROLLBACK")
                 raise
 
+    def scrub(self) -> bool:
+        """Overwrite what is left of deleted rows, in the database and in its log; False if that is not possible now."""
+        with self._lock:
+            try:
+                # Deleted rows are overwritten already (secure_delete); this leaves no free pages at all.
+                self._db.execute("VACUUM")
+                ((busy, _, _),) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            except sqlite3.Error:
+                return False
+        return not busy
+
     def require_writable(self) -> None:
         """Raise `StoreNotWritableError` if the store is open for reading only."""
         if not self.writable:
@@ -164,6 +226,13 @@ class Manifest:
                 f"The store in {self.folder} is open for reading only: its folder or manifest cannot be written. "
                 "Change their permissions and open it again, or copy the store."
             )
+
+
+def blank() -> sqlite3.Connection:
+    """A new manifest in memory."""
+    database = sqlite3.connect(":memory:", isolation_level=None)
+    _create(database)
+    return database
 
 
 def _connect(manifest: Path) -> sqlite3.Connection:
@@ -174,6 +243,8 @@ def _connect(manifest: Path) -> sqlite3.Connection:
         database.execute("PRAGMA synchronous = FULL")
         database.execute("PRAGMA foreign_keys = ON")
         database.execute("PRAGMA secure_delete = ON")
+        # Nothing that is to be forgotten goes to temporary files.
+        database.execute("PRAGMA temp_store = MEMORY")
     except BaseException:
         database.close()
         raise
@@ -200,53 +271,85 @@ def _connect_read_only(manifest: Path) -> sqlite3.Connection:
     return database
 
 
-def _check_format(database: sqlite3.Connection, folder: Path, *, writable: bool) -> None:
-    """Create the tables of a new manifest, or make sure that this version can read them."""
+def _check_format(database: sqlite3.Connection, folder: Path, *, writable: bool) -> sqlite3.Connection:
+    """Create the tables of a new manifest, or make sure that this version can read them.
 
-    def number(sql: str) -> int:
-        return database.execute(sql).fetchone()[0]
-
-    def is_new() -> bool:
-        return number("PRAGMA user_version") == 0 and number("SELECT COUNT(*) FROM sqlite_master") == 0
-
-    def run(script: str) -> None:
-        for statement in script.split(";"):
-            database.execute(statement)
-
-    if writable and is_new():
+    Returns:
+        The same connection; for one of an earlier format that cannot be written, a copy in memory.
+    """
+    if writable and _is_new(database):
         database.execute("BEGIN EXCLUSIVE")
-        if is_new():
-            run(SCHEMA)
-            database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+        if _is_new(database):
+            _create(database)
         database.execute("COMMIT")
-    if number("PRAGMA application_id") != APPLICATION_ID:
+    if _number(database, "PRAGMA application_id") != APPLICATION_ID:
         raise StoreError(
             f"{folder / MANIFEST} belongs to another program. Give the folder of a store, or a new folder."
         )
-    if number("PRAGMA user_version") == 1 and writable:
-        database.execute("BEGIN EXCLUSIVE")
-        # Another process may have been first.
-        if number("PRAGMA user_version") == 1:
-            run(_MIGRATION)
-            database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-        database.execute("COMMIT")
-    has_retention = number("SELECT COUNT(*) FROM sqlite_master WHERE name = 'thinned'")
-    if not has_retention and writable:
-        database.execute("BEGIN EXCLUSIVE")
-        run(RETENTION)
-        database.execute("COMMIT")
-    elif not has_retention:
-        database.execute("PRAGMA temp_store = MEMORY")
-        run(RETENTION.replace("CREATE TABLE IF NOT EXISTS", "CREATE TEMP TABLE"))
-    version = number("PRAGMA user_version")
-    if version == 1:
-        run(_VIEWS)
-    elif version != FORMAT_VERSION:
+    version = _number(database, "PRAGMA user_version")
+    if not 1 <= version <= FORMAT_VERSION:
         raise StoreError(
-            f"The store in {folder} has format {version}; this longmem reads formats 1 and {FORMAT_VERSION}. "
+            f"The store in {folder} has format {version}; this longmem reads formats 1 to {FORMAT_VERSION}. "
             "Update longmem."
         )
+    if version < FORMAT_VERSION and not writable:
+        copy = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        database.backup(copy)
+        database.close()
+        database = copy
+    if version < FORMAT_VERSION:
+        _migrate(database)
+    return database
+
+
+def _create(database: sqlite3.Connection) -> None:
+    _run(database, SCHEMA)
+    database.execute("INSERT INTO secret VALUES (1, randomblob(32))")
+    database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+
+
+def _migrate(database: sqlite3.Connection) -> None:
+    """Bring a manifest of an earlier format to this one, in one transaction."""
+    # Tables that others refer to are replaced; this cannot be changed inside a transaction.
+    database.execute("PRAGMA foreign_keys = OFF")
+    database.execute("BEGIN EXCLUSIVE")
+    # Another process may have been first.
+    version = _number(database, "PRAGMA user_version")
+    if version < FORMAT_VERSION:
+        # Not all manifests of version 2 have the tables of banks that were thinned.
+        added = ("piece", "record", "quarantine", "thinned", "score", "cap")
+        there = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        old = ["bank", "segment", *(table for table in added if table in there)]
+        for table in old:
+            database.execute(f"ALTER TABLE {table} RENAME TO old_{table}")
+        database.execute("DROP INDEX IF EXISTS piece_segment")
+        _run(database, SCHEMA)
+        database.execute("INSERT INTO secret VALUES (1, randomblob(32))")
+        if version == 1:
+            _run(database, _PIECES_OF_1)
+        _run(database, _MIGRATION)
+        for table in {"thinned", "score", "cap"} & there:
+            database.execute(f"INSERT INTO {table} SELECT * FROM old_{table}")
+        for table in {"quarantine", "record", "piece", *old}:
+            database.execute(f"DROP TABLE old_{table}")
+        database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+    database.execute("COMMIT")
+    database.execute("PRAGMA foreign_keys = ON")
+
+
+def _number(database: sqlite3.Connection, sql: str) -> int:
+    return database.execute(sql).fetchone()[0]
+
+
+def _is_new(database: sqlite3.Connection) -> bool:
+    empty = _number(database, "SELECT COUNT(*) FROM sqlite_master") == 0
+    return _number(database, "PRAGMA user_version") == 0 and empty
+
+
+def _run(database: sqlite3.Connection, script: str) -> None:
+    for statement in script.split(";"):
+        database.execute(statement)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ N tokens, H memory heads, E head size.
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,9 +20,19 @@ from longmem.bank import BankEntry, packed
 from longmem.config import BankSpec
 from longmem.errors import BankMismatchError, StoreCorruptError, StoreError, StoreNotWritableError
 from longmem.store.manifest import now
-from longmem.store.segments import QUARANTINE, NewSegment, Piece, Record, named, read_segment, record_in, sync_folder
+from longmem.store.segments import (
+    QUARANTINE,
+    NewSegment,
+    Piece,
+    Record,
+    by_segment,
+    named,
+    read_segment,
+    record_in,
+    sync_folder,
+)
 from longmem.store.thinning import PIECE_TABLES, as_thinned
-from longmem.store.verify import Fault, by_segment, index_fault, record_of, segment_fault, segment_sizes
+from longmem.store.verify import Fault, index_fault, record_of, segment_fault
 
 if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
@@ -79,69 +90,115 @@ class Repair:
 
 @dataclass
 class _Plan:
-    """What is to become of a bank's pieces."""
+    """What is to become of the pieces of a namespace.
 
+    Attributes:
+        held: the pieces of each bank, by its id.
+        pieces: all of them, each once.
+        before: the piece of the same source that each follows, by id.
+    """
+
+    held: dict[int, list[Piece]]
     damaged: dict[int, Fault]
+    pieces: dict[int, Piece] = field(default_factory=dict)
+    before: dict[int, int | None] = field(default_factory=dict)
     known: dict[int, Record] = field(default_factory=dict)
     fresh: dict[int, bytes] = field(default_factory=dict)  # records to be added, by piece
     out: dict[int, str] = field(default_factory=dict)  # reason for quarantine, by piece
 
+    def __post_init__(self) -> None:
+        for pieces in self.held.values():
+            last: dict[str, int] = {}
+            for piece in pieces:
+                self.pieces.setdefault(piece.id, piece)
+                self.before.setdefault(piece.id, last.get(piece.source))
+                last[piece.source] = piece.id
+
 
 def repair(
-    store: MemoryStore, model: Encoder, name: str | None, on_tokens: Callable[[int], None] | None
+    store: MemoryStore,
+    model: Encoder,
+    name: str | None,
+    on_tokens: Callable[[int], None] | None,
+    on_bytes: Callable[[int], None] | None,
 ) -> tuple[Repair, ...]:
     """See `MemoryStore.repair`."""
     store.manifest.require_writable()
     if name is not None and store.find(name) is None:
         raise store.not_found(name)
     done = []
-    for bank_id, bank, spec in store.manifest.query("SELECT id, name, spec FROM bank ORDER BY name"):
-        if name in (None, bank):
+    for (namespace,) in store.manifest.query("SELECT DISTINCT namespace FROM bank ORDER BY namespace"):
+        # A namespace is mended as a whole: its banks share segments.
+        wanted = "SELECT 1 FROM bank WHERE namespace = ? AND name = ?"
+        if name is None or store.manifest.query(wanted, namespace, name):
             made = None
-            while made is None and store.revision(bank_id) is not None:
-                made = _repair_bank(store, model, bank_id, bank, BankSpec.from_json(spec), on_tokens)
-            if made is not None:
-                done.append(made)
-    return tuple(done)
+            while made is None:
+                made = _repair_namespace(store, model, namespace, on_tokens, on_bytes)
+            done += made
+    return tuple(sorted(done, key=lambda made: made.bank))
 
 
-def _repair_bank(
+def _banks(store: MemoryStore, namespace: str) -> list[tuple[int, str, str, int]]:
+    """Id, name, spec and revision of the banks of a namespace."""
+    return store.manifest.query(
+        "SELECT id, name, spec, revision FROM bank WHERE namespace = ? ORDER BY name", namespace
+    )
+
+
+def _repair_namespace(
     store: MemoryStore,
     model: Encoder,
-    bank_id: int,
-    name: str,
-    spec: BankSpec,
+    namespace: str,
     on_tokens: Callable[[int], None] | None,
-) -> Repair | None:
-    """Mend one bank; None if it changed meanwhile."""
-    revision, pieces, sizes = store.revision(bank_id), store.pieces(bank_id), segment_sizes(store, bank_id)
-    segments = by_segment(pieces)
-    faults = {key: segment_fault(store, name, spec, held, sizes.get(key, 0)) for key, held in segments.items()}
-    plan = _Plan({key: fault for key, fault in faults.items() if fault is not None})
+    on_bytes: Callable[[int], None] | None,
+) -> list[Repair] | None:
+    """Mend the banks of a namespace; None if one changed meanwhile."""
+    banks = _banks(store, namespace)
+    if not banks:
+        return []
+    spec, names = BankSpec.from_json(banks[0][2]), {bank_id: name for bank_id, name, _, _ in banks}
+    held, sizes = {bank_id: store.pieces(bank_id) for bank_id in names}, dict[int, int]()
+    for bank_id in names:
+        sizes |= store.segment_sizes(bank_id)
+    plan = _Plan(held, {})
+    name = banks[0][1]
+    segments = by_segment(sorted(plan.pieces.values(), key=lambda p: (p.first_token, p.first_char, p.tokens, p.chars)))
+    for segment, pieces in segments.items():
+        fault = segment_fault(store, name, spec, pieces, sizes.get(segment, 0))
+        if fault is not None:
+            plan.damaged[segment] = fault
+        if on_bytes is not None:
+            on_bytes(sizes.get(segment, 0))
     if plan.damaged and model.bank_spec != spec:
         raise BankMismatchError(
             f"Bank {name!r} can be mended only by the model that wrote it, backbone {spec.backbone!r} (weights "
             f"{spec.weights[:12]}…); the model given is {model.bank_spec.backbone!r} (weights "
             f"{model.bank_spec.weights[:12]}…). Give its own with --model, or mend other banks by name."
         )
-    for key, held in segments.items():
-        _collect(store, name, model, plan, held, damaged=key in plan.damaged)
-    _cut(pieces, plan)
-    bad_index = index_fault(store, bank_id, name, sum(piece.rows for piece in pieces)) is not None
-    if not (plan.damaged or plan.out or plan.fresh or bad_index):
-        return Repair(name, 0, 0, 0, False, ()) if store.revision(bank_id) == revision else None
+    for segment, pieces in segments.items():
+        _collect(store, name, model, plan, pieces, damaged=segment in plan.damaged)
+    for pieces in held.values():
+        _cut(pieces, plan)
+    bad_indexes = {
+        bank_id
+        for bank_id, bank in names.items()
+        if index_fault(store, bank_id, bank, sum(piece.rows for piece in held[bank_id])) is not None
+    }
+    if not (plan.damaged or plan.out or plan.fresh or bad_indexes):
+        nothing = [Repair(bank, 0, 0, 0, False, ()) for bank in names.values()]
+        return nothing if _banks(store, namespace) == banks else None
     written: list[NewSegment] = []
     kept: set[str] = set()
     try:
         moves: list[tuple[NewSegment, list[Piece]]] = []
-        encoded: list[Piece] = []
-        aside: dict[int, str] = {}  # file in quarantine, by piece
-        for key, held in segments.items():
-            stay, leave = [p for p in held if p.id not in plan.out], [p for p in held if p.id in plan.out]
-            if key in plan.damaged:
-                entries = [packed(entry, spec) for entry in _encoded(model, pieces, stay, plan, on_tokens)]
+        encoded: set[int] = set()
+        aside: set[str] = set()
+        for segment, pieces in segments.items():
+            stay, leave = [p for p in pieces if p.id not in plan.out], [p for p in pieces if p.id in plan.out]
+            if segment in plan.damaged:
+                entries = [packed(entry, spec) for entry in _encoded(model, stay, plan, on_tokens)]
                 entries = [as_thinned(store, *both) for both in zip(stay, entries, strict=True)]
-                encoded += stay
+                encoded |= {piece.id for piece in stay}
             elif leave and stay:
                 entries = _read(store, name, stay)
             else:
@@ -149,50 +206,33 @@ def _repair_bank(
             if entries:
                 written.append(store.write_segment(entries))
                 moves.append((written[-1], stay))
-            aside |= {piece.id: piece.file for piece in leave}
+            aside |= {piece.file for piece in leave}
         with store.manifest.transaction() as database:
-            if store.revision(bank_id) != revision:
+            if _banks(store, namespace) != banks:
                 for new in written:
                     store.discard(new.file)
                 return None
             # A second name before the commit, so that at no instant a file could be taken for a left-over.
-            _set_aside(store, set(aside.values()), kept)
-            quarantined = []
-            for piece in pieces:
-                file = piece.file if piece.file in kept else None
-                if piece.id in plan.out:
-                    record = plan.known.get(piece.id)
-                    data = None if record is None else record.pack()
-                    row = (piece.source, piece.char_start, piece.chars)
-                    database.execute(
-                        "INSERT INTO quarantine (bank, source, char_start, chars, file, record, reason, created) "
-                        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                        (bank_id, *row, file, data, plan.out[piece.id], now()),
-                    )
-                    at = None if file is None else f"{QUARANTINE}/{file}"
-                    quarantined.append(Quarantined(*row, at, data is not None, plan.out[piece.id]))
-                elif file is not None:
-                    # It stays in the bank, but whoever forgets it must find this file.
-                    database.execute(
-                        "INSERT INTO quarantine (bank, source, char_start, chars, file, created) "
-                        "VALUES (?, ?, ?, ?, ?, ?)",
-                        (bank_id, piece.source, piece.char_start, piece.chars, file, now()),
-                    )
+            _set_aside(store, aside, kept)
+            quarantined = {bank_id: _quarantine(database, plan, bank_id, kept) for bank_id in names}
             gone = [(piece,) for piece in plan.out]
-            for table in PIECE_TABLES:
+            for table in (*PIECE_TABLES, "held"):
                 database.executemany(f"DELETE FROM {table} WHERE piece = ?", gone)
             database.executemany("DELETE FROM piece WHERE id = ?", gone)
             for new, stay in moves:
-                store.move(database, bank_id, new, stay)
-            fresh = [(piece, data) for piece, data in plan.fresh.items() if piece not in plan.out]
-            database.executemany("INSERT OR REPLACE INTO record (piece, data) VALUES (?, ?)", fresh)
+                store.move(database, new, stay)
+            fresh = {piece: data for piece, data in plan.fresh.items() if piece not in plan.out}
+            database.executemany("INSERT OR REPLACE INTO record (piece, data) VALUES (?, ?)", fresh.items())
             empty = database.execute(
-                "SELECT id, file FROM segment WHERE bank = ? AND id NOT IN (SELECT segment FROM piece WHERE bank = ?)",
-                (bank_id, bank_id),
+                "SELECT id, file FROM segment WHERE id NOT IN (SELECT segment FROM piece)"
             ).fetchall()
             database.executemany("DELETE FROM segment WHERE id = ?", [row[:1] for row in empty])
-            database.execute("UPDATE bank SET revision = revision + 1 WHERE id = ?", (bank_id,))
-            index_removed = bool(bad_index or plan.out) and store.remove_index(bank_id)
+            database.execute("UPDATE bank SET revision = revision + 1 WHERE namespace = ?", (namespace,))
+            removed = {
+                bank_id
+                for bank_id in names
+                if (bank_id in bad_indexes or quarantined[bank_id]) and store.remove_index(bank_id)
+            }
     except BaseException as error:
         for new in written:
             store.discard(new.file)
@@ -204,14 +244,35 @@ def _repair_bank(
             ) from error
         raise
     store.unlink([file for _, file in empty])
-    return Repair(
-        name,
-        len(encoded),
-        sum(piece.tokens for piece in encoded),
-        len(fresh),
-        index_removed,
-        tuple(quarantined),
-    )
+    repairs = []
+    for bank_id, bank in names.items():
+        again = [piece.tokens for piece in held[bank_id] if piece.id in encoded]
+        records = sum(piece.id in fresh for piece in held[bank_id])
+        repairs.append(Repair(bank, len(again), sum(again), records, bank_id in removed, tuple(quarantined[bank_id])))
+    return repairs
+
+
+def _quarantine(database: sqlite3.Connection, plan: _Plan, bank_id: int, kept: set[str]) -> list[Quarantined]:
+    """Rows for what a bank loses, and for what stays in it while its file is kept."""
+    found = []
+    for piece in plan.held[bank_id]:
+        file, row = piece.file if piece.file in kept else None, (piece.source, piece.char_start, piece.chars)
+        if piece.id in plan.out:
+            record = plan.known.get(piece.id)
+            data, reason = None if record is None else record.pack(), plan.out[piece.id]
+            at = None if file is None else f"{QUARANTINE}/{file}"
+            found.append(Quarantined(*row, at, data is not None, reason))
+        elif file is not None:
+            # It stays in the bank, but whoever forgets it must find this file.
+            data = reason = None
+        else:
+            continue
+        database.execute(
+            "INSERT INTO quarantine (bank, source, char_start, chars, file, record, reason, created) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (bank_id, *row, file, data, reason, now()),
+        )
+    return found
 
 
 def _collect(
@@ -280,27 +341,22 @@ def _cut(pieces: Sequence[Piece], plan: _Plan) -> None:
 
 
 def _encoded(
-    model: Encoder,
-    pieces: Sequence[Piece],
-    wanted: Sequence[Piece],
-    plan: _Plan,
-    on_tokens: Callable[[int], None] | None,
+    model: Encoder, wanted: Sequence[Piece], plan: _Plan, on_tokens: Callable[[int], None] | None
 ) -> list[BankEntry]:
     """Pieces as a fresh write of the same token ids would give them, each behind those before it in its source."""
-    entries, past = [], {piece.source: [torch.empty(0, dtype=torch.int64)] for piece in wanted}
-    chosen = {piece.id for piece in wanted}
-    for piece in pieces:
-        if piece.source not in past or piece.id in plan.out:
-            continue
-        record = plan.known[piece.id]
-        if piece.id in chosen:
-            before_N = torch.cat(past[piece.source])
-            keys_HNE, values_HNE = model.encode(torch.cat((before_N, record.token_ids_N)), len(before_N))
-            place = (piece.source, record.text, piece.char_start, record.token_ids_N, record.offsets_N2)
-            entries.append(BankEntry(*place, keys_HNE, values_HNE))
-            if on_tokens is not None:
-                on_tokens(piece.tokens)
-        past[piece.source].append(record.token_ids_N)
+    entries = []
+    for piece in wanted:
+        record, past = plan.known[piece.id], []
+        earlier = plan.before[piece.id]
+        while earlier is not None:
+            past.append(plan.known[earlier].token_ids_N)
+            earlier = plan.before[earlier]
+        before_N = torch.cat([record.token_ids_N[:0], *reversed(past)])
+        keys_HNE, values_HNE = model.encode(torch.cat((before_N, record.token_ids_N)), len(before_N))
+        place = (piece.source, record.text, piece.char_start, record.token_ids_N, record.offsets_N2)
+        entries.append(BankEntry(*place, keys_HNE, values_HNE))
+        if on_tokens is not None:
+            on_tokens(piece.tokens)
     return entries
 
 

@@ -40,6 +40,7 @@ class Piece:
         segment, file, sha256: the segment that holds it, its file and that file's checksum.
         first_token, first_char: where its tokens and its text begin in the segment.
         rows: how many of its tokens have keys and values; all, unless it was thinned. Only ever becomes less.
+        version: of the bank, in which it came; 0 where no bank is asked.
     """
 
     id: int
@@ -54,13 +55,21 @@ class Piece:
     first_token: int
     first_char: int
     rows: int
+    version: int = 0
 
 
-PIECES = """
-SELECT piece.id, source, char_start, chars, tokens, created, segment, file, sha256, first_token, first_char,
-       COALESCE(thinned.rows, tokens)
-FROM piece JOIN segment ON segment.id = piece.segment LEFT JOIN thinned ON thinned.piece = piece.id
-WHERE piece.bank = ? ORDER BY ordinal
+_COLUMNS = """
+piece.id, source, char_start, chars, tokens, created, segment, file, sha256, first_token, first_char,
+COALESCE(thinned.rows, tokens)
+"""
+_PLACES = "JOIN segment ON segment.id = piece.segment LEFT JOIN thinned ON thinned.piece = piece.id"
+PIECES = f"""
+SELECT {_COLUMNS}, version FROM held JOIN piece ON piece.id = held.piece {_PLACES}
+WHERE held.bank = ? AND version <= ? ORDER BY ordinal
+"""
+# All that lies in one segment, whoever holds it.
+IN_SEGMENT = f"""
+SELECT {_COLUMNS} FROM piece {_PLACES} WHERE segment = ? ORDER BY first_token, first_char, tokens, chars
 """
 
 
@@ -274,6 +283,14 @@ def named(pieces: Sequence[Piece], bank: str) -> str:
         return f"a part of source {sources[0]!r} of bank {bank!r}"
     more = f" and {len(sources) - 5} more" if len(sources) > 5 else ""
     return f"parts of sources {', '.join(map(repr, sources[:5]))}{more} of bank {bank!r}"
+
+
+def by_segment(pieces: Sequence[Piece]) -> dict[int, list[Piece]]:
+    """Pieces of each segment; segments and pieces in the order given."""
+    segments: dict[int, list[Piece]] = {}
+    for piece in pieces:
+        segments.setdefault(piece.segment, []).append(piece)
+    return segments
 
 
 def digest(path: Path) -> str:

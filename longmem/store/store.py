@@ -8,6 +8,7 @@ import re
 import secrets
 import sqlite3
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,11 +22,17 @@ import torch
 from longmem.bank import BankEntry
 from longmem.config import BankSpec, Precision
 from longmem.errors import BankError, BankMismatchError, BankNotFoundError, StoreError, StoreNotWritableError
+from longmem.store.algebra import Diff, TextEncoder, copy_by, diff, fork, merge
+from longmem.store.archive import export, import_
 from longmem.store.consolidate import SEGMENT_BYTES, Consolidation, consolidate
+from longmem.store.forgetting import Preview, Stretch, forget, preview, written
 from longmem.store.indexes import INDEXES
 from longmem.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, now
+from longmem.store.receipts import Receipt, is_genuine, receipts
+from longmem.store.release import release
 from longmem.store.repair import Encoder, Repair, repair
 from longmem.store.segments import (
+    IN_SEGMENT,
     PIECES,
     QUARANTINE,
     SEGMENTS,
@@ -35,9 +42,11 @@ from longmem.store.segments import (
     write_segment,
 )
 from longmem.store.stored_bank import StoredBank
-from longmem.store.thinning import PIECE_TABLES
 from longmem.store.verify import Report, verify
+from longmem.store.versions import Version, log, resolve, tag, tags, untag
 
+# Later than any version.
+_NEVER = 2**62
 _REVISION = "SELECT revision FROM bank WHERE id = ?"
 _NAME_PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]+"
 _NAME = re.compile(rf"{_NAME_PART}(?:/{_NAME_PART})*")
@@ -57,6 +66,9 @@ class BankInfo:
         backbone: name of the backbone that wrote it.
         precision: how keys and values are kept: "full", "int8" or "int4".
         created, updated: UTC; `updated` is the last append or forget.
+        namespace: the bank that it is a fork of, or its own name: banks of one namespace share segment files, and what
+            one of them forgets is forgotten by all.
+        version: the latest; 0 if nothing was ever written.
     """
 
     name: str
@@ -68,6 +80,8 @@ class BankInfo:
     precision: Precision
     created: datetime
     updated: datetime
+    namespace: str
+    version: int
 
     @property
     def bytes_per_token(self) -> float:
@@ -146,9 +160,12 @@ class MemoryStore:
         found = self.manifest.query(
             """
             SELECT name, COALESCE(SUM(tokens), 0), COALESCE(SUM(COALESCE(rows, tokens)), 0), COUNT(DISTINCT source),
-                   (SELECT COALESCE(SUM(bytes), 0) FROM segment WHERE segment.bank = bank.id),
-                   spec, bank.created, updated
-            FROM bank LEFT JOIN piece ON piece.bank = bank.id LEFT JOIN thinned ON thinned.piece = piece.id
+                   (SELECT COALESCE(SUM(bytes), 0) FROM segment WHERE id IN
+                    (SELECT segment FROM held JOIN piece ON piece.id = held.piece WHERE held.bank = bank.id)),
+                   spec, bank.created, updated, namespace,
+                   (SELECT COALESCE(MAX(number), 0) FROM version WHERE version.bank = bank.id)
+            FROM bank LEFT JOIN held ON held.bank = bank.id LEFT JOIN piece ON piece.id = held.piece
+            LEFT JOIN thinned ON thinned.piece = piece.id
             GROUP BY bank.id ORDER BY name
             """
         )
@@ -163,8 +180,10 @@ class MemoryStore:
                 BankSpec.from_json(spec).precision,
                 datetime.fromisoformat(created),
                 datetime.fromisoformat(updated),
+                namespace,
+                version,
             )
-            for name, tokens, rows, sources, size, spec, created, updated in found
+            for name, tokens, rows, sources, size, spec, created, updated, namespace, version in found
         ]
 
     def bank(
@@ -175,6 +194,7 @@ class MemoryStore:
         device: torch.device | str = "cpu",
         verify: bool = True,
         search: Literal["exact", "index"] = "exact",
+        version: int | str | None = None,
     ) -> StoredBank:
         """Open a bank and load it onto a device; with a spec, create it if there is none.
 
@@ -184,9 +204,12 @@ class MemoryStore:
                 existing bank only.
             verify: compare every segment file with its checksum.
             search: "index" searches with the index that the bank has (`StoredBank.load_index`).
+            version: number or tag of a past version, which can be read and not written. It shows what it held, without
+                what was forgotten since.
 
         Raises:
             BankNotFoundError: if there is no such bank and no spec.
+            BankError: if there is no such version.
             BankIndexError: if an index is asked for, and there is none or it does not fit.
             BankMismatchError: if the bank was written with another spec.
             StoreCorruptError: if a segment file is missing or damaged; `verify` names all of them, `repair` mends.
@@ -196,7 +219,7 @@ class MemoryStore:
         row = self.find(name)
         if row is None:
             # A bank that is new has no index.
-            if spec is None or search == "index":
+            if spec is None or search == "index" or version is not None:
                 raise self.not_found(name)
             row = self._create_bank(name, spec)
         bank_id, stored = row
@@ -207,7 +230,8 @@ class MemoryStore:
                 f"Bank {name!r} keeps keys and values in {stored.precision}, and was to be opened in {spec.precision}. "
                 "A bank's precision is chosen when it is made: open it without one, or use another bank name."
             )
-        bank = StoredBank(self, bank_id, name, stored, device, verify=verify)
+        number = None if version is None else resolve(self, name, version)
+        bank = StoredBank(self, bank_id, name, stored, device, verify=verify, version=number)
         bank.refresh()
         if search == "index":
             bank.load_index()
@@ -219,22 +243,229 @@ class MemoryStore:
         Raises:
             BankNotFoundError: if there is no such bank.
         """
-        with self.manifest.transaction() as database:
-            row = self.find(name)
-            if row is None:
-                raise self.not_found(name)
-            files = database.execute(
-                "SELECT file FROM segment WHERE bank = ? UNION SELECT file FROM quarantine "
-                "WHERE bank = ? AND file IS NOT NULL",
-                row[:1] * 2,
-            ).fetchall()
-            for table in PIECE_TABLES:
-                database.execute(f"DELETE FROM {table} WHERE piece IN (SELECT id FROM piece WHERE bank = ?)", row[:1])
-            for table in ("piece", "segment", "quarantine", "cap"):
-                database.execute(f"DELETE FROM {table} WHERE bank = ?", row[:1])
-            database.execute("DELETE FROM bank WHERE id = ?", row[:1])
-            self.remove_index(row[0])
-        self.erase([file for (file,) in files])
+        moved: list[NewSegment] = []
+        try:
+            with self.manifest.transaction() as database:
+                row = self.find(name)
+                if row is None:
+                    raise self.not_found(name)
+                aside = database.execute("SELECT DISTINCT file FROM quarantine WHERE bank = ?", row[:1]).fetchall()
+                for table in ("held", "version", "tag", "quarantine", "cap"):
+                    database.execute(f"DELETE FROM {table} WHERE bank = ?", row[:1])
+                database.execute("DELETE FROM drew WHERE bank = ?", (name,))
+                files = release(self, database, name, moved)
+                database.execute("DELETE FROM bank WHERE id = ?", row[:1])
+                self.remove_index(row[0])
+        except BaseException as error:
+            for new in moved:
+                self.discard(new.file)
+            if isinstance(error, OSError):
+                raise StoreNotWritableError(
+                    f"Bank {name!r} was not deleted: {error}. "
+                    f"Check the space and the permissions of {self.folder}, then try again."
+                ) from error
+            raise
+        self.erase([*files, *(file for (file,) in aside if file is not None)])
+
+    def log(self, name: str) -> list[Version]:
+        """The versions of a bank, oldest first: each append, forget, fork, merge, copy and import began one.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+        """
+        return log(self, name)
+
+    def tags(self, name: str) -> dict[str, int]:
+        """The tags of a bank, with their versions."""
+        return tags(self, name)
+
+    def tag(self, name: str, label: str, version: int | str | None = None) -> int:
+        """Name a version of a bank, the newest by default; returns its number.
+
+        Raises:
+            BankError: if the bank has such a tag already, or no such version, or the label is not made of letters,
+                digits, `.`, `_` and `-` (and of digits alone).
+        """
+        return tag(self, name, label, version)
+
+    def untag(self, name: str, label: str) -> None:
+        """Remove a tag. The version stays.
+
+        Raises:
+            BankError: if there is no such tag.
+        """
+        untag(self, name, label)
+
+    def fork(self, name: str, to: str, *, version: int | str | None = None) -> None:
+        """A new bank that holds what a version of another holds, with its history, and goes its own way from there.
+
+        Named below its namespace ("user/1234" → "user/1234/draft") it shares all files, which takes no time and no
+        space; and what one forgets, the other forgets. By any other name it is of a namespace of its own, with copies
+        of all files: neither forgets with the other.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            BankError: if `to` is taken or cannot name a bank, or there is no such version.
+            StoreCorruptError: if a segment that has to be copied is damaged.
+            StoreNotWritableError: if the store is read-only or the disk is full.
+        """
+        fork(self, name, to, version)
+
+    def merge(self, name: str, other: str, *, version: int | str | None = None) -> int:
+        """Add to a bank what another holds and it does not, behind all that it holds; returns how many tokens came.
+
+        A source that both hold is continued, if one of them holds all that the other does, by the same pieces.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            BankMismatchError: if they were written by different models.
+            BankError: if a source went on differently in the two; nothing is merged then.
+            StoreCorruptError: if a segment that has to be copied is damaged.
+            StoreNotWritableError: if the store is read-only or the disk is full.
+        """
+        return merge(self, name, other, version)
+
+    def diff(
+        self,
+        name: str,
+        other: str,
+        *,
+        version: int | str | None = None,
+        other_version: int | str | None = None,
+    ) -> Diff:
+        """What two banks, or two versions of one, hold differently.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            BankError: if there is no such version.
+        """
+        return diff(self, name, other, version, other_version)
+
+    def copy(
+        self,
+        name: str,
+        to: str,
+        model: TextEncoder,
+        *,
+        version: int | str | None = None,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> None:
+        """A new bank of a namespace of its own, written by another backbone from the texts that a bank keeps.
+
+        Pieces, times and versions stay. Where the new tokenizer reads a piece's tokens as its text, they stay as well
+        (a conversation's special tokens among them); otherwise the text is tokenised anew.
+
+        Args:
+            model: a `LongMem` of the new backbone.
+            on_tokens: progress, called with the number of tokens of the bank that were just done.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            BankError: if `to` is taken or cannot name a bank, or there is no such version.
+            StoreNotWritableError: if the store is read-only or the disk is full.
+        """
+        copy_by(self, name, to, model, version, on_tokens)
+
+    def export(
+        self,
+        name: str,
+        path: str | os.PathLike[str],
+        *,
+        version: int | str | None = None,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> int:
+        """Write a bank to one file, with its versions and tags; returns its size in bytes. docs/format.md describes it.
+
+        What the bank forgets later, the file does not.
+
+        Args:
+            on_bytes: progress, called with the size of each segment that was written.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            BankError: if the file exists, or there is no such version.
+            StoreCorruptError: if a segment is missing or damaged.
+            StoreNotWritableError: if the file cannot be written.
+        """
+        return export(self, name, Path(path), version, on_bytes)
+
+    def import_(
+        self,
+        path: str | os.PathLike[str],
+        name: str | None = None,
+        *,
+        on_bytes: Callable[[int], None] | None = None,
+    ) -> str:
+        """A new bank from a file that `export` wrote; returns its name, by default the one that it had.
+
+        Args:
+            on_bytes: progress, called with the size of each segment that was read.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            BankError: if the name is taken or cannot name a bank.
+            StoreCorruptError: if the file is damaged, or no exported bank.
+            StoreNotWritableError: if the store is read-only or the disk is full.
+        """
+        return import_(self, Path(path), name, on_bytes)
+
+    def preview_forget(self, name: str, stretches: Sequence[Stretch]) -> Preview:
+        """What `forget` would do. Changes nothing.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            SourceError: a source or a stretch is not there.
+        """
+        return preview(self, name, stretches)
+
+    def forget(
+        self,
+        name: str,
+        stretches: Sequence[Stretch],
+        model: Encoder | None = None,
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> Receipt:
+        """Forget stretches of text for good: in every version, tag and fork of the bank's namespace, and on the disk.
+
+        Characters of a part are taken out of their source as if each append had been made without them: what is left
+        of the pieces that they lay in, and all pieces after them, are encoded again (`model.encode`) and get new files.
+        Afterwards the bank holds, bit for bit, what it would hold had that text never been written. In a fork that has
+        written its own text to the source, a part is forgotten where it says the same; a whole source always.
+
+        All is done in one transaction; old files are unlinked after it. A signed receipt is kept (`receipts`).
+
+        Args:
+            name: of the bank.
+            stretches: whole sources or parts (`Stretch`); what `written` or a search gives.
+            model: a `LongMem` of the backbone that wrote the bank; needed for parts only.
+            on_tokens: progress, called with the number of tokens just encoded.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+            SourceError: a source or a stretch is not there.
+            ConfigError: a part is to be forgotten, and no model was given.
+            BankMismatchError: the model did not write the bank.
+            StoreCorruptError: a segment to be written anew is damaged.
+            StoreNotWritableError: if the store is read-only or the disk is full.
+        """
+        return forget(self, name, stretches, model, on_tokens)
+
+    def written(self, name: str, *, after: datetime | None = None, before: datetime | None = None) -> list[Stretch]:
+        """What was written to a bank at `after` or later, and before `before` (times with a zone): for `forget`.
+
+        Raises:
+            BankNotFoundError: if there is no such bank.
+        """
+        return written(self, name, after, before)
+
+    def receipts(self, namespace: str | None = None) -> list[Receipt]:
+        """What was forgotten in a namespace, or in all, oldest first."""
+        return receipts(self.manifest, namespace)
+
+    def is_genuine(self, receipt: Receipt) -> bool:
+        """Whether this store has given a receipt, and neither it nor any before it was altered."""
+        return is_genuine(self.manifest, receipt)
 
     def verify(self, name: str | None = None, *, on_bytes: Callable[[int], None] | None = None) -> Report:
         """Compare every file of the store, or of one bank, with the manifest. Changes nothing.
@@ -249,9 +480,14 @@ class MemoryStore:
         return verify(self, name, on_bytes)
 
     def repair(
-        self, model: Encoder, name: str | None = None, *, on_tokens: Callable[[int], None] | None = None
+        self,
+        model: Encoder,
+        name: str | None = None,
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+        on_bytes: Callable[[int], None] | None = None,
     ) -> tuple[Repair, ...]:
-        """Mend what `verify` finds, bank by bank, each in one transaction.
+        """Mend what `verify` finds, namespace by namespace, each in one transaction.
 
         A damaged or missing segment is encoded again by the backbone from the token ids that the manifest keeps, or, in
         a store of the first version, from the damaged file if its text proves to be intact: keys and values are then
@@ -260,15 +496,16 @@ class MemoryStore:
 
         Args:
             model: a `LongMem` of the backbone that wrote the bank.
-            name: of a bank; None mends all.
+            name: of a bank, which is mended with all banks of its namespace; None mends all.
             on_tokens: progress, called with the number of tokens just encoded.
+            on_bytes: progress before that, called with the size of each segment whose checksum was compared.
 
         Raises:
             BankNotFoundError: if there is no such bank.
             BankMismatchError: if a damaged bank was written by another model.
             StoreNotWritableError: if the store is read-only or the disk is full.
         """
-        return repair(self, model, name, on_tokens)
+        return repair(self, model, name, on_tokens, on_bytes)
 
     def consolidate(
         self,
@@ -298,12 +535,26 @@ class MemoryStore:
             return bank_id, BankSpec.from_json(spec)
         return None
 
+    def require(self, name: str) -> tuple[int, BankSpec]:
+        """Id and spec of a bank; raises `BankNotFoundError` if there is none."""
+        found = self.find(name)
+        if found is None:
+            raise self.not_found(name)
+        return found
+
+    def require_free(self, name: str) -> None:
+        """Raise `BankError` unless a new bank can have this name."""
+        check_bank_name(name)
+        if self.find(name) is not None:
+            raise BankError(f"There is a bank {name!r} in {self.folder} already. Choose another name.")
+
     def _create_bank(self, name: str, spec: BankSpec) -> tuple[int, BankSpec]:
         with self.manifest.transaction() as database:
             created = now()
             database.execute(
-                "INSERT OR IGNORE INTO bank (name, spec, revision, created, updated) VALUES (?, ?, 0, ?, ?)",
-                (name, spec.to_json(), created, created),
+                "INSERT OR IGNORE INTO bank (name, namespace, spec, revision, created, updated) "
+                "VALUES (?, ?, ?, 0, ?, ?)",
+                (name, name, spec.to_json(), created, created),
             )
             # Another process may have been first, with another spec.
             row = self.find(name)
@@ -324,9 +575,23 @@ class MemoryStore:
     def index_path(self, bank_id: int) -> Path:
         return self.folder / INDEXES / f"{bank_id}.safetensors"
 
-    def pieces(self, bank_id: int) -> list[Piece]:
-        """The pieces of a bank, in order."""
-        return [Piece(*row) for row in self.manifest.query(PIECES, bank_id)]
+    def pieces(self, bank_id: int, version: int | None = None) -> list[Piece]:
+        """The pieces of a bank, in order; with a version, those that it held then and has not forgotten."""
+        return [Piece(*row) for row in self.manifest.query(PIECES, bank_id, _NEVER if version is None else version)]
+
+    def in_segment(self, segment: int) -> list[Piece]:
+        """All that lies in a segment, in order, whichever banks hold it."""
+        return [Piece(*row) for row in self.manifest.query(IN_SEGMENT, segment)]
+
+    def segment_sizes(self, bank_id: int) -> dict[int, int]:
+        """Bytes of each segment that a bank reads, by id."""
+        return dict(
+            self.manifest.query(
+                "SELECT DISTINCT segment.id, bytes FROM held JOIN piece ON piece.id = held.piece "
+                "JOIN segment ON segment.id = segment WHERE bank = ?",
+                bank_id,
+            )
+        )
 
     def revision(self, bank_id: int) -> int | None:
         """Grows whenever the rows of a bank change; None if it has been deleted."""
@@ -352,27 +617,34 @@ class MemoryStore:
             self.discard(file)
             raise
 
-    def place(self, database: sqlite3.Connection, bank_id: int, new: NewSegment) -> int:
+    def place(self, database: sqlite3.Connection, new: NewSegment) -> int:
         """Give a new segment its name and its row, inside a transaction; returns the row's id."""
         path = self.segment_path(new.file)
         os.rename(path.with_suffix(".tmp"), path)
         sync_folder(path.parent)
         row = database.execute(
-            "INSERT INTO segment (bank, file, sha256, bytes) VALUES (?, ?, ?, ?)",
-            (bank_id, new.file, new.sha256, new.bytes),
+            "INSERT INTO segment (file, sha256, bytes) VALUES (?, ?, ?)", (new.file, new.sha256, new.bytes)
         ).lastrowid
         assert row is not None
         return row
 
-    def move(self, database: sqlite3.Connection, bank_id: int, new: NewSegment, pieces: Sequence[Piece]) -> None:
-        """Let pieces lie in a new segment, in this order, inside a transaction."""
-        segment, token, char = self.place(database, bank_id, new), 0, 0
+    def move(self, database: sqlite3.Connection, new: NewSegment, pieces: Sequence[Piece]) -> None:
+        """Let pieces lie in a new segment, in this order, inside a transaction.
+
+        Whoever finds an old file missing must see that the manifest has changed: revisions of the banks grow.
+        """
+        segment, token, char = self.place(database, new), 0, 0
         for piece in pieces:
             database.execute(
                 "UPDATE piece SET segment = ?, first_token = ?, first_char = ? WHERE id = ?",
                 (segment, token, char, piece.id),
             )
             token, char = token + piece.tokens, char + piece.chars
+        database.execute(
+            "UPDATE bank SET revision = revision + 1 WHERE id IN "
+            "(SELECT bank FROM held JOIN piece ON piece.id = held.piece WHERE segment = ?)",
+            (segment,),
+        )
 
     def remove_index(self, bank_id: int) -> bool:
         """Remove a bank's index, if it has one, and its bytes."""
@@ -426,10 +698,12 @@ class MemoryStore:
             raise StoreNotWritableError(
                 f"Forgotten, but a file is still in {folder}: {error}. Remove it by hand."
             ) from error
-        # The log holds the deleted rows, names and texts of sources among them, until it is written back. While another
-        # process reads, this does nothing; the last process to close the store does it then.
-        with suppress(StoreError):
-            self.manifest.query("PRAGMA wal_checkpoint(TRUNCATE)")
+        if not self.manifest.scrub():
+            warnings.warn(
+                f"Forgotten, but deleted rows are still in {self.folder / MANIFEST}-wal, since another process reads "
+                "the store or the disk is full. They go when the last process closes it.",
+                stacklevel=3,
+            )
 
     def _sweep(self) -> None:
         """Remove files that crashed processes left behind."""

@@ -29,10 +29,12 @@ from longmem.errors import (
     StoreNotWritableError,
 )
 from longmem.retention import Cap
+from longmem.store.forgetting import Stretch
 from longmem.store.indexes import read_index, write_index
 from longmem.store.manifest import now
+from longmem.store.rows import add_piece, add_version, hold
 from longmem.store.segments import Piece, Record, check_text, named, read_segment, sync_folder
-from longmem.store.thinning import PIECE_TABLES, keep_scores, scores_of, thin
+from longmem.store.thinning import keep_scores, scores_of, thin
 
 if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
@@ -52,7 +54,13 @@ class StoredBank(MemoryBank):
     """A `MemoryBank` whose tokens are on disk as well: `append` and `forget` are durable when they return.
 
     Made by `MemoryStore.bank`. Its memory is what the store held at the last `append`, `forget` or `refresh`.
+
+    Attributes:
+        name: of the bank.
+        version: the past version that it shows, and which cannot be written; None is the newest, whichever that is.
     """
+
+    name: str
 
     def __init__(
         self,
@@ -63,9 +71,11 @@ class StoredBank(MemoryBank):
         device: torch.device | str = "cpu",
         *,
         verify: bool = True,
+        version: int | None = None,
     ) -> None:
         super().__init__(spec, device)
         self.name = name
+        self.version = version
         self._store = store
         self._id = self.id = bank_id
         self._verify = verify
@@ -84,6 +94,7 @@ class StoredBank(MemoryBank):
         """
         store = self._store
         store.manifest.require_writable()
+        self._require_newest()
         self.refresh()
         self.check(entry)
         check_text(entry)
@@ -97,18 +108,11 @@ class StoredBank(MemoryBank):
                 self.refresh()
                 self.check(entry)
                 self._reserve(len(self) + len(entry))
-                segment, written = store.place(database, self._id, new), now()
-                (ordinal,) = database.execute(
-                    "SELECT COALESCE(MAX(ordinal) + 1, 0) FROM piece WHERE bank = ?", (self._id,)
-                ).fetchone()
+                segment, written = store.place(database, new), now()
+                version = add_version(database, self._id, "append", written)
                 row = (entry.source, entry.char_start, len(entry.text), len(entry), written, segment)
-                piece = database.execute(
-                    "INSERT INTO piece (source, char_start, chars, tokens, created, segment, first_token, first_char, "
-                    "bank, ordinal) VALUES (?, ?, ?, ?, ?, ?, 0, 0, ?, ?)",
-                    (*row, self._id, ordinal),
-                ).lastrowid
-                assert piece is not None
-                database.execute("INSERT INTO record (piece, data) VALUES (?, ?)", (piece, record))
+                piece = add_piece(database, row, record, self._drawn(entry))
+                hold(database, self._id, [(piece, version)])
                 self._touch(database, written)
         except OSError as error:
             if new is not None:
@@ -122,63 +126,25 @@ class StoredBank(MemoryBank):
                 store.discard(new.file)
             raise
         self._remember(unpacked(kept, self.spec))
-        self._pieces[piece] = Piece(piece, *row, new.file, new.sha256, 0, 0, len(entry))
+        self._pieces[piece] = Piece(piece, *row, new.file, new.sha256, 0, 0, len(entry), version)
         self._revision += 1
 
     def forget(self, source: str) -> int:
         """Forget a whole source, what of it is in quarantine too, and its bytes; returns how many tokens went.
 
-        Segments that other sources share with it are written anew without it.
+        It is forgotten by all banks of the namespace, in all versions. `MemoryStore.forget` forgets parts of a source,
+        and gives a receipt.
 
         Raises:
             SourceError: if the bank remembers no such source.
             StoreCorruptError: if a segment to be written anew is damaged.
             StoreNotWritableError: if the store is read-only or the disk is full.
         """
-        store, written = self._store, []
-        try:
-            with store.manifest.transaction() as database:
-                self.refresh()
-                pieces = store.pieces(self._id)
-                gone = [piece for piece in pieces if piece.source == source]
-                aside = database.execute(
-                    "SELECT file FROM quarantine WHERE bank = ? AND source = ?", (self._id, source)
-                ).fetchall()
-                if not gone and not aside:
-                    return super().forget(source)  # raises the error that names the sources there are
-                shrunk = {piece.segment: piece.file for piece in gone}
-                for segment in shrunk:
-                    stay = [piece for piece in pieces if piece.segment == segment and piece.source != source]
-                    if stay:
-                        new = store.write_segment(self._read(stay, verify=True))
-                        written.append(new.file)
-                        store.move(database, self._id, new, stay)
-                for table in PIECE_TABLES:
-                    database.executemany(f"DELETE FROM {table} WHERE piece = ?", [(piece.id,) for piece in gone])
-                database.executemany("DELETE FROM piece WHERE id = ?", [(piece.id,) for piece in gone])
-                database.executemany("DELETE FROM segment WHERE id = ?", [(segment,) for segment in shrunk])
-                database.execute("DELETE FROM quarantine WHERE bank = ? AND source = ?", (self._id, source))
-                # A file in quarantine that held several sources goes with the first that is forgotten.
-                database.executemany("UPDATE quarantine SET file = NULL WHERE file = ?", aside)
-                database.execute("DELETE FROM quarantine WHERE file IS NULL AND reason IS NULL")
-                self._touch(database, now())
-                # Before the commit: no index ever knows what its bank has forgotten.
-                store.remove_index(self._id)
-        except BaseException as error:
-            for file in written:
-                store.discard(file)
-            if isinstance(error, OSError):
-                raise StoreNotWritableError(
-                    f"Nothing was forgotten of bank {self.name!r}: {error}. "
-                    f"Check the space and the permissions of {store.folder}, then try again."
-                ) from error
-            raise
-        try:
-            store.erase([*shrunk.values(), *(file for (file,) in aside if file is not None)])
-        finally:
-            forgotten = self._drop(source) if gone else 0
-            self._revision += 1
-        return forgotten
+        self._require_newest()
+        self._stored_revision()  # raises if the bank is gone, and one of its name may be another
+        receipt = self._store.forget(self.name, [Stretch(source)])
+        self.refresh()
+        return receipt.tokens_of(self.name)
 
     def thin(self, keep_N: Tensor) -> None:
         """Drop the rows where `keep_N` (bool) is False, and their bytes. Texts and token ids stay.
@@ -324,21 +290,25 @@ class StoredBank(MemoryBank):
             revision = self._stored_revision()
             if revision == self._revision:
                 return
-            pieces = {piece.id: piece for piece in self._store.pieces(self._id)}
-            # Sources are forgotten whole, so a piece that is gone takes its source along. A repair may have cut the end
-            # of one, or a cap have thinned it: then everything is read again, so that memory and disk keep one order.
+            pieces = {piece.id: piece for piece in self._store.pieces(self._id, self.version)}
             gone = {known.source for known in self._pieces.values() if known.id not in pieces}
-            cut = any(
-                piece.id in self._pieces and (piece.source in gone or piece.rows != self._pieces[piece.id].rows)
-                for piece in pieces.values()
-            )
-            for source in self.sources if cut else gone:
-                self._drop(source)
+            left = [known.id for known in self._pieces.values() if known.source not in gone]
+            # Sources that were forgotten whole go one by one. Where more has changed (a part was forgotten, a repair
+            # cut the end of a source, a cap thinned it), all is read again, so that memory and disk keep one order.
+            thinned = any(key in pieces and pieces[key].rows != known.rows for key, known in self._pieces.items())
+            if left == list(pieces)[: len(left)] and not thinned:
+                for source in gone:
+                    self._drop(source)
+            else:
+                self._drop_all()
+            # A piece is what it was, but may have been moved.
+            self._pieces = {key: pieces[key] for key in self._pieces}
             new = [piece for piece in pieces.values() if piece.id not in self._pieces]
             self._reserve(len(self) + sum(piece.rows for piece in new))
+            checked: set[str] = set()
             try:
                 for _, together in groupby(new, key=lambda piece: piece.segment):
-                    self._load(list(together))
+                    self._load(list(together), checked)
             except StoreCorruptError:
                 # Forgotten by another process between the query and the reading of the file? Then look again.
                 if self._stored_revision() == revision:
@@ -360,14 +330,13 @@ class StoredBank(MemoryBank):
                 infos[piece.source] = dataclasses.replace(known, tokens=known.tokens + piece.tokens, chars=chars)
         return list(infos.values())
 
-    def _read(self, pieces: Sequence[Piece], *, verify: bool) -> list[BankEntry]:
-        """Pieces of one segment, as they are kept on disk."""
-        store = self._store
-        path, what = store.segment_path(pieces[0].file), named(pieces, self.name)
-        return read_segment(path, pieces, what, store.mend(self.name), verify=verify)
-
-    def _load(self, pieces: Sequence[Piece]) -> None:
-        for piece, kept in zip(pieces, self._read(pieces, verify=self._verify), strict=True):
+    def _load(self, pieces: Sequence[Piece], checked: set[str]) -> None:
+        """Remember pieces of one segment. `checked` are the files whose checksums were compared already."""
+        store, file = self._store, pieces[0].file
+        what, verify = named(pieces, self.name), self._verify and file not in checked
+        entries = read_segment(store.segment_path(file), pieces, what, store.mend(self.name), verify=verify)
+        checked.add(file)
+        for piece, kept in zip(pieces, entries, strict=True):
             try:
                 entry = unpacked(kept, self.spec)
                 self.check(entry)
@@ -384,6 +353,23 @@ class StoredBank(MemoryBank):
         forgotten = super().forget(source)
         self._pieces = {key: piece for key, piece in self._pieces.items() if piece.source != source}
         return forgotten
+
+    def _drop_all(self) -> None:
+        """Forget everything in memory only."""
+        MemoryBank.__init__(self, self.spec, self.device)
+        self._pieces = {}
+
+    def _drawn(self, entry: BankEntry) -> list[tuple[str, str, int, int, float]]:
+        """Rows of what an entry drew on."""
+        return [(on.bank or self.name, on.source, on.start, on.end, on.weight) for on in entry.drew_on]
+
+    def _require_newest(self) -> None:
+        if self.version is not None:
+            raise StoreNotWritableError(
+                f"This is version {self.version} of bank {self.name!r}, which is past and cannot be changed. Fork it "
+                f"(`longmem fork --bank {self.name} --version {self.version} --to NAME`) and write to the fork, or "
+                "open the bank without a version."
+            )
 
     def _stored_revision(self) -> int:
         revision = self._store.revision(self._id)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
 import zlib
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,14 +13,14 @@ from torch import Tensor
 from longmem.bank import BankEntry
 from longmem.errors import BankError, StoreCorruptError, StoreNotWritableError
 from longmem.store.manifest import now
-from longmem.store.segments import Piece, named, read_segment
+from longmem.store.segments import Piece, by_segment, named, read_segment
 
 if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
     from longmem.store.stored_bank import StoredBank
 
 # Tables whose rows belong to a piece, and go with it.
-PIECE_TABLES = ("record", "thinned", "score")
+PIECE_TABLES = ("record", "thinned", "score", "drew")
 
 
 def thin(store: MemoryStore, bank: StoredBank, keep_N: Tensor) -> tuple[list[Piece], int, list[str]]:
@@ -35,27 +35,32 @@ def thin(store: MemoryStore, bank: StoredBank, keep_N: Tensor) -> tuple[list[Pie
                 raise BankError(f"Bank {bank.name!r} has changed since it was decided what it keeps. Decide again.")
             keeps = dict(zip((piece.id for piece in held), keep_N.split([piece.rows for piece in held]), strict=True))
             old = {}
-            # Segments hold neighbours, so that those of one stand together.
-            for segment, group in groupby(held, key=lambda piece: piece.segment):
-                pieces = list(group)
-                if all(bool(keeps[piece.id].all()) for piece in pieces):
+            for segment, mine in by_segment(held).items():
+                if all(bool(keeps[piece.id].all()) for piece in mine):
                     continue
+                # What forks hold beside them comes along; what they share is thinned for all.
+                pieces = store.in_segment(segment)
                 path, what = store.segment_path(pieces[0].file), named(pieces, bank.name)
                 entries = read_segment(path, pieces, what, store.mend(bank.name), verify=True)
-                fewer = [entry.thinned(keeps[piece.id]) for piece, entry in zip(pieces, entries, strict=True)]
+                fewer = [
+                    entry.thinned(keeps[piece.id]) if piece.id in keeps else entry
+                    for piece, entry in zip(pieces, entries, strict=True)
+                ]
                 new = store.write_segment(fewer)
                 written.append(new.file)
-                store.move(database, bank.id, new, pieces)
-                for piece, entry in zip(pieces, fewer, strict=True):
-                    database.execute(
-                        "INSERT OR REPLACE INTO thinned (piece, rows, kept) VALUES (?, ?, ?)",
-                        (piece.id, entry.rows, _pack_kept(entry)),
-                    )
+                store.move(database, new, pieces)
+                thinned = [both for both in zip(pieces, fewer, strict=True) if both[0].id in keeps]
+                for piece, entry in thinned:
+                    keep_rows(database, piece.id, entry)
                 old[segment] = pieces[0].file
             database.executemany("DELETE FROM segment WHERE id = ?", [(segment,) for segment in old])
             database.execute("UPDATE bank SET revision = revision + 1, updated = ? WHERE id = ?", (now(), bank.id))
             # Before the commit: rows lie elsewhere than the index says.
-            store.remove_index(bank.id)
+            for (holder,) in database.execute(
+                "SELECT DISTINCT bank FROM held WHERE piece IN (SELECT piece FROM held WHERE bank = ?) UNION SELECT ?",
+                (bank.id, bank.id),
+            ).fetchall():
+                store.remove_index(holder)
             after, revision = store.pieces(bank.id), store.revision(bank.id)
     except BaseException as error:
         for file in written:
@@ -72,15 +77,30 @@ def thin(store: MemoryStore, bank: StoredBank, keep_N: Tensor) -> tuple[list[Pie
 
 def as_thinned(store: MemoryStore, piece: Piece, entry: BankEntry) -> BankEntry:
     """A piece that was encoded again, with the rows that it had."""
+    kept_M = kept_tokens(store, piece)
+    return entry if kept_M is None else entry.thinned(kept_M)
+
+
+def kept_tokens(store: MemoryStore, piece: Piece) -> Tensor | None:
+    """Which tokens of a piece have rows (M,), bool; None if all do."""
     for (kept,) in store.manifest.query("SELECT kept FROM thinned WHERE piece = ?", piece.id):
-        return entry.thinned(_unpack_kept(kept, piece))
-    return entry
+        return _unpack_kept(kept, piece)
+    return None
+
+
+def keep_rows(database: sqlite3.Connection, piece: int, entry: BankEntry) -> None:
+    """Note which rows a piece has, if not all, inside a transaction."""
+    if entry.kept_K is not None:
+        row = (piece, entry.rows, _pack_kept(entry))
+        database.execute("INSERT OR REPLACE INTO thinned (piece, rows, kept) VALUES (?, ?, ?)", row)
 
 
 def scores_of(store: MemoryStore, bank_id: int, name: str) -> dict[int, Tensor]:
     """See `StoredBank.scores`."""
     rows = store.manifest.query(
-        "SELECT piece, data FROM score JOIN piece ON piece.id = piece WHERE bank = ? AND name = ?", bank_id, name
+        "SELECT score.piece, data FROM score JOIN held ON held.piece = score.piece WHERE bank = ? AND name = ?",
+        bank_id,
+        name,
     )
     return {piece: torch.from_numpy(np.frombuffer(zlib.decompress(data), "<f4").copy()) for piece, data in rows}
 
@@ -89,7 +109,7 @@ def keep_scores(store: MemoryStore, bank_id: int, name: str, scores: dict[int, T
     """See `StoredBank.keep_scores`."""
     with store.manifest.transaction() as database:
         # Pieces may have gone since.
-        there = {piece for (piece,) in database.execute("SELECT id FROM piece WHERE bank = ?", (bank_id,))}
+        there = {piece for (piece,) in database.execute("SELECT piece FROM held WHERE bank = ?", (bank_id,))}
         before = scores_of(store, bank_id, name) if add else {}
         for piece, score_M in scores.items():
             if piece in there:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,12 +15,13 @@ from longmem.bank import DTYPES
 from longmem.config import BankSpec
 from longmem.errors import StoreCorruptError
 from longmem.store.indexes import read_index
-from longmem.store.segments import Piece, Record, digest, header_of
+from longmem.store.receipts import is_genuine, receipts
+from longmem.store.segments import Piece, Record, by_segment, digest, header_of
 
 if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
 
-Kind = Literal["missing", "size", "checksum", "unreadable", "header", "gap", "record", "index", "manifest"]
+Kind = Literal["missing", "size", "checksum", "unreadable", "header", "gap", "record", "index", "receipt", "manifest"]
 
 
 @dataclass(frozen=True)
@@ -77,46 +77,59 @@ def verify(store: MemoryStore, name: str | None, on_bytes: Callable[[int], None]
         for (row,) in query("PRAGMA integrity_check(20)")
         if row != "ok"
     ]
+    given = receipts(store.manifest)
+    if given and not is_genuine(store.manifest, given[-1]):
+        altered = "A receipt was altered or taken out: what they say was forgotten cannot be trusted."
+        faults.append(Fault(None, (), None, "receipt", f"{altered} No bank is concerned."))
     if name is not None and store.find(name) is None:
         raise store.not_found(name)
     banks = [row for row in query("SELECT id, name, spec FROM bank ORDER BY name") if name in (None, row[1])]
-    segments = tokens = size = bare = quarantined = 0
+    sizes: dict[int, int] = {}
+    tokens = bare = quarantined = 0
+    known: dict[str, Fault | None] = {}
     for bank_id, bank, spec in banks:
         # A bank that changes while it is read is read again: what was forgotten meanwhile is no fault.
         while True:
             revision = store.revision(bank_id)
             if revision is None:
                 break
-            pieces, sizes = store.pieces(bank_id), segment_sizes(store, bank_id)
-            found = list(bank_faults(store, bank_id, bank, BankSpec.from_json(spec), on_bytes))
+            pieces, read = store.pieces(bank_id), store.segment_sizes(bank_id)
+            found = list(bank_faults(store, bank_id, bank, BankSpec.from_json(spec), on_bytes, known))
             if store.revision(bank_id) == revision:
                 faults += found
-                segments, size = segments + len(sizes), size + sum(sizes.values())
+                sizes |= read
                 tokens += sum(piece.tokens for piece in pieces)
-                recorded = query("SELECT COUNT(*) FROM record JOIN piece ON piece.id = piece WHERE bank = ?", bank_id)
-                bare += len(pieces) - recorded[0][0]
+                recorded = "SELECT COUNT(*) FROM record JOIN held ON held.piece = record.piece WHERE bank = ?"
+                bare += len(pieces) - query(recorded, bank_id)[0][0]
                 quarantined += query("SELECT COUNT(reason) FROM quarantine WHERE bank = ?", bank_id)[0][0]
                 break
     orphans = tuple(sorted(str(path.relative_to(store.folder)) for path in store.orphans()))
-    return Report(len(banks), segments, tokens, size, tuple(faults), orphans, bare, quarantined)
-
-
-def segment_sizes(store: MemoryStore, bank_id: int) -> dict[int, int]:
-    """Bytes of each segment of a bank, by id."""
-    return dict(store.manifest.query("SELECT id, bytes FROM segment WHERE bank = ?", bank_id))
+    return Report(len(banks), len(sizes), tokens, sum(sizes.values()), tuple(faults), orphans, bare, quarantined)
 
 
 def bank_faults(
-    store: MemoryStore, bank_id: int, name: str, spec: BankSpec, on_bytes: Callable[[int], None] | None = None
+    store: MemoryStore,
+    bank_id: int,
+    name: str,
+    spec: BankSpec,
+    on_bytes: Callable[[int], None] | None,
+    known: dict[str, Fault | None],
 ) -> Iterator[Fault]:
-    """The faults of one bank: of its segments, of the order of its pieces, of their records and of its index."""
-    pieces, sizes = store.pieces(bank_id), segment_sizes(store, bank_id)
-    for _, together in by_segment(pieces).items():
-        fault = segment_fault(store, name, spec, together, sizes.get(together[0].segment, 0))
+    """The faults of one bank: of its segments, of the order of its pieces, of their records and of its index.
+
+    Args:
+        known: what was found in files that were read for another bank; extended.
+    """
+    pieces, sizes = store.pieces(bank_id), store.segment_sizes(bank_id)
+    for segment, mine in by_segment(pieces).items():
+        file, size = mine[0].file, sizes.get(segment, 0)
+        if file not in known:
+            known[file] = segment_fault(store, name, spec, store.in_segment(segment), size)
+        fault = known[file]
         if fault is not None:
-            yield fault
+            yield replace(fault, bank=name)
         if on_bytes is not None:
-            on_bytes(sizes.get(together[0].segment, 0))
+            on_bytes(size)
     ends: dict[str, int] = {}
     for piece in pieces:
         end = ends.get(piece.source, 0)
@@ -155,14 +168,8 @@ def index_fault(store: MemoryStore, bank_id: int, name: str, tokens: int) -> Fau
     return None
 
 
-def by_segment(pieces: Sequence[Piece]) -> dict[int, list[Piece]]:
-    """Pieces of each segment, in order."""
-    ordered = sorted(pieces, key=lambda piece: (piece.segment, piece.first_token, piece.first_char))
-    return {segment: list(together) for segment, together in groupby(ordered, key=lambda piece: piece.segment)}
-
-
 def segment_fault(store: MemoryStore, bank: str, spec: BankSpec, pieces: Sequence[Piece], size: int) -> Fault | None:
-    """What is wrong with the file that holds these pieces, if anything."""
+    """What is wrong with the file that holds these pieces, all that lies in it, if anything."""
     path = store.segment_path(pieces[0].file)
 
     def fault(kind: Kind, meaning: str) -> Fault:
@@ -180,7 +187,7 @@ def segment_fault(store: MemoryStore, bank: str, spec: BankSpec, pieces: Sequenc
             return fault("checksum", f"Its bytes have changed: sha256 {sha256}, the manifest says {pieces[0].sha256}.")
         header = [(source, start, chars, tokens) for source, start, chars, tokens in header_of(path)]
         said = [(piece.source, piece.char_start, piece.chars, piece.tokens) for piece in pieces]
-        if header != said:
+        if sorted(header) != sorted(said):
             return fault("header", f"The file names the pieces {header}, the manifest {said}.")
         rows = sum(piece.rows for piece in pieces)
         kept = DTYPES[spec.dtype] if spec.precision == "full" else torch.uint8

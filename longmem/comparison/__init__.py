@@ -1,0 +1,1 @@
+"""Every contender on every task, on one backbone: run, counted, reported."""

@@ -1,0 +1,155 @@
+"""A comparison as Markdown: the summary, every other figure, costs, reasons, conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from longmem.comparison.result import Cell, Comparison, Figure, Named
+from longmem.tasks.task import Measure
+
+
+def markdown(comparison: Comparison) -> str:
+    """The whole report."""
+    notes = Notes()
+    parts = ["# Comparison", conditions(comparison), "## Summary", summary(comparison, notes)]
+    parts += ["## Each task", *(details(comparison, task, notes) for task in comparison.tasks)]
+    if notes.texts:
+        parts += ["## Empty cells", "\n".join(f"{number}. {text}" for number, text in enumerate(notes.texts, start=1))]
+    return "\n\n".join(parts) + "\n"
+
+
+class Notes:
+    """Reasons of empty cells, numbered as they first appear."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, reason: str) -> str:
+        if reason not in self.texts:
+            self.texts.append(reason)
+        return f"– ({self.texts.index(reason) + 1})"
+
+
+def summary(comparison: Comparison, notes: Notes) -> str:
+    """The first measure of every task, contenders in columns."""
+    rows = []
+    for task in comparison.tasks:
+        cells = [comparison.cell(task.name, each.name) for each in comparison.contenders]
+        best = best_of(task.measures[0], cells)
+        shown = [
+            f"**{told(cell, task.measures[0], notes)}**"
+            if cell.contender in best
+            else told(cell, task.measures[0], notes)
+            for cell in cells
+        ]
+        rows.append([f"{task.name}, {heading(task.measures[0])}", *shown])
+    return table(["", *(each.name for each in comparison.contenders)], rows)
+
+
+def details(comparison: Comparison, task: Named, notes: Notes) -> str:
+    """Every measure of a task and what it cost, contenders in rows."""
+    measures = [m for m in task.measures if any(m.name in c.figures for c in _cells(comparison, task))]
+    kinds = list(dict.fromkeys(kind for cell in _cells(comparison, task) for kind in cell.kinds))
+    head = ["", *map(heading, measures), *kinds, *PRICES]
+    rows = []
+    for cell in _cells(comparison, task):
+        if cell.reason is not None:
+            rows.append([cell.contender, notes.mark(cell.reason)])
+            continue
+        of_kinds = [_of_kind(task.measures, cell.kinds.get(kind, {})) for kind in kinds]
+        figures = [shown(measure, cell.figures.get(measure.name)) for measure in measures]
+        rows.append([cell.contender, *figures, *of_kinds, *prices(cell)])
+    count = max((figure.cases for cell in _cells(comparison, task) for figure in cell.figures.values()), default=0)
+    return f"### {task.name}: {task.title}\n\n{count} cases.\n\n{table(head, rows)}"
+
+
+def _cells(comparison: Comparison, task: Named) -> list[Cell]:
+    return [comparison.cell(task.name, each.name) for each in comparison.contenders]
+
+
+def _of_kind(measures: Sequence[Measure], figures: dict[str, Figure]) -> str:
+    """The first measure that a kind of case has."""
+    return next((f"{m.name} {shown(m, figures[m.name])}" for m in measures if m.name in figures), "")
+
+
+PRICES = ("tokens told", "tokens a question", "s to first token", "s a token", "kept")
+
+
+def prices(cell: Cell) -> list[str]:
+    """The cells of `PRICES`."""
+    price = cell.price
+    if price is None:
+        return [""] * len(PRICES)
+    a_token = "" if price.token_seconds is None else f"{price.token_seconds:.3f}"
+    return [
+        f"{price.told_tokens:,.0f}",
+        f"{price.asked_tokens:,.0f}",
+        f"{price.first_seconds:.2f}",
+        a_token,
+        size(price.kept_bytes),
+    ]
+
+
+def size(count: float) -> str:
+    """A number of bytes in words: 1.4 MB."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
+def told(cell: Cell, measure: Measure, notes: Notes) -> str:
+    """A cell's figure, or the number of the reason why there is none."""
+    if cell.reason is not None:
+        return notes.mark(cell.reason)
+    return shown(measure, cell.figures.get(measure.name)) or notes.mark(f"no case has {measure.name!r}")
+
+
+def shown(measure: Measure, figure: Figure | None) -> str:
+    """A figure with its interval."""
+    if figure is None:
+        return ""
+    places = {"percent": 0, "number": 2, "perplexity": 2}[measure.form]
+    if figure.low is None:
+        return f"{figure.value:.{places}f} (one case)"
+    return f"{figure.value:.{places}f} ({figure.low:.{places}f} – {figure.high:.{places}f})"
+
+
+def heading(measure: Measure) -> str:
+    unit = " %" if measure.form == "percent" else ""
+    return f"{measure.name}{unit}{'' if measure.higher else ' (less is better)'}"
+
+
+def best_of(measure: Measure, cells: Sequence[Cell]) -> set[str]:
+    """Contenders with the best figure, the one that is shown the evidence left out."""
+    values = {
+        c.contender: c.figures[measure.name].value
+        for c in cells
+        if measure.name in c.figures and c.contender != "oracle"
+    }
+    if len(set(values.values())) < 2:
+        return set()
+    best = max(values.values()) if measure.higher else min(values.values())
+    return {name for name, value in values.items() if value == best}
+
+
+def conditions(comparison: Comparison) -> str:
+    """What was run, on what."""
+    of = {**comparison.settings, **comparison.machine}
+    lines = [", ".join(f"{name} {value}" for name, value in of.items() if value is not None) + "."]
+    lines += [
+        "Figures with 95 % intervals: Wilson's where each case is right or wrong, else a bootstrap over cases. "
+        "Bold is the best figure, however wide the intervals; `oracle` does not compete."
+    ]
+    lines += [f"**{each.name}**: {each.title}." for each in comparison.contenders]
+    return "\n\n".join((*lines[:2], "\n".join(f"* {line}" for line in lines[2:])))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; short rows are filled up."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [each.replace("|", "\\|").replace("\n", " ") for each in (*row, *[""] * (len(head) - len(row)))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

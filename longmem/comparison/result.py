@@ -1,0 +1,168 @@
+"""Figures of a comparison, with their intervals, and what they cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longmem.contenders.contender import Cost
+from longmem.evals.answers import wilson
+from longmem.tasks.task import Measure
+
+_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over cases and its 95 % interval: Wilson's where every case is right or wrong, else a bootstrap over
+    cases; None for a single case.
+
+    Attributes:
+        value: percent, or as the measure says.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    cases: int
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a contender spent on a task.
+
+    Attributes:
+        told_tokens: the model read of each round's documents, mean over rounds.
+        asked_tokens: it read for a question, mean.
+        first_seconds: from the question to the first token of the answer, median.
+        token_seconds: for each token after it, mean; None where nothing was generated.
+        kept_bytes: the most kept of a round's documents.
+    """
+
+    told_tokens: float
+    asked_tokens: float
+    first_seconds: float
+    token_seconds: float | None
+    kept_bytes: int
+
+    @classmethod
+    def of(cls, cost: Cost, rounds: int) -> Price:
+        asked = len(cost.first_seconds)
+        return cls(
+            told_tokens=cost.told_tokens / rounds,
+            asked_tokens=cost.asked_tokens / asked,
+            first_seconds=statistics.median(cost.first_seconds),
+            token_seconds=cost.said_seconds / cost.said_tokens if cost.said_tokens else None,
+            kept_bytes=cost.kept_bytes,
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One contender on one task.
+
+    Attributes:
+        figures: measure → figure over all cases.
+        kinds: kind of case → the same over its cases.
+        price: None where there are no figures.
+        reason: why there are none.
+        cases: what was asked and answered, and every value.
+    """
+
+    task: str
+    contender: str
+    figures: dict[str, Figure] = field(default_factory=dict)
+    kinds: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    price: Price | None = None
+    reason: str | None = None
+    cases: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Named:
+    """How a report calls a task or a contender."""
+
+    name: str
+    title: str
+    measures: tuple[Measure, ...] = ()
+
+
+@dataclass
+class Comparison:
+    """All cells of a table, as far as they have been run.
+
+    Attributes:
+        settings: what was asked for, of which model.
+        machine: where, by which versions and commit.
+    """
+
+    tasks: list[Named]
+    contenders: list[Named]
+    settings: dict[str, Any]
+    machine: dict[str, str]
+    cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
+
+    def cell(self, task: str, contender: str) -> Cell:
+        return self.cells.get((task, contender), Cell(task, contender, reason="not run yet"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "tasks": [dataclasses.asdict(task) for task in self.tasks],
+            "contenders": [dataclasses.asdict(contender) for contender in self.contenders],
+            "settings": self.settings,
+            "machine": self.machine,
+            "cells": [dataclasses.asdict(cell) for cell in self.cells.values()],
+        }
+
+    def save(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, default=str)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def figures(
+    measures: Sequence[Measure], values: Sequence[Mapping[str, float]], weights: Sequence[float], seed: int
+) -> dict[str, Figure]:
+    """Measure → figure; measures that no case has are left out.
+
+    Args:
+        values: of each case, by measure.
+        weights: tokens of each case; they count where a measure is a mean over tokens (perplexity).
+    """
+    found = {}
+    for measure in measures:
+        some = [
+            (each[measure.name], weight) for each, weight in zip(values, weights, strict=True) if measure.name in each
+        ]
+        if some:
+            value_C, weight_C = (np.array(column) for column in zip(*some, strict=True))
+            found[measure.name] = figure(measure, value_C, weight_C, seed)
+    return found
+
+
+def figure(measure: Measure, value_C: np.ndarray, weight_C: np.ndarray, seed: int) -> Figure:
+    """The figure of C cases."""
+    count = len(value_C)
+    if measure.form != "perplexity":
+        weight_C = np.ones(count)
+
+    def shown(mean: Any) -> Any:
+        return np.exp(mean) if measure.form == "perplexity" else 100 * mean if measure.form == "percent" else mean
+
+    value = float(shown((value_C * weight_C).sum() / weight_C.sum()))
+    if count < 2:
+        return Figure(value, None, None, count)
+    if measure.form == "percent" and set(value_C.tolist()) <= {0.0, 1.0}:
+        low, high = wilson(int(value_C.sum()), count)
+        return Figure(value, 100 * low, 100 * high, count)
+    draws = np.random.default_rng(seed).integers(count, size=(_DRAWS, count))
+    means = shown((value_C * weight_C)[draws].sum(1) / weight_C[draws].sum(1))
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Figure(value, float(low), float(high), count)

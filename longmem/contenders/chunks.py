@@ -1,0 +1,65 @@
+"""Pieces of documents that can be put into a window, and what retrievers have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from longmem.contenders.contender import GAP, Contender, ContenderConfig, Prompt, View
+from longmem.data import Document
+from longmem.model import LongMem
+from longmem.recall import cut
+
+
+def chunks(documents: Sequence[Document], tokenizer: Any, size: int) -> list[str]:
+    """Pieces of at most so many tokens: paragraphs, the long ones cut at sentence or line ends, short ones joined."""
+    pieces = []
+    for document in documents:
+        offsets = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        spans = cut(document.text, [start for start, _ in offsets], longest=size, short=size // 4)
+        pieces += [document.text[start:end] for start, end in spans]
+    return pieces
+
+
+class Retriever(Contender):
+    """Puts the best pieces of what it was told before the prompt, the best one last."""
+
+    def __init__(self, model: LongMem, config: ContenderConfig) -> None:
+        super().__init__(model, config)
+        self.pieces: list[str] = []
+
+    @abstractmethod
+    def index(self, pieces: Sequence[str]) -> None:
+        """Get ready to rank pieces."""
+
+    @abstractmethod
+    def scores(self, query: str) -> np.ndarray:
+        """How well each piece fits a query."""
+
+    def learn(self, documents: Sequence[Document]) -> None:
+        self.pieces = chunks(documents, self.model.tokenizer, self.config.chunk)
+        self.index(self.pieces)
+
+    def view(self, prompt: Prompt) -> View:
+        ranked = np.argsort(-self.scores(prompt.wanted), kind="stable")[: self.config.chunks]
+        return self.shown([self.pieces[place] for place in ranked], prompt)
+
+    def shown(self, best_first: Sequence[str], prompt: Prompt) -> View:
+        """Pieces before the prompt, as many as fit half of the window; a long prompt keeps the other half."""
+        window = min(self.config.window, self.model.backbone.max_positions)
+        opening, found = self.reader.tokenize(prompt.opening), []
+        self.seen = ()
+        for piece in best_first:
+            more = self.reader.tokenize(piece + GAP)
+            if len(found) + len(more) > (window - prompt.room) // 2:
+                break
+            found = more + found
+            self.seen = (piece, *self.seen)
+        text = self.fitted([], prompt, window - len(found)).asked
+        return View(opening, found + text)
+
+    def kept_bytes(self) -> int:
+        return sum(len(piece.encode()) for piece in self.pieces)

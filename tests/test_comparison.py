@@ -1,0 +1,277 @@
+"""A task and a contender are a file each; a rerun gives the same figures; an empty cell says why."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import tiny
+from conftest import TINY_TEXT
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+import longmem.contenders
+import longmem.tasks
+from longmem.cli import app
+from longmem.comparison.html import html, plot
+from longmem.comparison.markdown import Notes, markdown, summary
+from longmem.comparison.own import read_questions
+from longmem.comparison.result import Comparison, figure
+from longmem.comparison.run import compare
+from longmem.contenders.contender import Contender, ContenderConfig
+from longmem.contenders.longmem import LongMemContender
+from longmem.contenders.oracle import Oracle
+from longmem.contenders.window import Window
+from longmem.data import Document, TokenizedDocuments
+from longmem.errors import SourceError
+from longmem.model import LongMem
+from longmem.registry import chosen, found
+from longmem.tasks import language
+from longmem.tasks import task as task_module
+from longmem.tasks.needles import PassKey
+from longmem.tasks.task import Measure, Task, TaskConfig
+
+TASK = """
+from longmem.contenders.contender import Prompt
+from longmem.data import Document
+from longmem.tasks.task import Case, Measure, Round, Task
+
+
+class Colours(Task):
+    name = "colours"
+    title = "which colour was told"
+    measures = (Measure("right"),)
+
+    def rounds(self):
+        for number in range(self.config.cases):
+            colour = str(self.rng(number).choice(["red", "blue"]))
+            prompt = Prompt("The colour is", evidence=(f"The colour is {colour}.",), room=4)
+            yield Round((Document("colour", f"The colour is {colour}."),), (Case(prompt, (colour,), ("red", "blue")),))
+
+    def score(self, case, answer):
+        return {"right": float(answer.text == case.answers[0])}
+"""
+CONTENDER = """
+from longmem.contenders.contender import Contender, View
+
+
+class Nothing(Contender):
+    name = "nothing"
+    title = "backbone, told nothing"
+
+    def learn(self, documents):
+        return None
+
+    def view(self, prompt):
+        return self.fitted([], prompt, self.config.window)
+
+    def kept_bytes(self):
+        return 0
+"""
+SMALL = ContenderConfig(window=96, extended=256, chunk=32, chunks=2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path) -> LongMem:
+    made = LongMem.from_pretrained(tiny_model_dir, device="cpu")
+    tiny.randomise(made.sidenet, 0.1)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def short_filler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's documentation takes seconds to read."""
+
+    def few(tokenizer: Any) -> TokenizedDocuments:
+        return TokenizedDocuments.from_documents([Document("bees", TINY_TEXT * 10)], tokenizer)
+
+    monkeypatch.setattr(task_module, "default_documents", few)
+    monkeypatch.setattr(language, "python_documents", lambda: [Document("bees", TINY_TEXT * 10)])
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> tuple[type[Task], type[Contender]]:
+    """A task and a contender, one file each."""
+    for name, text in (("task.py", TASK), ("contender.py", CONTENDER)):
+        assert len(text.splitlines()) <= 80
+        (tmp_path / name).write_text(text)
+    (task,) = chosen([str(tmp_path / "task.py")], longmem.tasks, Task)
+    (contender,) = chosen([str(tmp_path / "contender.py")], longmem.contenders, Contender)
+    return task, contender
+
+
+def test_a_new_task_and_a_new_contender_meet_the_others(
+    model: LongMem, own: tuple[type[Task], type[Contender]]
+) -> None:
+    task, contender = own
+    seen: list[tuple[str, str]] = []
+    result = compare(
+        model,
+        [PassKey, task],
+        [Window, contender, Oracle],
+        TaskConfig(cases=2, told=64),
+        ContenderConfig(window=800),
+        on_cell=lambda comparison, cell: seen.append((cell.task, cell.contender)),
+    )
+    assert seen == [(t, c) for t in ("passkey", "colours") for c in ("window", "nothing", "oracle")]
+    assert all(cell.reason is None and cell.figures for cell in result.cells.values())
+    # Told nothing, it chooses the same colour whatever was told.
+    given = {row["given"] for row in result.cell("colours", "nothing").cases}
+    assert len(given) == 1
+    assert result.cell("colours", "nothing").price is not None
+    for cell in result.cells.values():
+        for each in cell.figures.values():
+            assert each.low is not None and each.high is not None and each.low <= each.value <= each.high
+
+
+def test_a_rerun_gives_the_same_figures(model: LongMem, own: tuple[type[Task], type[Contender]]) -> None:
+    def run(seed: int) -> list[tuple[object, object]]:
+        config = TaskConfig(cases=3, told=64, seed=seed)
+        result = compare(model, [own[0], PassKey], [LongMemContender], config, ContenderConfig(window=64))
+        return [(cell.figures, cell.cases) for cell in result.cells.values()]
+
+    assert run(0) == run(0)
+    assert run(0) != run(1)
+
+
+def test_an_empty_cell_says_why(model: LongMem, tmp_path: Path) -> None:
+    (tmp_path / "t.py").write_text(
+        TASK.replace('evidence=(f"The colour is {colour}.",), ', "").replace("room=4", "room=4")
+    )
+    (task,) = chosen([str(tmp_path / "t.py")], longmem.tasks, Task)
+    (data_task,) = chosen(["xquad"], longmem.tasks, Task)
+    result = compare(model, [task, data_task], [Window, Oracle], TaskConfig(cases=2), SMALL)
+    assert result.cell("colours", "window").reason is None
+    assert "does not say where" in str(result.cell("colours", "oracle").reason)
+    assert "--data" in str(result.cell("xquad", "window").reason)
+    text, page = markdown(result), html(result)
+    for reason in ("does not say where the answers stand", "no data: give --data DIR with xquad in it"):
+        assert reason in text and reason in page
+    # No cell of the summary is blank.
+    table = text.split("## Summary")[1].split("## Each task")[0]
+    for line in table.strip().splitlines()[2:]:
+        assert all(cell.strip() for cell in line.strip("|").split("|"))
+    unfinished = Comparison(result.tasks, result.contenders, {}, {})
+    assert "not run yet" in markdown(unfinished)
+
+
+def test_the_page_stands_alone(model: LongMem, own: tuple[type[Task], type[Contender]]) -> None:
+    result = compare(model, [own[0]], [Window, own[1], Oracle], TaskConfig(cases=3), SMALL)
+    page = html(result)
+    assert not re.search(r"(src|href)=|@import|url\(|<script", page)
+    (svg,) = re.findall(r"<svg.*?</svg>", page)
+    drawn = ElementTree.fromstring(svg)
+    assert len(drawn.findall("{*}circle")) == 3
+    assert plot(Measure("F1"), [result.cell("colours", "window")]) == ""
+    for name in ("commit", "torch", "processor", "seed 0"):
+        assert name in page and name in markdown(result)
+    assert "nothing" in summary(result, Notes())
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.sampled_from(["percent", "number", "perplexity"]))
+def test_intervals_hold_the_figure(values: list[float], form: str) -> None:
+    value_C = np.array(values)
+    found = figure(Measure("m", form), value_C, np.arange(1, len(values) + 1), 0)  # type: ignore[arg-type]
+    assert found.cases == len(values)
+    assert found == figure(Measure("m", form), value_C, np.arange(1, len(values) + 1), 0)  # type: ignore[arg-type]
+    if form != "perplexity":
+        assert found.value == pytest.approx(value_C.mean() * (100 if form == "percent" else 1))
+    if len(values) == 1:
+        assert found.low is None
+    else:
+        assert found.low is not None and found.high is not None
+        assert found.low <= found.high
+        # No interval is narrower than nothing where cases differ.
+        assert found.low < found.high or len(set(values)) == 1 or np.ptp(value_C) < 1e-6
+
+
+def test_rates_have_intervals_at_their_ends() -> None:
+    found = figure(Measure("right"), np.zeros(8), np.ones(8), 0)
+    assert (found.value, found.low) == (0.0, 0.0) and 30 < float(found.high or 0) < 35
+
+
+GOOD = '{"question": "Where are the bees?", "answer": "on the roof"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "not JSON"),
+        ('["a"]', "expected an object"),
+        ('{"answer": "x"}', "`question` must be a text; got None"),
+        ('{"question": " ", "answer": "x"}', "`question` must be a text"),
+        ('{"question": "Where?"}', "`answer` must be a text or a list of texts; got None"),
+        ('{"question": "Where?", "answer": []}', "`answer` must be"),
+        ('{"question": "Where?", "answer": 3}', "`answer` must be"),
+        ('{"question": "Where?", "answer": "x", "evidence": 3}', "`evidence` must be"),
+    ],
+)
+def test_malformed_questions_are_named_by_line(line: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
+    with pytest.raises(SourceError, match=f"q.jsonl, line 3: .*{re.escape(words)}"):
+        list(read_questions(path))
+
+
+def test_own_questions_for_every_contender(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "bees.txt").write_text("Ada keeps bees on the roof.\n\nHer brother paints boats.")
+    questions = tmp_path / "questions.jsonl"
+    more = {
+        "question": "Who paints?",
+        "answer": ["Her brother", "the brother"],
+        "evidence": "Her brother paints boats.",
+    }
+    questions.write_text(f"{GOOD}\n{json.dumps(more)}\n")
+    report = tmp_path / "report"
+    arguments = ["eval", "qa", "--documents", tmp_path / "documents", "--questions", questions, "--out", report]
+    arguments += ["--model", tiny_model_dir, "--device", "cpu", "--window", "600", "--extended", "800"]
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    assert result.exit_code == 0, (result.output, result.exception)
+    told = json.loads((report / "report.json").read_text())
+    assert str(tmp_path) not in (report / "report.json").read_text()
+    cells = {cell["contender"]: cell for cell in told["cells"]}
+    assert len(cells) == len(told["contenders"])
+    for name, cell in cells.items():
+        assert (cell["reason"] is None) == bool(cell["figures"]), name
+        # One question has no evidence to show.
+        assert cell["reason"] or cell["figures"]["F1"]["cases"] == (1 if name == "oracle" else 2)
+    assert cells["oracle"]["figures"] and cells["longmem"]["figures"] and cells["window"]["figures"]
+    assert (report / "report.md").read_text().startswith("# Comparison")
+    assert (report / "report.html").exists()
+    assert "qa, F1 %" in result.stdout
+
+
+def test_mistakes_on_the_command_line(tiny_model_dir: Path, tmp_path: Path) -> None:
+    def fails(*arguments: object) -> str:
+        result = CliRunner().invoke(app, ["eval", *map(str, arguments), "--model", str(tiny_model_dir)])
+        assert result.exit_code == 1 and "Traceback" not in result.output
+        return result.stderr
+
+    out = tmp_path / "report"
+    assert "no contender 'windows'" in fails("compare", "passkey", "--contenders", "windows", "--out", out)
+    assert "no task 'passkeys'" in fails("compare", "passkeys", "--contenders", "window", "--out", out)
+    assert "cases must be" in fails("compare", "passkey", "--contenders", "window", "--cases", "0", "--out", out)
+    (tmp_path / "q.jsonl").write_text("{\n")
+    command = ("qa", "--documents", tmp_path, "--questions", tmp_path / "q.jsonl", "--out", out)
+    assert "q.jsonl, line 1: not JSON" in fails(*command)
+    assert not out.exists()
+
+
+def test_all_tasks_meet_a_contender(tiny_model_dir: Path, tmp_path: Path) -> None:
+    arguments = ["eval", "all", "--quick", "--cases", "2", "--told", "512", "--contenders", "window", "--device", "cpu"]
+    arguments += ["--model", str(tiny_model_dir), "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, (result.output, result.exception)
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert [cell["task"] for cell in told["cells"]] == list(found(longmem.tasks, Task))
+    for cell in told["cells"]:
+        assert bool(cell["figures"]) != bool(cell["reason"])
+    assert {cell["task"] for cell in told["cells"] if cell["figures"]} >= {"passkey", "pairs", "facts", "fluency"}
+    assert told["settings"]["draws"] == 1 and told["settings"]["cases"] == 2
