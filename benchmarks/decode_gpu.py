@@ -112,7 +112,7 @@ def text_of(model: LongMem, row: int) -> Tensor:
 @torch.no_grad()
 def check(model: LongMem, compile: bool) -> None:
     """Every row's logits, step after step, against reading the whole text at once."""
-    vocabulary, errors = model.backbone.config.vocab_size, []
+    vocabulary, errors, shares = model.backbone.config.vocab_size, [], []
     for sizes, shared in (([0], False), ([5000], False), ([5000] * 3, True), ([5000, 0, 300], False)):
         banks = [bank_of(model, size, seed=i) if size else None for i, size in enumerate(sizes)]
         banks = banks[:1] * len(banks) if shared else banks
@@ -124,11 +124,14 @@ def check(model: LongMem, compile: bool) -> None:
                 decoder.begin(row, texts[row], bank)
             for step in range(4):
                 now = [(31 * step + row) % vocabulary for row in range(len(banks))]
-                logits_BV, _ = decoder.step(now, order)
+                logits_BV, reads = decoder.step(now, order)
                 texts = [torch.cat((text, torch.tensor([token]))) for text, token in zip(texts, now, strict=True)]
                 for row, (text, bank) in enumerate(zip(texts, order, strict=True)):
-                    expected = model(text.to(model.device)[None], [bank], last_only=True).logits_BTV[0, -1]
-                    errors.append(error(logits_BV[row][None], expected[None]))
+                    expected = model(text.to(model.device)[None], [bank], last_only=True)
+                    errors.append(error(logits_BV[row][None], expected.logits_BTV[0, -1:]))
+                    for read, alone in zip(reads, expected.reads, strict=False):
+                        difference_KGR = read.weight_BKGTR[row, :, :, -1] - alone.weight_BKGTR[0, :, :, -1]
+                        shares.append(float(difference_KGR.abs().max()))
         # Banks that move and grow between steps, with an index in the end: the same step, replayed and not.
         recordings = {decoder._recorded}
         for extra, by_index in ((1000, False), (3000, False), (40_000, False), (0, True), (1000, True)):
@@ -151,6 +154,9 @@ def check(model: LongMem, compile: bool) -> None:
         f"check in float32, compile={compile}: relative error {most:.1e} (nine of ten), {worst:.1e} (all)", flush=True
     )
     assert most < 1e-3 and worst < 0.03
+    most, worst = float(torch.tensor(shares).quantile(0.9)), max(shares)
+    print(f"what was read: shares differ by {most:.1e} (nine of ten), {worst:.1e} (all)", flush=True)
+    assert most < 1e-3
 
 
 def quantiles(run: Callable[[], object], device: str, repeats: int) -> list[float]:
