@@ -60,13 +60,14 @@ class MemoryRead:
         layer: backbone layer.
         mass_BKGT: share of the attention that went to memory, 0 … 1.
         found: the retrieved tokens.
-        weigh: computes `log_weight_BKGTR`.
+        weigh, match: compute `log_weight_BKGTR` and `log_match_BKGTR`.
     """
 
     layer: int
     mass_BKGT: Tensor
     found: Retrieved
     weigh: Callable[[], Tensor]
+    match: Callable[[], Tensor]
 
     @property
     def index_BKGTR(self) -> Tensor:
@@ -82,6 +83,11 @@ class MemoryRead:
     def log_weight_BKGTR(self) -> Tensor:
         """log of each retrieved token's share among the retrieved ones; computed when asked for."""
         return self.weigh()
+
+    @property
+    def log_match_BKGTR(self) -> Tensor:
+        """The same by how well each token matches alone, as if being older cost nothing."""
+        return self.match()
 
     @property
     def weight_BKGTR(self) -> Tensor:
@@ -151,14 +157,20 @@ class MemoryAttention(nn.Module):
             joined = found.join(*inputs, self._joint_heads, self.scaling, REFERENCE_SIZE)
             if joined is not None:
                 difference_BKGTE, mass_BKGT, log_weight_BKGTR = joined
-                return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, found, lambda: log_weight_BKGTR)
+                return difference_BKGTE, MemoryRead(
+                    self.layer,
+                    mass_BKGT,
+                    found,
+                    weigh=lambda: log_weight_BKGTR,
+                    match=lambda: found.log_weights(self._scaled(query_BKGTE), self.scaling),
+                )
         discount_BKGT = None
         if self.newest_wins:
             asked_BKGT = (query_BKGTE * self.newest_query_KGE[..., None, :]).sum(-1).float() * self.scaling
             discount_BKGT = self.newest_KG[..., None] + asked_BKGT
         if self.fusion == "joint":
             null_BKGT = (query_BKGTE * self.null_key_KGE[..., None, :]).sum(-1).float() * self.scaling
-            query_BKGTE = query_BKGTE.float() * self.scale_KG[..., None, None].float()
+            query_BKGTE = self._scaled(query_BKGTE)
         memory_BKGTE, memory_BKGT = found.attend(query_BKGTE, self.scaling, discount_BKGT)
         if self.fusion == "gate":
             mass_BKGT = self.gate_KG.sigmoid()[..., None].expand(memory_BKGT.shape)
@@ -172,8 +184,13 @@ class MemoryAttention(nn.Module):
         difference_BKGTE = mass_BKGT[..., None].to(local_BKGTE.dtype) * (
             memory_BKGTE.to(local_BKGTE.dtype) - local_BKGTE
         )
-        weigh = partial(found.log_weights, query_BKGTE, self.scaling, discount_BKGT)
-        return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, found, weigh)
+        match = partial(found.log_weights, query_BKGTE, self.scaling)
+        return difference_BKGTE, MemoryRead(
+            self.layer, mass_BKGT, found, weigh=partial(match, discount_BKGT), match=match
+        )
+
+    def _scaled(self, query_BKGTE: Tensor) -> Tensor:
+        return query_BKGTE.float() * self.scale_KG[..., None, None].float()
 
     @property
     def _joint_heads(self) -> JointHeads:

@@ -130,7 +130,7 @@ def memory_scores(model: LongMem, bank: Readable, query: str, index: PassageInde
     The share of each token's attention is summed over tokens and heads, without those of the last memory layer if
     there are others: that one copies what the layers below have looked up. Some remembered tokens attract a head
     whatever it reads, so each is damped by how many tokens of the query turn to it (as frequent words count less than
-    rare ones in BM25).
+    rare ones in BM25). What is older is not discounted: that says which of two facts holds, not what a query is about.
     """
     token_ids = model.tokenizer(query, add_special_tokens=False)["input_ids"][-_LONGEST_QUERY:]
     input_ids_1T = model.with_prefix(torch.tensor(token_ids, dtype=torch.int64))[None].to(model.device)
@@ -139,7 +139,7 @@ def memory_scores(model: LongMem, bank: Readable, query: str, index: PassageInde
     for read in reads[:-1] or reads:
         # (heads, tokens · R), without what the prefix read
         position_QX = read.index_BKGTR[0, :, :, 1:].flatten(0, 1).flatten(1).cpu()
-        weight_QX = (read.log_weight_BKGTR.exp() * read.valid_BKGTR)[0, :, :, 1:].flatten(0, 1).flatten(1).float().cpu()
+        weight_QX = (read.log_match_BKGTR.exp() * read.valid_BKGTR)[0, :, :, 1:].flatten(0, 1).flatten(1).float().cpu()
         for position_X, weight_X in zip(position_QX, weight_QX, strict=True):
             position_U, inverse_X = position_X.unique(return_inverse=True)
             zeros_U = torch.zeros(len(position_U))

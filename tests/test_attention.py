@@ -126,6 +126,7 @@ def test_joint_attention_is_one_softmax_over_local_retrieved_and_null_keys(case:
             found.rows(found.keys_PNE)[b, k, g, t] @ query_BKGTE[b, k, g, t] * SCALING * attention.scale_KG[k, g] + bias
         )
         score_R[~valid_R] = -torch.inf
+        match_R = score_R.softmax(0)
         if attention.newest_wins and valid_R.any():
             discount = attention.newest_KG[k, g] + query_BKGTE[b, k, g, t] @ attention.newest_query_KGE[k, g] * SCALING
             share_R, order = score_R.softmax(0), found.order_BKGTR[b, k, g, t].tolist()
@@ -145,6 +146,7 @@ def test_joint_attention_is_one_softmax_over_local_retrieved_and_null_keys(case:
             local_BKGTE[b, k, g, t] + difference_BKGTE[b, k, g, t], joint_E, atol=1e-5, rtol=1e-4
         )
         torch.testing.assert_close(read.weight_BKGTR[b, k, g, t], memory_R, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(read.log_match_BKGTR[b, k, g, t].exp(), match_R, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(read.mass_BKGT[b, k, g, t], memory_R.sum(), atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(
             read.log_weight_BKGTR[b, k, g, t].exp(), memory_R / memory_R.sum(), atol=1e-5, rtol=1e-4
@@ -190,7 +192,7 @@ def test_one_kernel_computes_the_same(case: tuple, apart: bool) -> None:
     with mock.patch.object(longmem.index, "joins_at_once", lambda device: True):
         difference_BKGTE, read = attention(*inputs, found)
     torch.testing.assert_close(difference_BKGTE, expected_BKGTE, atol=1e-5, rtol=1e-4)
-    for name in ("mass_BKGT", "log_weight_BKGTR"):
+    for name in ("mass_BKGT", "log_weight_BKGTR", "log_match_BKGTR"):
         torch.testing.assert_close(getattr(read, name), getattr(expected, name), atol=1e-5, rtol=1e-4)
     assert not difference_BKGTE[~found.valid_BKGTR.any(-1)].any()
 

@@ -18,9 +18,11 @@ from longmem.errors import ConfigError, SourceError
 from longmem.evals.chats import ATTRIBUTES, TALK
 from longmem.evals.recall import RecallConfig, needles
 from longmem.histories import Asked, History, HistoryConfig, Told, generate_histories, wording
-from longmem.histories.history import MOST_CHANGES
+from longmem.histories.facts import FACTS, second_person
+from longmem.histories.history import MOST_CHANGES, NEAR
+from longmem.histories.instructions import INSTRUCTIONS
+from longmem.histories.topics import article, exchange, fill, plain_exchange, refusal
 from longmem.histories.values import VALUES
-from longmem.histories.wording import FACTS, article, fill
 
 CONFIG = HistoryConfig(tokens=120_000, shortest=12_000, longest=20_000, distance=1500)
 
@@ -60,11 +62,12 @@ def test_answers_are_true(histories: list[History]) -> None:
                 assert asked.kind == "unknown" and not before
                 continue
             assert history.text[asked.start :].startswith(asked.answer)
+            assert asked.kind != "only" or len(before) == 1
             right = before[-2] if asked.kind == "earlier" else before[-1]
             assert words(right.value) == words(asked.answer), (asked, before)
             others = {words(told.value) for told in before if told is not right}
             assert words(asked.answer) not in others
-    assert kinds == {"fact", "earlier", "secret", "pair", "quote", "unknown"}
+    assert kinds == {"fact", "instruction", "earlier", "only", "secret", "pair", "quote", "unknown"}
 
 
 def test_questions_are_far_from_what_they_ask_for(histories: list[History], tokenizer: Any) -> None:
@@ -73,17 +76,43 @@ def test_questions_are_far_from_what_they_ask_for(histories: list[History], toke
         records: list[Told | Asked] = sorted((*history.told, *history.asked), key=lambda record: record.start)
         for record in records:
             if isinstance(record, Asked) and record.answer is not None:
-                assert record.tokens_since >= CONFIG.distance
                 between = history.text[mentioned[record.subject] : record.start]
-                assert len(between) > CONFIG.distance  # of characters: a token has at least one
+                if record.near:
+                    assert record.tokens_since < NEAR and record.kind not in ("earlier", "only")
+                else:
+                    assert record.tokens_since >= CONFIG.distance
+                    assert len(tokenizer(between)["input_ids"]) >= CONFIG.distance
             mentioned[record.subject] = record.start
+
+
+def test_some_questions_are_near(histories: list[History], filler: TokenizedDocuments, tokenizer: Any) -> None:
+    asked = [asked for history in histories for asked in history.asked]
+    assert abs(sum(each.near for each in asked) / len(asked) - CONFIG.near) < 0.04
+    (history,) = generate_histories(filler, tokenizer, dataclasses.replace(CONFIG, tokens=1, near=0.0))
+    assert history.asked and not any(each.near for each in history.asked)
+    (history,) = generate_histories(filler, tokenizer, dataclasses.replace(CONFIG, tokens=1, near=0.5))
+    assert sum(each.near for each in history.asked) > 0.2 * len(history.asked)
+
+
+def test_segments_often_begin_with_a_question(histories: list[History], tokenizer: Any) -> None:
+    """Where a window begins, nothing but the bank can help."""
+    documents = TokenizedDocuments.from_documents((history.document for history in histories), tokenizer)
+    begun, elsewhere = [], []
+    for number in range(len(documents)):
+        tokens = documents[number]
+        for place in range(CONFIG.distance // 2, len(tokens) - 40, CONFIG.distance // 2):
+            text = tokenizer.decode(tokens[place : place + 40].tolist())
+            # A plain text stands behind an empty line, a session at its first special token.
+            begins = text.startswith(("\n\n", "<|endoftext|>"))
+            (elsewhere if place % CONFIG.distance else begun).append(begins)
+    assert np.mean(begun) > 0.3 > 0.1 > np.mean(elsewhere)
 
 
 def test_much_is_told_changed_and_asked(histories: list[History]) -> None:
     assert sum(history.text.count("<|endoftext|>user") for history in histories) > 200
     for history in histories:
         subjects = [told.subject for told in history.told]
-        assert len(subjects) > 8 and len(history.asked) > 4
+        assert len(subjects) > 6 and len(history.asked) > 4
         # The beginning tells, the rest asks.
         late = [asked for asked in history.asked if asked.start > 0.4 * len(history.text)]
         assert len(late) > 0.6 * len(history.asked)
@@ -96,7 +125,8 @@ def test_documents_mark_the_answers(histories: list[History], tokenizer: Any) ->
     for number, history in enumerate(histories):
         assert CONFIG.shortest <= len(documents[number]) <= CONFIG.longest + 3000
         spans = [history.text[slice(*span)] for span in history.document.answers]
-        assert spans == [asked.answer for asked in history.asked if asked.answer is not None]
+        far = [asked for asked in history.asked if not asked.near and asked.answer is not None]
+        assert spans == [asked.answer for asked in far] and len(far) < len(history.asked)
 
 
 def test_a_seed_gives_the_same_histories(filler: TokenizedDocuments, tokenizer: Any, histories: list[History]) -> None:
@@ -111,54 +141,124 @@ def test_a_seed_gives_the_same_histories(filler: TokenizedDocuments, tokenizer: 
 
 
 def unseen() -> list[str]:
-    """What training text must not say: unseen sentences of conversations without their values, and those of recall."""
+    """What training text must not say: unseen sentences of conversations without their values, and those of recall; in
+    the words of the user and in those of the assistant."""
     worded = [text for attribute in ATTRIBUTES for text in dataclasses.astuple(attribute.unseen)]
     talk = TALK["unseen"]
     spoken = [text for exchange in talk.exchanges for text in exchange]
     texts = [part for text in worded for part in text.split("{}")]
+    texts += [second_person(text) for text in texts]
     recall = ["pass key", "passkey", "The value of", "What is the value of", "Remember it."]
     kept = [words(text) for text in (*texts, *spoken, *talk.told, *talk.corrected, *talk.replies, *recall)]
     return [text for text in kept if len(re.findall(r"\w+", text)) > 2 or text == "understood."]
 
 
 def templates() -> list[str]:
-    facts = [text for fact in FACTS for text in (*fact.told, *fact.changed, *fact.asked, *fact.answered)]
-    tables = [
-        value
-        for name, value in vars(wording).items()
-        if name.isupper() and name[0] != "_" and name not in ("FACTS", "ATTRIBUTES")
-    ]
-    others: list[Any] = [table for table in tables if isinstance(table, tuple)]
-    flat = [text for table in others for entry in table for text in (entry if isinstance(entry, tuple) else (entry,))]
-    return facts + flat
+    """All that is said, before frames are put around it."""
+    facts = (*FACTS, *INSTRUCTIONS)
+    texts = [text for fact in facts for text in (*fact.told, *fact.changed, *fact.asked, *fact.answered)]
+    texts += [text for fact in facts for text in (*fact.clauses, *fact.names, *fact.unfinished)]
+    texts += [text for fact in facts for both in fact.dialogue for text in both]
+    tables = [value for name, value in vars(wording).items() if name.isupper() and isinstance(value, tuple)]
+    flat = [text for table in tables for entry in table for text in (entry if isinstance(entry, tuple) else (entry,))]
+    return list(dict.fromkeys([*texts, *flat, *(name for names in wording.SECRETS.values() for name in names)]))
+
+
+def framed(draws: int) -> list[str]:
+    """Questions and answers of random facts, with their frames."""
+    random = np.random.default_rng(0)
+    texts = []
+    for _ in range(draws):
+        fact = (*FACTS, *INSTRUCTIONS)[int(random.integers(len(FACTS) + len(INSTRUCTIONS)))]
+        yours = [second_person(text) for text in (*fact.clauses, *fact.names)]
+        texts += [*exchange(random, fact), plain_exchange(random, fact), refusal(random, fact, yours)]
+    return texts
+
+
+def flat(text: str) -> str:
+    """In small letters, without values, punctuation and the difference between `it's` and `it is`."""
+    text = re.sub(r"\{\w*\}", " ", text).lower().replace("’", "'")
+    text = re.sub(r"\b(what|who|where|when|how|it|that|there|here)'s\b", r"\1 is", text).replace("'s", "")
+    for short, long in (("i'm", "i am"), ("'re", " are"), ("'ve", " have"), ("n't", " not")):
+        text = text.replace(short, long)
+    return " ".join(re.findall(r"\w+", text))
 
 
 def test_nothing_that_is_kept_for_evaluation_is_said(histories: list[History]) -> None:
     kept = unseen()
-    assert len(kept) > 120
-    said = [words(text) for text in (*templates(), *(history.text for history in histories))]
-    assert len(said) > 3000
-    assert [(part, text) for part in kept for text in said if part in text] == []
+    assert len(kept) > 200
+    said = [*templates(), *framed(20_000), *(history.text for history in histories)]
+    assert len(said) > 60_000
+    together = "\n".join(map(words, said))
+    assert [part for part in kept if part in together] == []
+    # Nor in other spelling.
+    together = "|".join(f" {flat(text)} " for text in said)
+    assert [part for part in kept if f" {flat(part)} " in together] == []
     for task in ("passkey", "pairs"):
         for needle in needles(task, RecallConfig(cases=3)):
-            assert not any(words(needle.prompt)[:20] in text for text in said)
+            assert flat(needle.prompt)[:20] not in together
+
+
+_EMPTY = (
+    "a an the is are am was do does did i you my your our we me it of to in on at by for with what which who where "
+    "when how this that as from be been now then not has have had s and or so"
+)
+
+
+def test_no_question_is_one_of_evaluation_in_other_order() -> None:
+    """No sentence has all words with a meaning of one that is kept for evaluation, if that has more than one."""
+
+    def meaning(text: str) -> set[str]:
+        return set(flat(text).split()) - set(_EMPTY.split())
+
+    seen = {text for fact in FACTS if fact.group == "seen" for text in (*fact.told, *fact.asked, *fact.answered)}
+    said = [meaning(text) for text in templates() if text not in seen]
+    kept = [text for each in ATTRIBUTES for text in dataclasses.astuple(each.unseen)]
+    wanted = [meaning(text) for text in kept if len(meaning(text)) > 1]
+    assert len(wanted) > 70
+    assert [words for words in wanted if any(words <= each for each in said)] == []
+
+
+def test_questions_are_many() -> None:
+    texts = framed(40_000)
+    questions, answers = set(texts[::4]), set(texts[1::4])
+    assert len(questions) > 30_000 and len(answers) > 8_000
+    assert len(set(texts[3::4])) > 5_000  # refusals
+    assert not any("{" in text.replace("{v}", "").replace("{a}", "").replace("{A}", "") for text in answers)
+    assert not any(re.search(r"\{[a-zN]\}", text) for text in questions)
 
 
 def test_facts_are_many_and_well_formed() -> None:
-    assert len({fact.subject for fact in FACTS}) == len(FACTS) > 300
+    facts = (*FACTS, *INSTRUCTIONS)
+    assert len({fact.subject for fact in facts}) == len(facts) > 1000
     own = [fact for fact in FACTS if fact.group != "seen"]
     # Each group of facts that are asked for alike is one attribute.
     attributes = {fact.group for fact in own if fact.group != "own"} | {f.subject for f in own if f.group == "own"}
-    assert len(attributes) >= 50
-    for fact in FACTS:
-        for text in (*fact.told, *fact.changed, *fact.answered):
-            assert text.count("{v}") == 1 and not set(re.findall(r"{\w+}", text)) - {"{v}", "{a}"}, text
-        for text in fact.asked:
-            assert text.endswith("?") and "{" not in text
+    assert len(attributes) >= 115
+    for fact in facts:
+        for text in (*fact.told, *fact.changed, *fact.answered, *(reply for _, reply in fact.dialogue)):
+            assert text.count("{v}") == 1 and not set(re.findall(r"{\w*}", text)) - {"{v}", "{a}", "{A}"}, text
+        for text in (*fact.asked, *fact.clauses, *fact.names, *fact.unfinished):
+            assert text and text == text.strip() and "{" not in text, text
+        for text in (*fact.told, *fact.changed, *fact.answered, *fact.asked):
+            assert text[0].isupper() or text.startswith("{"), text
+        if fact.kind == "fact":
+            assert all(text.endswith("?") for text in fact.asked)
+            assert not any(re.search(r"\b(I|my|me|our|we)\b", text) for text in fact.answered), fact.subject
         assert not set(fact.told) & set(fact.changed)
-        assert fact.group == "seen" or min(map(len, (fact.told, fact.changed, fact.asked, fact.answered))) >= 2
+        if fact.group not in ("seen", "instruction"):
+            assert len(fact.told) >= 4 and min(map(len, (fact.changed, fact.asked, fact.answered))) >= 3, fact.subject
+            assert len(fact.clauses) >= 2
+        if fact.kind == "instruction":
+            assert min(map(len, (fact.told, fact.changed, fact.dialogue))) >= 3
         drawn = {fact.draw(np.random.default_rng(seed)) for seed in range(200)}
         assert len(drawn) >= 7, fact.subject
+
+
+def test_persons_are_turned() -> None:
+    assert second_person("I fed my parrot. My aunt saw us.") == "You fed your parrot. Your aunt saw you."
+    assert second_person("who I am and where I'm from") == "who you are and where you're from"
+    assert second_person("I was late and we've paid.") == "You were late and you've paid."
 
 
 def test_values_are_drawn_of_many() -> None:
@@ -171,7 +271,7 @@ def test_values_are_drawn_of_many() -> None:
 
 def test_every_fact_has_a_value_left_for_each_change() -> None:
     random = np.random.default_rng(0)
-    for fact in FACTS:
+    for fact in (*FACTS, *INSTRUCTIONS):
         assert len({fact.draw(random) for _ in range(400)}) > MOST_CHANGES + 1, fact.subject
 
 
@@ -185,6 +285,9 @@ def test_no_fact_changes_without_end(filler: TokenizedDocuments, tokenizer: Any)
 def test_sentences_are_filled() -> None:
     assert fill("I own {a} {v}.", "owl") == ("I own an owl.", (9, 12))
     assert fill("{v} is {a} name.", "rex") == ("Rex is a name.", (0, 3))
+    assert fill("Sure. {v} it is.", "rex") == ("Sure. Rex it is.", (6, 9))
+    assert fill("{v} is its hash.", "a9") == ("a9 is its hash.", (0, 2))
+    assert fill("{A} {v} was seen.", "owl")[0] == "An owl was seen."
     assert article("Apple") == "an" and article("7") == "a"
 
 
@@ -197,6 +300,12 @@ def test_sentences_are_filled() -> None:
 def test_mistakes(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="tokens must be at least 1" if "tokens" in settings else "longer than"):
         HistoryConfig(**settings)
+
+
+@pytest.mark.parametrize("near", [-0.1, 1.0])
+def test_a_share_is_a_share(near: float) -> None:
+    with pytest.raises(ConfigError, match="near is a share of the questions"):
+        HistoryConfig(near=near)
 
 
 def test_filler_without_text_is_named(tokenizer: Any) -> None:

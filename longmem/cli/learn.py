@@ -79,6 +79,9 @@ def histories(
     distance: Annotated[
         int, typer.Option(help="Least tokens between a thing and a question for it; at least a training --segment.")
     ] = 2048,
+    near: Annotated[
+        float, typer.Option(help="Share of questions for what was said just before, so that the window stays trusted.")
+    ] = 0.15,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:
     """Write training text in which things are told and asked for much later, between passages of DOCUMENTS."""

@@ -119,6 +119,32 @@ def number(least: int, most: int) -> Draw:
     return lambda rng: str(int(rng.integers(least, most + 1)))
 
 
+_PETS = (
+    "Acorn Bramble Button Caramel Cricket Dusty Flint Ginger Hazel Inky Jasper Jinx Muffin Nutmeg Patch Peanut Pippin "
+    "Pumpkin Raffles Rascal Rocket Scout Smokey Snowy Socks Sooty Tansy Thistle Toffee Truffle Whiskers Willow"
+)
+_TIPPLES = (
+    "apple juice, barley water, camomile tea, cherry juice, cold brew, elderflower cordial, ginger beer, green tea, "
+    "hot chocolate, iced tea, malt beer, mango lassi, mineral water, peppermint tea, port, red wine, sherry, "
+    "tonic water"
+)
+_LANGUAGES = (
+    "Albanian Arabic Armenian Breton Bulgarian Catalan Croatian Danish Estonian French Galician German Hungarian "
+    "Icelandic Irish Japanese Latvian Maltese Norwegian Persian Portuguese Romanian Russian Serbian Slovak Spanish "
+    "Swedish Tamil Thai Ukrainian Urdu Vietnamese Yiddish Zulu"
+)
+_MATERIALS = (
+    "alder ash bamboo beech birch brass cane cedar cherry chestnut concrete cork elm glass larch linen marble "
+    "oak pine plywood poplar rattan slate spruce steel teak walnut wool"
+)
+_FLOORS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
+_PLANTS = (
+    "agave aloe azalea basil begonia cactus clivia coleus cyclamen fern fuchsia geranium hibiscus hyacinth ivy jade "
+    "jasmine mint monstera myrtle oleander palm primrose rosemary sage thyme yucca"
+)
+_SPOTS = "behind beneath beside inside under"
+_FURNITURE = "cupboard bench barrel chest clock desk dresser mirror oven piano sofa staircase wardrobe stove bookcase"
+
 _thing, _quality, _animal = of(_THINGS), of(_QUALITIES), of(_ANIMALS)
 _first, _surname = of(_NAMES), of(_SURNAMES)
 _letters = joined("", *[of("A B C D E F G H J K L M N P R S T V W X Z")] * 2)
@@ -157,6 +183,53 @@ VALUES: dict[str, Draw] = {
     "price": joined(" ", number(12, 990), of("euros pounds dollars francs")),
     "hex8": hexadecimal(8),
     "uuid": joined("-", hexadecimal(4), hexadecimal(4), hexadecimal(4)),
+    "pin": either(digits(4), digits(4), digits(5), digits(6)),
+    "digits4": digits(4),
+    "digits6": digits(6),
+    "digits7": digits(7),
+    "digits8": digits(8),
+    "digits9": digits(9),
+    "anydigits": either(*(digits(count) for count in (4, 5, 5, 5, 6, 7, 8, 9))),
+    "lettered": either(
+        joined("", _letters, digits(3)),
+        joined("-", digits(3), _letters, digits(2)),
+        joined("", digits(2), _letters, digits(2)),
+    ),
+    "longcode": either(
+        digits(7), digits(8), digits(9), joined("", _letters, digits(6)), joined("-", digits(4), digits(4))
+    ),
+    "reference": either(joined("", _letters, digits(2), _letters), joined("-", _letters, digits(5)), digits(6)),
+    "postcode": either(digits(5), joined(" ", joined("", _letters, number(1, 9)), joined("", number(1, 9), _letters))),
+    "paintcode": joined(" ", of("RAL NCS HX TK"), digits(4)),
+    "phone": either(joined(" ", digits(3), digits(3), digits(4)), joined("-", digits(4), digits(5)), digits(7)),
+    "username": either(
+        lambda rng: invented(rng).lower() + str(int(rng.integers(10, 99))),
+        joined("_", _quality, _animal),
+        joined(".", _thing, digits(3)),
+    ),
+    "schoolname": joined(" ", either(_surname, invented), of("School College Academy")),
+    "floor": of(_FLOORS),
+    "age": number(19, 96),
+    "number": number(2, 40),
+    "minutes": joined(" ", number(12, 95), of("minutes")),
+    "kilometres": joined(" ", number(2, 40), of("kilometres")),
+    "centimetres": joined(" ", number(41, 240), of("centimetres")),
+    "area": joined(" ", number(6, 140), of("square metres", ",")),
+    "degrees": joined(" ", number(150, 250), of("degrees")),
+    "milligrams": joined(" ", number(5, 800), of("milligrams")),
+    "score": joined(":", number(3, 30), number(0, 30)),
+    "pressure": joined(" over ", number(105, 160), number(60, 99)),
+    "monthyear": joined(" ", of(_MONTHS), number(2026, 2039)),
+    "spot": joined(
+        " ", of(_SPOTS), of("the"), either(_quality, of(_COLOURS)), either(of(_FURNITURE), of(_FURNITURE), _thing)
+    ),
+    "pet": either(of(_PETS), of(_PETS), invented),
+    "tipple": of(_TIPPLES, ", "),
+    "language": of(_LANGUAGES),
+    "material": of(_MATERIALS),
+    "plantname": of(_PLANTS),
+    "invented": invented,
+    "phrase": joined(" ", _quality, either(_thing, _animal)),
     "size": number(34, 48),
     "weight": joined(" ", number(3, 90), of("kilos")),
 }
