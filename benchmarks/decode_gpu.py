@@ -1,10 +1,13 @@
 """Decoding on a GPU: recorded steps, first checked against plain reading, then timed against the backbone alone.
 
     python benchmarks/decode_gpu.py [--out FILE.csv] [--no-compile] [--check-only] [--rows 1 32] [--largest TOKENS]
+        [--one-stream] [--profile]
 
 The backbone has SmolLM2-135M's shape and random weights, banks hold random keys and values: neither changes what has
 to be computed. Of every step p20, p50 and p80. `share` is the speed against the backbone alone (`memory=0`) in the same
-runtime with the same batch. On a CPU a small model stands in, to see that the script runs.
+runtime with the same batch. `--profile` prints the kernels of a step with their times, and how long the host is busy
+with banks before the step is launched; `--one-stream` runs the SideNet behind the backbone instead of beside it. On a
+CPU a small model stands in, to see that the script runs.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from longmem.bank import MemoryBank
 from longmem.model import LongMem
 from longmem.sketch import Basis, Sketch
 from longmem.steps import BatchDecoder
+from longmem.windows import Branch
 
 CAPACITY = 1536
 
@@ -84,8 +88,12 @@ def with_index(bank: MemoryBank) -> MemoryBank:
     return bank
 
 
-def begin(model: LongMem, rows: int, banks: Sequence[MemoryBank | None], **settings: Any) -> BatchDecoder:
+def begin(
+    model: LongMem, rows: int, banks: Sequence[MemoryBank | None], *, one_stream: bool = False, **settings: Any
+) -> BatchDecoder:
     decoder = BatchDecoder(model, rows, CAPACITY, **settings)
+    if one_stream:
+        decoder._cache.backbone.branch = decoder._cache.sidenet.branch = Branch()
     for row, bank in enumerate(banks):
         decoder.begin(row, text_of(model, row), bank)
     return decoder
@@ -104,7 +112,7 @@ def text_of(model: LongMem, row: int) -> Tensor:
 @torch.no_grad()
 def check(model: LongMem, compile: bool) -> None:
     """Every row's logits, step after step, against reading the whole text at once."""
-    vocabulary, errors = model.backbone.config.vocab_size, []
+    vocabulary, errors, shares = model.backbone.config.vocab_size, [], []
     for sizes, shared in (([0], False), ([5000], False), ([5000] * 3, True), ([5000, 0, 300], False)):
         banks = [bank_of(model, size, seed=i) if size else None for i, size in enumerate(sizes)]
         banks = banks[:1] * len(banks) if shared else banks
@@ -116,11 +124,14 @@ def check(model: LongMem, compile: bool) -> None:
                 decoder.begin(row, texts[row], bank)
             for step in range(4):
                 now = [(31 * step + row) % vocabulary for row in range(len(banks))]
-                logits_BV, _ = decoder.step(now, order)
+                logits_BV, reads = decoder.step(now, order)
                 texts = [torch.cat((text, torch.tensor([token]))) for text, token in zip(texts, now, strict=True)]
                 for row, (text, bank) in enumerate(zip(texts, order, strict=True)):
-                    expected = model(text.to(model.device)[None], [bank], last_only=True).logits_BTV[0, -1]
-                    errors.append(error(logits_BV[row][None], expected[None]))
+                    expected = model(text.to(model.device)[None], [bank], last_only=True)
+                    errors.append(error(logits_BV[row][None], expected.logits_BTV[0, -1:]))
+                    for read, alone in zip(reads, expected.reads, strict=False):
+                        difference_KGR = read.weight_BKGTR[row, :, :, -1] - alone.weight_BKGTR[0, :, :, -1]
+                        shares.append(float(difference_KGR.abs().max()))
         # Banks that move and grow between steps, with an index in the end: the same step, replayed and not.
         recordings = {decoder._recorded}
         for extra, by_index in ((1000, False), (3000, False), (40_000, False), (0, True), (1000, True)):
@@ -143,6 +154,9 @@ def check(model: LongMem, compile: bool) -> None:
         f"check in float32, compile={compile}: relative error {most:.1e} (nine of ten), {worst:.1e} (all)", flush=True
     )
     assert most < 1e-3 and worst < 0.03
+    most, worst = float(torch.tensor(shares).quantile(0.9)), max(shares)
+    print(f"what was read: shares differ by {most:.1e} (nine of ten), {worst:.1e} (all)", flush=True)
+    assert most < 1e-3
 
 
 def quantiles(run: Callable[[], object], device: str, repeats: int) -> list[float]:
@@ -157,6 +171,29 @@ def quantiles(run: Callable[[], object], device: str, repeats: int) -> list[floa
     return torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
 
 
+def profile(decoder: BatchDecoder, banks: Sequence[MemoryBank | None], steps: int = 10) -> None:
+    """Prints what a step is made of."""
+    tokens = [5] * decoder.rows
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(steps):
+            decoder.step(tokens, banks)[0].argmax(-1).tolist()
+        torch.cuda.synchronize()
+    found = [event for event in profiler.key_averages() if event.device_time_total]
+    kernels, busy = sum(event.count for event in found), sum(event.device_time_total for event in found)
+    print(f"    {kernels / steps:.0f} kernels and copies a step, {busy / steps:.0f} µs in all (of both branches)")
+    for event in sorted(found, key=lambda event: -event.device_time_total)[:40]:
+        print(f"    {event.device_time_total / steps:8.1f} µs {event.count / steps:6.1f} × {event.key[:100]}")
+    before = []
+    for _ in range(steps):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        decoder._check(tokens, banks)
+        if decoder._recorded is not None and decoder._recorded.fits(banks) and decoder._recorded._reader is not None:
+            decoder._recorded._reader.read(banks)
+        before.append(1e6 * (time.perf_counter() - began))
+    print(f"    {sorted(before)[steps // 2]:.0f} µs of the host's for banks before a step is launched", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -166,6 +203,8 @@ def main() -> None:
         "--look-up-only", action="store_true", help="the three look-up heads, without those of layer 23"
     )
     parser.add_argument("--largest", type=int, default=1 << 24, help="tokens of the largest bank")
+    parser.add_argument("--one-stream", action="store_true", help="the SideNet behind the backbone, for comparison")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a step (on a GPU)")
     parser.add_argument("--rows", type=int, nargs="*", help="texts side by side, 1 and 32 by default")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -185,6 +224,7 @@ def main() -> None:
         "torch": torch.__version__,
         "compile": compile,
         "heads": len(heads),
+        "one_stream": args.one_stream,
     }
     alone: dict[int, float] = {}
     results = []
@@ -215,7 +255,7 @@ def main() -> None:
             )
         for what, make, memory in plan:
             banks = make()
-            decoder = begin(model, rows, banks, memory=memory, compile=compile)
+            decoder = begin(model, rows, banks, memory=memory, compile=compile, one_stream=args.one_stream)
             tokens = [5] * rows
             for _ in range(3):
                 decoder.step(tokens, banks)
@@ -230,6 +270,8 @@ def main() -> None:
             }  # fmt: skip
             results.append({**row, **about})
             print(described(results[-1]), flush=True)
+            if args.profile and device == "cuda":
+                profile(decoder, banks)
             del decoder, banks
             if device == "cuda":
                 torch.cuda.empty_cache()

@@ -12,6 +12,8 @@ import hashlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 from longmem.errors import ConfigError
 from longmem.ivf import InvertedFile
 from longmem.ops import Pools, reads_apart
-from longmem.sketch import Sketch
+from longmem.sketch import GpuSketch, Sketch
 
 # From so many tokens on, reading some lists is faster than reading a few numbers of every key (docs/search.md).
 LISTS_FROM = 1 << 17
@@ -149,16 +151,38 @@ class BankIndex:
         Returns:
             index_KQR and score_KQR as `ops.topk_scan` returns them.
         """
-        found = []
-        for k, index in enumerate(self.heads[heads]):
-            one = slice(k, k + 1)
-            if isinstance(keys_KNE, Pools):
-                assert isinstance(index, Sketch) and length_K is not None
-                found.append(index.search_on_gpu(query_KQE[one], keys_KNE.some(one), top_k, length_K[one]))
-            else:
-                found.append(index.search(query_KQE[one], keys_KNE[one], top_k))
+        if isinstance(keys_KNE, Pools):
+            assert length_K is not None
+            found = [
+                sketches.search(query_KQE[some], keys_KNE.some(some), top_k, length_K[some])
+                for some, sketches in self._at_once(heads)
+            ]
+        else:
+            ones = [slice(k, k + 1) for k in range(len(keys_KNE))]
+            found = [
+                index.search(query_KQE[one], keys_KNE[one], top_k)
+                for one, index in zip(ones, self.heads[heads], strict=True)
+            ]
+        if len(found) == 1:
+            return found[0]
         index_KQR, score_KQR = (torch.cat(parts) for parts in zip(*found, strict=True))
         return index_KQR, score_KQR
+
+    def _at_once(self, heads: slice) -> list[tuple[slice, GpuSketch]]:
+        """Some heads on a GPU: neighbours whose sketches have one size are searched at once. Made once, since where
+        codes lie has to be told to the device."""
+        if (heads.start, heads.stop) not in self._made:
+            made, first = [], 0
+            for _, sketches in groupby(self.heads[heads], key=lambda head: head.size):
+                alike = [sketch for sketch in sketches if isinstance(sketch, Sketch)]
+                made.append((slice(first, first + len(alike)), GpuSketch.of(alike)))
+                first += len(alike)
+            self._made[heads.start, heads.stop] = made
+        return self._made[heads.start, heads.stop]
+
+    @cached_property
+    def _made(self) -> dict[tuple[int, int], list[tuple[slice, GpuSketch]]]:
+        return {}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What `from_state` makes the same index of: tensors by name, on the CPU, and settings for JSON."""

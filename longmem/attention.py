@@ -13,9 +13,9 @@ so a head that finds nothing (g = 0) leaves local attention exactly as it was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmem.index import Retrieved
-from longmem.ops import causal_mask
+from longmem.ops import JointHeads, causal_mask
 
 # Bank size at which the size bias is 0, so that it and the plain bias can be learned apart.
 REFERENCE_SIZE = 16384
@@ -45,8 +45,10 @@ def local_attention(
 
 
 def pick_heads(heads_BHTE: Tensor, picked: Sequence[int]) -> Tensor:
-    """Some of the heads (dimension 1). A list as an index would be copied to the device, which waits for all it has to
-    do, and cannot be recorded."""
+    """Some of the heads (dimension 1); a view where they are neighbours. A list as an index would be copied to the
+    device, which waits for all it has to do, and cannot be recorded."""
+    if list(picked) == list(range(picked[0], picked[-1] + 1)):
+        return heads_BHTE[:, picked[0] : picked[-1] + 1]
     return torch.stack([heads_BHTE[:, head] for head in picked], dim=1)
 
 
@@ -57,18 +59,15 @@ class MemoryRead:
     Attributes:
         layer: backbone layer.
         mass_BKGT: share of the attention that went to memory, 0 … 1.
-        query_BKGTE: what the retrieved tokens were scored with.
-        scaling: what q·k was multiplied by.
         found: the retrieved tokens.
-        discount_BKGT: what being older cost; None is nothing.
+        weigh, match: compute `log_weight_BKGTR` and `log_match_BKGTR`.
     """
 
     layer: int
     mass_BKGT: Tensor
-    query_BKGTE: Tensor
-    scaling: float
     found: Retrieved
-    discount_BKGT: Tensor | None = None
+    weigh: Callable[[], Tensor]
+    match: Callable[[], Tensor]
 
     @property
     def index_BKGTR(self) -> Tensor:
@@ -83,16 +82,12 @@ class MemoryRead:
     @cached_property
     def log_weight_BKGTR(self) -> Tensor:
         """log of each retrieved token's share among the retrieved ones; computed when asked for."""
-        return self._log_weight(self.discount_BKGT)
+        return self.weigh()
 
     @property
     def log_match_BKGTR(self) -> Tensor:
         """The same by how well each token matches alone, as if being older cost nothing."""
-        return self._log_weight(None)
-
-    def _log_weight(self, discount_BKGT: Tensor | None) -> Tensor:
-        score_BKGTR = self.found.scores(self.query_BKGTE, self.scaling, discount_BKGT)
-        return score_BKGTR.masked_fill(~self.valid_BKGTR.any(-1, keepdim=True), 0.0).log_softmax(-1)
+        return self.match()
 
     @property
     def weight_BKGTR(self) -> Tensor:
@@ -157,13 +152,25 @@ class MemoryAttention(nn.Module):
             local_logsumexp_BKGT: its log-sum-exp (not used by the gate).
             found: what the bank returned for these queries.
         """
+        if self.fusion == "joint":
+            inputs = query_BKGTE, local_BKGTE, local_logsumexp_BKGT
+            joined = found.join(*inputs, self._joint_heads, self.scaling, REFERENCE_SIZE)
+            if joined is not None:
+                difference_BKGTE, mass_BKGT, log_weight_BKGTR = joined
+                return difference_BKGTE, MemoryRead(
+                    self.layer,
+                    mass_BKGT,
+                    found,
+                    weigh=lambda: log_weight_BKGTR,
+                    match=lambda: found.log_weights(self._scaled(query_BKGTE), self.scaling),
+                )
         discount_BKGT = None
         if self.newest_wins:
             asked_BKGT = (query_BKGTE * self.newest_query_KGE[..., None, :]).sum(-1).float() * self.scaling
             discount_BKGT = self.newest_KG[..., None] + asked_BKGT
         if self.fusion == "joint":
             null_BKGT = (query_BKGTE * self.null_key_KGE[..., None, :]).sum(-1).float() * self.scaling
-            query_BKGTE = query_BKGTE.float() * self.scale_KG[..., None, None].float()
+            query_BKGTE = self._scaled(query_BKGTE)
         memory_BKGTE, memory_BKGT = found.attend(query_BKGTE, self.scaling, discount_BKGT)
         if self.fusion == "gate":
             mass_BKGT = self.gate_KG.sigmoid()[..., None].expand(memory_BKGT.shape)
@@ -177,4 +184,15 @@ class MemoryAttention(nn.Module):
         difference_BKGTE = mass_BKGT[..., None].to(local_BKGTE.dtype) * (
             memory_BKGTE.to(local_BKGTE.dtype) - local_BKGTE
         )
-        return difference_BKGTE, MemoryRead(self.layer, mass_BKGT, query_BKGTE, self.scaling, found, discount_BKGT)
+        match = partial(found.log_weights, query_BKGTE, self.scaling)
+        return difference_BKGTE, MemoryRead(
+            self.layer, mass_BKGT, found, weigh=partial(match, discount_BKGT), match=match
+        )
+
+    def _scaled(self, query_BKGTE: Tensor) -> Tensor:
+        return query_BKGTE.float() * self.scale_KG[..., None, None].float()
+
+    @property
+    def _joint_heads(self) -> JointHeads:
+        newest = (self.newest_KG, self.newest_query_KGE) if self.newest_wins else (None, None)
+        return JointHeads(self.scale_KG, self.bias_KG, self.size_bias_KG, self.null_key_KGE, self.null_bias_KG, *newest)

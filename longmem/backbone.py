@@ -170,7 +170,7 @@ class Backbone(nn.Module):
             def run(layer: int, x_BTD: Tensor, rotary: Rotary) -> LayerStep:
                 return cache.of(layer).step(self.family, self.layers[layer], x_BTD, rotary)
 
-            return self._step(run, input_ids_BT, cache.length_B[:, None], boundaries)
+            return self._step(run, input_ids_BT, cache.length_B[:, None], boundaries, cache.branch.reached)
         highest = max(boundaries)
         past = cache.get_seq_length() if cache is not None else 0
         positions_BT = torch.arange(past, past + input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(
@@ -209,7 +209,7 @@ class Backbone(nn.Module):
         positions_BT = torch.arange(input_ids_BT.shape[1]).expand_as(input_ids_BT)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._encodes_in_bfloat16):
             x_BTD = self.family.embed(self.base, input_ids_BT, positions_BT)
-            rotary_of = self._rotary_of(x_BTD, positions_BT)
+            rotary_of = self.rotary_of(x_BTD, positions_BT)
             return encode_window(self.family, list(self.layers), x_BTD, rotary_of, layers, first)
 
     @cached_property
@@ -249,18 +249,22 @@ class Backbone(nn.Module):
         input_ids_BT: Tensor,
         positions_BT: Tensor,
         boundaries: Collection[int],
+        reached: Callable[[int], None] = lambda boundary: None,
     ) -> BackboneOutput:
-        """`forward` of a single token a row; `run` takes it through a layer."""
+        """`forward` of a single token a row; `run` takes it through a layer, `reached` hears of every boundary."""
         x_BTD = self.family.embed(self.base, input_ids_BT, positions_BT)
-        rotary_of = self._rotary_of(x_BTD, positions_BT)
+        rotary_of = self.rotary_of(x_BTD, positions_BT)
         hidden_states = {0: x_BTD}
+        reached(0)
         for layer in range(max(boundaries)):
             x_BTD = run(layer, x_BTD, rotary_of(layer)).output_BTD
             hidden_states[layer + 1] = x_BTD
+            reached(layer + 1)
         return BackboneOutput({boundary: hidden_states[boundary] for boundary in boundaries}, positions_BT)
 
-    def _rotary_of(self, x_BTD: Tensor, positions_BT: Tensor) -> Callable[[int], Rotary]:
-        """Rotary embeddings by layer; layers of one type share one."""
+    def rotary_of(self, x_BTD: Tensor, positions_BT: Tensor) -> Callable[[int], Rotary]:
+        """Rotary embeddings by layer, each computed when asked for; layers of one type share one. Of the hidden states
+        only precision and device matter."""
         types = getattr(self.config, "layer_types", None) or [""] * self.num_layers
         made: dict[str, Rotary] = {}
 

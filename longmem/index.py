@@ -18,7 +18,17 @@ from longmem.approximate import BankIndex
 from longmem.bank import MemoryBank
 from longmem.config import SideNetConfig
 from longmem.data import to_device
-from longmem.ops import Pools, attend_rows, gather_rows, reads_apart, row_scores, topk_scan
+from longmem.ops import (
+    JointHeads,
+    Pools,
+    attend_rows,
+    gather_rows,
+    joins_at_once,
+    joint_rows,
+    reads_apart,
+    row_scores,
+    topk_scan,
+)
 
 # Tokens that a recorded step has room for at least.
 _LEAST_ROOM = 1 << 14
@@ -30,7 +40,7 @@ class Retrieved:
     Attributes:
         valid_BKGTR: False where the bank held fewer than R tokens.
         index_BKGTR: position in the row's bank; of several banks that are read together, see `place_of`.
-        bank_size_B: float32, remembered tokens N of each row's bank.
+        bank_size_B: remembered tokens N of each row's bank.
     """
 
     valid_BKGTR: Tensor
@@ -49,6 +59,24 @@ class Retrieved:
         """Scaled scores (B, K, G, T, R) of what each query found, −inf where nothing was."""
         raise NotImplementedError
 
+    def join(
+        self,
+        query_BKGTE: Tensor,
+        local_BKGTE: Tensor,
+        local_logsumexp_BKGT: Tensor,
+        heads: JointHeads,
+        scaling: float,
+        reference_size: float,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """All of joint attention in one launch (`ops.joint_rows`); None where it takes more than one."""
+        return None
+
+    def log_weights(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
+        """log of each retrieved token's share (B, K, G, T, R) among those that its query found; where it found nothing,
+        all have the same."""
+        score_BKGTR = self.scores(query_BKGTE, scaling, discount_BKGT)
+        return score_BKGTR.masked_fill(~self.valid_BKGTR.any(-1, keepdim=True), 0.0).log_softmax(-1)
+
 
 @dataclass(frozen=True)
 class RetrievedRows(Retrieved):
@@ -58,9 +86,9 @@ class RetrievedRows(Retrieved):
         keys_PNE, values_PNE: pools of remembered rows. Those that lie apart may change with the reader's next step.
         pool_BK: which pool a head draws on.
         slot_BKGTR: which rows of its pool each query found.
-        valid_BKGTR: False where the bank held fewer than R tokens.
+        score_BKGTR: float32, what the search scored them; −inf where the bank held fewer than R tokens.
         index_BKGTR: position in the row's bank.
-        bank_size_B: float32, remembered tokens N of each row's bank.
+        bank_size_B: remembered tokens N of each row's bank.
         order_BKGTR: int64, larger is newer.
     """
 
@@ -68,10 +96,15 @@ class RetrievedRows(Retrieved):
     values_PNE: Tensor | Pools
     pool_BK: Tensor
     slot_BKGTR: Tensor
-    valid_BKGTR: Tensor
+    score_BKGTR: Tensor
     index_BKGTR: Tensor
     bank_size_B: Tensor
     order_BKGTR: Tensor
+
+    @property
+    def valid_BKGTR(self) -> Tensor:
+        """False where the bank held fewer than R tokens."""
+        return self.score_BKGTR > -torch.inf
 
     def attend(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shape_BKGT = query_BKGTE.shape[:-1]
@@ -79,6 +112,22 @@ class RetrievedRows(Retrieved):
             _flat(query_BKGTE), self.keys_PNE, self.values_PNE, *self._places, scaling, *self._newest(discount_BKGT)
         )
         return output_XQE.view(*shape_BKGT, -1), logsumexp_XQ.view(shape_BKGT)
+
+    def join(
+        self,
+        query_BKGTE: Tensor,
+        local_BKGTE: Tensor,
+        local_logsumexp_BKGT: Tensor,
+        heads: JointHeads,
+        scaling: float,
+        reference_size: float,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        if not joins_at_once(query_BKGTE.device):
+            return None
+        rows = self.keys_PNE, self.values_PNE, self.pool_BK, self.slot_BKGTR, self.score_BKGTR, self.order_BKGTR
+        return joint_rows(
+            query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows, self.bank_size_B, heads, scaling, reference_size
+        )
 
     def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
         pool_X, slot_XQR, valid_XQR = self._places
@@ -184,23 +233,22 @@ def search_tokens(
     length_X: Tensor | None = None,
     pool_X: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Positions (X, Q, R) of the retrieved tokens, and whether each is real.
+    """Positions (X, Q, R) of the retrieved tokens, and their scores: −inf where there is none, and position 0.
 
     With `chunk_size` c > 1, queries rank the mean keys of c consecutive tokens and whole chunks are retrieved
-    (paper, section 2.3); a last chunk that is not full cannot be found.
+    (paper, section 2.3), each token with its chunk's score; a last chunk that is not full cannot be found.
     """
     if chunk_size == 1:
-        index_XQR, score_XQR = topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X)
-        return index_XQR, score_XQR > -torch.inf
+        return topk_scan(query_XQE, keys_PNE, top_k, length_X, pool_X)
     chunks = keys_PNE.shape[1] // chunk_size
     means_PNE = keys_PNE[:, : chunks * chunk_size].unflatten(1, (chunks, chunk_size)).mean(2)
     chunks_X = None if length_X is None else length_X // chunk_size
     chunk_XQR, score_XQR = topk_scan(query_XQE, means_PNE, top_k // chunk_size, chunks_X, pool_X)
     within_c = torch.arange(chunk_size, device=keys_PNE.device)
-    valid_XQR = (score_XQR > -torch.inf).repeat_interleave(chunk_size, dim=-1)
+    score_XQR = score_XQR.repeat_interleave(chunk_size, dim=-1)
     # A bank of less than a chunk has no token at the places that a missing chunk would have.
-    index_XQR = (chunk_XQR[..., None] * chunk_size + within_c).flatten(-2).masked_fill(~valid_XQR, 0)
-    return index_XQR, valid_XQR
+    index_XQR = (chunk_XQR[..., None] * chunk_size + within_c).flatten(-2)
+    return index_XQR.masked_fill(score_XQR == -torch.inf, 0), score_XQR
 
 
 def _shared(banks: Sequence[MemoryBank | None]) -> bool:
@@ -244,11 +292,10 @@ class BankReader:
         return self._read_each(layer, query_BKGTE)
 
     def _search(self, bank: MemoryBank, heads: slice, query_KQE: Tensor) -> tuple[Tensor, Tensor]:
-        """Which rows of a bank the queries found: indices and validity KQR."""
+        """Which rows of a bank the queries found, and how they score: each KQR."""
         config, keys_KNE = self.config, bank.keys_HNE[heads]
         if bank.index is not None and config.chunk_size == 1:
-            index_KQR, score_KQR = bank.index.search(heads, query_KQE, keys_KNE, config.top_k)
-            return index_KQR, score_KQR > -torch.inf
+            return bank.index.search(heads, query_KQE, keys_KNE, config.top_k)
         return search_tokens(query_KQE, keys_KNE, config.top_k, config.chunk_size)
 
     def _sizes(self, device: torch.device) -> Tensor:
@@ -260,10 +307,10 @@ class BankReader:
         batch, kv_heads, group, tokens, _ = query_BKGTE.shape
         heads, query_KQE = self.config.heads_of(layer), query_BKGTE.transpose(0, 1).flatten(1, 3)
         found = self._search(bank, heads, query_KQE)
-        index, valid = (part_KQR.unflatten(1, (batch, group, tokens)).transpose(0, 1) for part_KQR in found)
+        index, score = (part_KQR.unflatten(1, (batch, group, tokens)).transpose(0, 1) for part_KQR in found)
         pool_BK = torch.arange(kv_heads, device=bank.device).expand(batch, kv_heads)
         rows = bank.keys_HNE[heads], bank.values_HNE[heads]
-        return RetrievedRows(*rows, pool_BK, index, valid, index, self._sizes(bank.device), index)
+        return RetrievedRows(*rows, pool_BK, index, score, index, self._sizes(bank.device), index)
 
     def _read_each(self, layer: int, query_BKGTE: Tensor) -> RetrievedRows:
         heads = self.config.heads_of(layer)
@@ -273,21 +320,21 @@ class BankReader:
         # A pool for each row and head, of what its queries found: banks differ in size and may lie on another device.
         keys_BKFE = torch.zeros(batch, kv_heads, found, head_dim, dtype=query_BKGTE.dtype, device=device)
         values_BKFE = torch.zeros_like(keys_BKFE)
-        valid = torch.zeros(shape, dtype=torch.bool, device=device)
+        score = torch.full(shape, -torch.inf, device=device)
         index = torch.zeros(shape, dtype=torch.int64, device=device)
         for row, bank in enumerate(self.banks):
             if bank is None or len(bank) == 0:
                 continue
             query_KQE = query_BKGTE[row].flatten(1, 2).to(bank.device)
-            index_KQR, valid_KQR = self._search(bank, heads, query_KQE)
+            index_KQR, score_KQR = self._search(bank, heads, query_KQE)
             keys_BKFE[row] = gather_rows(bank.keys_HNE[heads], index_KQR).flatten(1, 2).to(keys_BKFE)
             values_BKFE[row] = gather_rows(bank.values_HNE[heads], index_KQR).flatten(1, 2).to(values_BKFE)
-            valid[row] = valid_KQR.unflatten(1, (group, tokens)).to(device)
+            score[row] = score_KQR.unflatten(1, (group, tokens)).to(device)
             index[row] = index_KQR.unflatten(1, (group, tokens)).to(device)
         pool_BK = torch.arange(batch * kv_heads, device=device).view(batch, kv_heads)
         slot_BKGTR = torch.arange(found, device=device).view(shape[2:]).expand(shape)
         pools = keys_BKFE.flatten(0, 1), values_BKFE.flatten(0, 1), pool_BK
-        return RetrievedRows(*pools, slot_BKGTR, valid, index, self._sizes(device), index)
+        return RetrievedRows(*pools, slot_BKGTR, score, index, self._sizes(device), index)
 
 
 class GroupReader:
@@ -338,6 +385,7 @@ class PlacedReader:
         row_B1 = torch.zeros(len(banks), 1) if self.shared else torch.arange(len(banks))[:, None]
         self._pool_BH = to_device((torch.arange(heads) * self._searched + row_B1).long(), device)
         self._buffers: list[tuple[Tensor, Tensor] | None] = []
+        self._told: tuple[list[list[tuple[int, int]]], list[int]] | None = None
         self.read(banks)
 
     @staticmethod
@@ -360,19 +408,28 @@ class PlacedReader:
     def read(self, banks: Sequence[MemoryBank | None]) -> None:
         """From now on read these banks, which `fits` has agreed to."""
         # Held until the next step: what was found lies there, even if a bank grows out of it meanwhile.
-        self._buffers[:] = [bank.buffers_HCE if bank is not None and bank.capacity else None for bank in banks]
-        lengths = [0 if bank is None else len(bank) for bank in banks]
-        begins, spans = [], []
-        for buffers, length in zip(self._buffers[: self._searched], lengths, strict=False):
-            begins.append([rows_HCE.data_ptr() for rows_HCE in buffers or ()] or [0, 0])
-            # Bytes from head to head. A part of a bank has the strides of the whole.
-            spans.append([rows_HCE.stride(0) * rows_HCE.element_size() for rows_HCE in buffers or ()] or [0, 0])
-            begins[-1].append(length)
-            spans[-1].append(0)
-        begin_31B, span_31B = (torch.tensor(part_B3).T[:, None] for part_B3 in (begins, spans))
-        place_3HB = begin_31B + span_31B * torch.arange(self._place_3HB.shape[1])[:, None]
-        self._place_3HB.copy_(to_device(place_3HB, self.device))
-        self._length_B.copy_(to_device(torch.tensor(lengths), self.device))
+        searched = banks[: self._searched]
+        self._buffers[:] = [bank.buffers_HCE if bank is not None and bank.capacity else None for bank in searched]
+        lengths = [0 if bank is None else len(bank) for bank in searched]
+        # Where the keys of the first head begin, where its values do, and bytes from head to head: a part of a bank
+        # has the strides of the whole.
+        places = [
+            [(rows_HCE.data_ptr(), rows_HCE.stride(0) * rows_HCE.element_size()) for rows_HCE in buffers]
+            if buffers
+            else [(0, 0), (0, 0)]
+            for buffers in self._buffers
+        ]
+        # Nearly always nothing has changed since the step before, and the device would wait for what it knows.
+        if (places, lengths) == self._told:
+            return
+        self._told = places, lengths
+        place_B22 = torch.tensor(places)
+        length_B = torch.tensor(lengths)
+        head_H1 = torch.arange(self._place_3HB.shape[1])[:, None]
+        address_2HB = (place_B22[..., 0] + head_H1[..., None] * place_B22[..., 1]).permute(2, 0, 1)
+        length_1HB = length_B.expand(1, len(head_H1), -1)
+        self._place_3HB.copy_(to_device(torch.cat((address_2HB, length_1HB)), self.device))
+        self._length_B.copy_(to_device(length_B.expand(len(banks)), self.device))
 
     @torch.no_grad()
     def __call__(self, layer: int, query_BKGTE: Tensor) -> RetrievedRows:
@@ -388,7 +445,7 @@ class PlacedReader:
             found = self.index.search(heads, query_XQE, keys, top_k, length_X)
         index, score = (part_XQR.view(kv_heads, batch, group, tokens, top_k).transpose(0, 1) for part_XQR in found)
         pool_BK = self._pool_BH[:, :kv_heads]
-        return RetrievedRows(keys, values, pool_BK, index, score > -torch.inf, index, self._length_B.float(), index)
+        return RetrievedRows(keys, values, pool_BK, index, score, index, self._length_B, index)
 
     def _pools(self, which: int, address_X: Tensor, heads: slice, head_dim: int) -> Pools:
         """The keys (0) or values (1) of some heads."""
@@ -396,7 +453,7 @@ class PlacedReader:
         if self.device.type == "cpu":
             # An empty bank has no row, not even one to be masked.
             nothing_H1E = torch.zeros(len(self._pool_BH[0]), 1, head_dim, dtype=dtype)
-            held = [buffers[which] if buffers else nothing_H1E for buffers in self._buffers[: self._searched]]
+            held = [buffers[which] if buffers else nothing_H1E for buffers in self._buffers]
             rows = [rows_HCE[head] for head in range(heads.start, heads.stop) for rows_HCE in held]
         return Pools(address_X, self.room, head_dim, dtype, tuple(rows), self._buffers)
 
@@ -489,19 +546,19 @@ class StreamReader:
         batch, kv_heads = query_BKGTE.shape[:2]
         keys_KBNE, values_KBNE = streams.keys_HBNE[heads], streams.values_HBNE[heads]
         length_BK = self.length_B[:, None].expand(batch, kv_heads)
-        slot, valid = self._search(query_BKGTE, keys_KBNE, self.source_B, length_BK)
+        slot, score = self._search(query_BKGTE, keys_KBNE, self.source_B, length_BK)
         slot = slot + (self.source_B * streams.capacity).view(-1, 1, 1, 1, 1)
         if self.crowded_M is not None:
             # Rows of a crowd lie side by side: to a search they are one long pool.
             crowds_KCNE = keys_KBNE[:, :, : self.filled].unflatten(1, (-1, self.crowd)).flatten(2, 3)
             crowd_M = self.crowded_M // self.crowd
-            at, real = self._search(query_BKGTE[self.crowded_M], crowds_KCNE, crowd_M, None)
+            at, best = self._search(query_BKGTE[self.crowded_M], crowds_KCNE, crowd_M, None)
             first = (crowd_M * self.crowd).view(-1, 1, 1, 1, 1)
             at = (first + at // self.filled) * streams.capacity + at % self.filled
-            slot, valid = slot.index_copy(0, self.crowded_M, at), valid.index_copy(0, self.crowded_M, real)
+            slot, score = slot.index_copy(0, self.crowded_M, at), score.index_copy(0, self.crowded_M, best)
         pool_BK = torch.arange(kv_heads, device=slot.device).expand(batch, kv_heads)
         rows = keys_KBNE.flatten(1, 2), values_KBNE.flatten(1, 2)
-        return RetrievedRows(*rows, pool_BK, slot, valid, slot, self.size_B, self._order(slot))
+        return RetrievedRows(*rows, pool_BK, slot, score, slot, self.size_B, self._order(slot))
 
     def _order(self, slot: Tensor) -> Tensor:
         """How many of the tokens that a ring can hold were written before, or would have been."""
@@ -513,7 +570,7 @@ class StreamReader:
     def _search(
         self, query_BKGTE: Tensor, keys_KPNE: Tensor, pool_B: Tensor, length_BK: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Where in its pool each query found what, and whether it is real; each (B, K, G, T, R)."""
+        """Where in its pool each query found what, and how it scores; each (B, K, G, T, R)."""
         config, (kv_heads, pools) = self.streams.config, keys_KPNE.shape[:2]
         pool_BK = torch.arange(kv_heads, device=pool_B.device) * pools + pool_B[:, None]
         found = search_tokens(
@@ -524,8 +581,8 @@ class StreamReader:
             None if length_BK is None else length_BK.flatten(),
             pool_BK.flatten(),
         )
-        slot, valid = (part_XQR.view(*query_BKGTE.shape[:-1], config.top_k) for part_XQR in found)
-        return slot, valid
+        slot, score = (part_XQR.view(*query_BKGTE.shape[:-1], config.top_k) for part_XQR in found)
+        return slot, score
 
     def token_ids(self, index_BKGTR: Tensor) -> Tensor:
         """Which token each retrieved position holds."""

@@ -292,15 +292,15 @@ class LongMem(nn.Module):
         self, seen: BackboneOutput, retrieve: Retrieve | None, *, memory: float = 1.0, cache: Cache | None = None
     ) -> tuple[Tensor, list[MemoryRead]]:
         """Add the SideNet's difference to the backbone's last hidden states."""
+        top_BTD = seen.hidden_states[self.backbone.num_layers]
         found = self.sidenet(
             seen.hidden_states,
-            seen.positions_BT,
-            self.backbone.position_embeddings,
+            self.backbone.rotary_of(top_BTD, seen.positions_BT),
             retrieve,
             cache=cache.sidenet if cache else None,
             memory=memory,
         )
-        return seen.hidden_states[self.backbone.num_layers] + found.difference_BTD, found.reads
+        return top_BTD + found.difference_BTD, found.reads
 
     def reader(self, banks: Sequence[Readable | None] | Readable | None, rows: int) -> Retrieve | None:
         """A retrieve callable over one bank a row, or one group; None if nothing is remembered in any."""

@@ -33,9 +33,7 @@ from longmem.decoding import KeyValueBuffer, LayerStep, RowDecoder, RowLayer
 from longmem.families import Family, Rotary
 from longmem.index import Retrieve
 from longmem.ops import causal_logsumexp
-from longmem.windows import WindowBuffer, Windows
-
-PositionEmbeddings = Callable[[int, Tensor, Tensor], Rotary]
+from longmem.windows import Branch, WindowBuffer, Windows
 
 
 class SideNetCache:
@@ -136,7 +134,7 @@ class SideNetLayer(nn.Module):
         x_BTD = hidden_BTD if difference_BTD is None else hidden_BTD + difference_BTD
         local = self._local(x_BTD, rotary, cache, "x")
         delta_BTD, read = (None, None) if retrieve is None or not self.kv_heads else self._read_memory(local, retrieve)
-        change_BTD = None if delta_BTD is None else memory * delta_BTD
+        change_BTD = delta_BTD if delta_BTD is None or memory == 1.0 else memory * delta_BTD
         if self.update == "alpha":
             step_BTD = self.alpha_D * (local.output() - x_BTD)
             change_BTD = step_BTD if change_BTD is None else step_BTD + change_BTD
@@ -269,8 +267,7 @@ class SideNet(nn.Module):
     def forward(
         self,
         hidden_states: dict[int, Tensor],
-        positions_BT: Tensor,
-        position_embeddings: PositionEmbeddings,
+        rotary_of: Callable[[int], Rotary],
         retrieve: Retrieve | None,
         *,
         cache: SideNetCache | Windows | None = None,
@@ -280,21 +277,22 @@ class SideNet(nn.Module):
 
         Args:
             hidden_states: boundary → (B, T, D), at least at `boundaries`.
-            positions_BT: positions in the local window.
-            position_embeddings: (layer, hidden states, positions) → rotary of that layer.
+            rotary_of: position embeddings by layer.
             retrieve: bank search; None is an empty bank.
             cache: for generation.
             memory: 1 is the trained strength; between 0 and 1 what memory adds, and d as a whole, are scaled.
         """
+        branch = cache.branch if isinstance(cache, Windows) else Branch()
         difference_BTD: Tensor | None = None
         reads = []
-        for layer in self.layers:
-            assert isinstance(layer, SideNetLayer)
-            hidden_BTD = hidden_states[layer.lo]
-            rotary = position_embeddings(layer.lo, hidden_BTD, positions_BT)
-            difference_BTD, read = layer(difference_BTD, hidden_BTD, rotary, retrieve, cache, memory)
-            if read is not None:
-                reads.append(read)
-        if difference_BTD is None:
-            difference_BTD = torch.zeros_like(hidden_states[self.boundaries[0]])
-        return SideNetOutput(memory * difference_BTD, reads)
+        with branch:
+            for layer in self.layers:
+                assert isinstance(layer, SideNetLayer)
+                branch.wait(layer.lo)
+                hidden_BTD, rotary = hidden_states[layer.lo], rotary_of(layer.lo)
+                difference_BTD, read = layer(difference_BTD, hidden_BTD, rotary, retrieve, cache, memory)
+                if read is not None:
+                    reads.append(read)
+            if difference_BTD is None:
+                difference_BTD = torch.zeros_like(hidden_states[self.boundaries[0]])
+            return SideNetOutput(difference_BTD if memory == 1.0 else memory * difference_BTD, reads)

@@ -13,13 +13,14 @@ C candidates, R retrieved.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from longmem.ops import Pools, cpu, reads_apart, topk_coded, topk_scan
+from longmem.ops import Pools, code_queries, cpu, reads_apart, topk_coded, topk_scan
 
 # Candidates for each retrieved key, scored again in float32. What is to be proved exact needs some more.
 SPARE = 4
@@ -194,7 +195,7 @@ class Sketch:
         if len(self) <= SPARE_EXACT * top_k:
             return topk_scan(query_XQE, keys_XNE, top_k)
         if reads_apart(query_XQE.device, top_k):
-            return self.search_on_gpu(query_XQE, Pools.of(list(keys_XNE)), top_k)
+            return GpuSketch.of([self]).search(query_XQE, Pools.of(list(keys_XNE)), top_k)
         index_XQR = torch.empty(searches, queries, top_k, dtype=torch.int64)
         score_XQR = torch.empty(searches, queries, top_k)
         step = max(cpu.FEW, _SCORES // len(self))
@@ -206,33 +207,15 @@ class Sketch:
                 )
         return with_tail(index_XQR, score_XQR, query_XQE, keys_XNE, len(self))
 
-    def search_on_gpu(
-        self, query_XQE: Tensor, keys: Pools, top_k: int, length_X: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """As `search`.
-
-        Args:
-            length_X: how many keys there are, no fewer than those sketched; all of `keys` by default.
-        """
-        searches, queries, _ = query_XQE.shape
-        if length_X is None:
-            length_X = torch.full((searches,), keys.most, device=query_XQE.device)
-        if len(self) <= SPARE_EXACT * top_k or _AGAIN * top_k * queries > len(self):
-            return topk_scan(query_XQE, keys, top_k, length_X)
-        known = torch.full_like(length_X, len(self))
-        codes = self.code_queries(query_XQE), self.codes_XNS
-        index_XQR, score_XQR = topk_coded(query_XQE, keys.between(0, len(self)), *codes, top_k, known)
-        if len(self) == keys.most:
-            return index_XQR, score_XQR
-        late = topk_scan(query_XQE, keys.between(len(self), keys.most), top_k, length_X - len(self))
-        return both(index_XQR, score_XQR, *late, len(self))
+    @property
+    def coder_XES(self) -> Tensor:
+        """What `ops.code_queries` needs: products of the queries' codes with those of keys rank keys nearly as scores
+        do."""
+        return self.basis.queries_XEE[..., : self.size] * self.scale_XS[:, None]
 
     def code_queries(self, query_XQE: Tensor) -> Tensor:
-        """What stands for queries (X, Q, S), int8: products with codes rank keys nearly as scores do."""
-        size = self.codes_XNS.shape[-1]
-        scaled_XQS = (query_XQE.float() @ self.basis.queries_XEE)[..., :size] * self.scale_XS[:, None]
-        unit_XQ1 = scaled_XQS.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-        return (scaled_XQS / unit_XQ1).round().to(torch.int8)
+        """What stands for queries, (X, Q, S) int8."""
+        return code_queries(query_XQE, self.coder_XES)
 
     def _search(self, x: int, query_QE: Tensor, keys_NE: Tensor, top_k: int, exact: bool) -> tuple[Tensor, Tensor]:
         size = self.codes_XNS.shape[-1]
@@ -269,6 +252,46 @@ class Sketch:
             found_1QR = cpu.topk_scan(query_QE[None, unproved_Q], keys_NE[None], top_k)
             index_QR[unproved_Q], score_QR[unproved_Q] = (part_1QR[0] for part_1QR in found_1QR)
         return index_QR, score_QR
+
+
+@dataclass(frozen=True)
+class GpuSketch:
+    """Sketches of one bank and one size, which are searched at once on a GPU.
+
+    Attributes:
+        coder_XES: of all of their searches.
+        codes: their codes, a pool (N, S) each.
+    """
+
+    coder_XES: Tensor
+    codes: Pools
+
+    @classmethod
+    def of(cls, sketches: Sequence[Sketch]) -> GpuSketch:
+        codes = [codes_NS for sketch in sketches for codes_NS in sketch.codes_XNS]
+        return cls(torch.cat([sketch.coder_XES for sketch in sketches]), Pools.of(codes))
+
+    def search(
+        self, query_XQE: Tensor, keys: Pools, top_k: int, length_X: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `Sketch.search`.
+
+        Args:
+            length_X: how many keys there are, no fewer than those sketched; all of `keys` by default.
+        """
+        searches, queries, _ = query_XQE.shape
+        known = self.codes.most
+        if length_X is None:
+            length_X = torch.full((searches,), keys.most, device=query_XQE.device)
+        if known <= SPARE_EXACT * top_k or _AGAIN * top_k * queries > known:
+            return topk_scan(query_XQE, keys, top_k, length_X)
+        codes = code_queries(query_XQE, self.coder_XES), self.codes
+        first = torch.full_like(length_X, known)
+        index_XQR, score_XQR = topk_coded(query_XQE, keys.between(0, known), *codes, top_k, first)
+        if known == keys.most:
+            return index_XQR, score_XQR
+        late = topk_scan(query_XQE, keys.between(known, keys.most), top_k, length_X - known)
+        return both(index_XQR, score_XQR, *late, known)
 
 
 def with_tail(

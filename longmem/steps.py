@@ -12,19 +12,21 @@ B texts, T tokens, N tokens of a stretch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from longmem.attention import MemoryRead
 from longmem.bank import MemoryBank
+from longmem.config import BankSpec
 from longmem.data import to_device
 from longmem.decoding import KeyValueBuffer
 from longmem.errors import ConfigError
 from longmem.group import BankGroup, Readable
 from longmem.index import PlacedReader, Retrieve
 from longmem.model import LongMem, ModelCache
-from longmem.windows import WindowBuffer, Windows, window_step
+from longmem.windows import Branch, SideBranch, WindowBuffer, Windows, window_step
 
 # Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces.
 _PREFILL = 256
@@ -51,8 +53,9 @@ class BatchCache:
     def __init__(self, rows: int, capacity: int, device: torch.device, *, compile: bool) -> None:
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)
         run = torch.compile(window_step, dynamic=False) if compile else window_step
-        self.backbone = Windows(self.length_B, capacity, run)
-        self.sidenet = Windows(self.length_B, capacity, run)
+        branch = SideBranch(device) if records(device) else Branch()
+        self.backbone = Windows(self.length_B, capacity, run, branch)
+        self.sidenet = Windows(self.length_B, capacity, run, branch)
 
     def look_at(self, room: int) -> None:
         """Steps look at the first `room` tokens of each window from now on."""
@@ -92,6 +95,7 @@ class BatchDecoder:
         self._lengths = [0] * rows
         self._token_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self._recorded: _Recorded | None = None
+        self._specs: list[BankSpec | None] = [None] * rows  # of banks that were found to be the model's
 
     @torch.no_grad()
     def begin(self, row: int, tokens_N: Tensor, bank: Readable | None = None) -> tuple[Tensor, list[MemoryRead]]:
@@ -174,9 +178,12 @@ class BatchDecoder:
                     f"Row {row} {what} ({self._lengths[row]} of {self.capacity} tokens). Begin a text in it, or give "
                     "None."
                 )
-        for bank in banks:
-            if bank is not None:
+        for row, bank in enumerate(banks):
+            bank = bank.first if isinstance(bank, BankGroup) else bank
+            # Once: the device waits meanwhile.
+            if bank is not None and bank.spec is not self._specs[row]:
                 self.model.check(bank)
+                self._specs[row] = bank.spec
 
 
 class _Recorded:
@@ -195,7 +202,7 @@ class _Recorded:
         torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._result = decoder.run(self._reader)
+            self._logits_BV, self._reads = decoder.run(self._reader)
 
     def fits(self, banks: Sequence[MemoryBank | None]) -> bool:
         """Whether the step can be replayed over these banks."""
@@ -205,7 +212,8 @@ class _Recorded:
         if self._reader is not None:
             self._reader.read(banks)
         self._graph.replay()
-        return self._result
+        # New ones: a read keeps what it has computed of its tensors, which now hold something else.
+        return self._logits_BV, [replace(read) for read in self._reads]
 
 
 def _fill(to: WindowBuffer, row: int, buffer: KeyValueBuffer) -> None:

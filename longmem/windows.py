@@ -20,6 +20,49 @@ from longmem.decoding import LayerStep, layer_step
 from longmem.families import Family, Rotary
 
 
+class Branch:
+    """Where the SideNet runs: behind the backbone, on the same stream."""
+
+    def reached(self, boundary: int) -> None:
+        """The backbone's hidden states at a boundary have been asked for."""
+
+    def wait(self, boundary: int) -> None:
+        """What follows needs the hidden states at a boundary."""
+
+    def __enter__(self) -> None:
+        """What follows is the SideNet's."""
+
+    def __exit__(self, *error: object) -> None:
+        """What follows needs what the SideNet computed."""
+
+
+class SideBranch(Branch):
+    """Beside the backbone: a SideNet layer needs hidden states up to its own, not those above it.
+
+    Recorded, the two are branches of one graph. A step of few texts is a chain of small kernels, which leave most of a
+    GPU idle. (What one branch takes from the other is held until `__exit__`: memory freed on one stream may be in
+    use on the other.)
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._events: dict[int, Any] = {}
+
+    def reached(self, boundary: int) -> None:
+        self._events[boundary] = torch.cuda.current_stream().record_event()
+
+    def wait(self, boundary: int) -> None:
+        self._stream.wait_event(self._events[boundary])
+
+    def __enter__(self) -> None:
+        self._before = torch.cuda.current_stream()
+        torch.cuda.set_stream(self._stream)
+
+    def __exit__(self, *error: object) -> None:
+        torch.cuda.set_stream(self._before)
+        self._before.wait_stream(self._stream)
+
+
 class WindowBuffer:
     """Keys and values of one layer, (B, K, C, E) each: memory is taken when the first text comes."""
 
@@ -53,13 +96,16 @@ class Windows:
         length_B: int64, tokens of each text; shared, and advanced by whoever owns it.
         capacity: C.
         run: `window_step`, or a compiled one.
+        branch: where the SideNet runs.
 
     Attributes:
         room: tokens of the windows that a step looks at, its own included: all of them where steps must be alike.
     """
 
-    def __init__(self, length_B: Tensor, capacity: int, run: Callable[..., LayerStep]) -> None:
-        self.length_B, self.capacity, self.run = length_B, capacity, run
+    def __init__(
+        self, length_B: Tensor, capacity: int, run: Callable[..., LayerStep], branch: Branch | None = None
+    ) -> None:
+        self.length_B, self.capacity, self.run, self.branch = length_B, capacity, run, branch or Branch()
         self.rows = length_B.shape[0]
         self.room = capacity
         self._kept: defaultdict[tuple[int, str], WindowBuffer] = defaultdict(lambda: WindowBuffer(self))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from unittest import mock
 
+import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import longmem.index
 from longmem.attention import REFERENCE_SIZE, MemoryAttention, local_attention
 from longmem.ops import causal_logsumexp, causal_mask
 
@@ -169,6 +173,35 @@ def test_the_gate_mixes_by_its_own_number_alone(case: tuple) -> None:
     )
     assert not difference_BKGTE[~something_BKGT].any()
     assert (read.mass_BKGT[~something_BKGT] == 0).all()
+
+
+@settings(max_examples=40)
+@given(retrievals(), st.booleans())
+@torch.no_grad()
+def test_one_kernel_computes_the_same(case: tuple, apart: bool) -> None:
+    """As it does on a GPU where no gradient is wanted; heads, tokens and rows of a batch may lie anywhere."""
+    pytest.importorskip("triton")
+    attention, query_BKGTE, local_score_BKGTS, local_value_BKGTSE, found = case
+    local_BKGTE = (local_score_BKGTS.softmax(-1)[..., None] * local_value_BKGTSE).sum(-2)
+    inputs = query_BKGTE, local_BKGTE, local_score_BKGTS.logsumexp(-1)
+    expected_BKGTE, expected = attention(*inputs, found)
+    if apart:
+        inputs = [scattered(tensor) for tensor in inputs]
+        names = ("slot_BKGTR", "score_BKGTR", "order_BKGTR")
+        found = dataclasses.replace(found, **{name: scattered(getattr(found, name)) for name in names})
+    with mock.patch.object(longmem.index, "joins_at_once", lambda device: True):
+        difference_BKGTE, read = attention(*inputs, found)
+    torch.testing.assert_close(difference_BKGTE, expected_BKGTE, atol=1e-5, rtol=1e-4)
+    for name in ("mass_BKGT", "log_weight_BKGTR", "log_match_BKGTR"):
+        torch.testing.assert_close(getattr(read, name), getattr(expected, name), atol=1e-5, rtol=1e-4)
+    assert not difference_BKGTE[~found.valid_BKGTR.any(-1)].any()
+
+
+def scattered(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers with rows of a batch behind its heads, as searches of one bank leave them, and with gaps."""
+    apart = torch.full((2, *tensor.transpose(0, 1).shape), -7).to(tensor.dtype)
+    apart[0] = tensor.transpose(0, 1)
+    return apart[0].transpose(0, 1)
 
 
 @given(retrievals())

@@ -77,7 +77,8 @@ def test_a_chunk_that_is_not_full_cannot_be_found(size: int, chunk_size: int, pa
     keys_XNE = torch.full((2, 12 if padded else size, 3), torch.nan)
     keys_XNE[:, :size] = normal(2, size, 3)
     length_X = torch.full((2,), size) if padded else None
-    index_XQR, valid_XQR = search_tokens(normal(2, 5, 3, seed=1), keys_XNE, 2 * chunk_size, chunk_size, length_X)
+    index_XQR, score_XQR = search_tokens(normal(2, 5, 3, seed=1), keys_XNE, 2 * chunk_size, chunk_size, length_X)
+    valid_XQR = score_XQR > -torch.inf
     whole = size // chunk_size * chunk_size
     assert (valid_XQR.sum(-1) == min(whole, 2 * chunk_size)).all()
     assert (index_XQR[valid_XQR] < whole).all()
@@ -264,11 +265,27 @@ def test_a_reader_of_places_reads_by_an_index(monkeypatch: pytest.MonkeyPatch) -
         exact = BankReader([bank] * 3, config())(1, query_BKGTE)
         assert not placed.fits([bank] * 3)
         bank.use_index(made)
-        assert placed.fits([bank] * 3) and len(asked) == 2
+        assert placed.fits([bank] * 3) and len(asked) == 1  # both heads at once
         assert torch.equal(found.index_BKGTR, exact.index_BKGTR) and torch.equal(found.valid_BKGTR, exact.valid_BKGTR)
         asked.clear()
         grow(bank, 9)
         placed.read([bank] * 3)
+
+
+def test_the_device_is_told_about_banks_only_what_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other, told = make_bank(12), make_bank(30), []
+    placed = PlacedReader([one, other], config(), torch.device("cpu"))
+    monkeypatch.setattr(index, "to_device", lambda tensor, device: told.append(tensor) or tensor)
+    placed.read([one, other])
+    assert not told
+    grow(one, 1)
+    # One more token, other places, a shorter bank, a later beginning.
+    for banks in ([one, other], [other, one], [other, one.between(0, 5)], [other.between(2, 5), one.between(0, 5)]):
+        placed.read(banks)
+        assert told
+        told.clear()
+        placed.read(banks)
+        assert not told
 
 
 def test_what_was_found_stays_where_it_was_found(by: str) -> None:

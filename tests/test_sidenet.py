@@ -157,7 +157,7 @@ def test_a_bank_may_come_under_a_cache(form: str) -> None:
 
     def later(layer: int, query_BKGTE: torch.Tensor) -> Retrieved:
         found = BankReader([bank, bank], model.config)(layer, query_BKGTE)
-        found.valid_BKGTR[:, :, :, :20] = False
+        found.score_BKGTR[:, :, :, :20] = -torch.inf
         return found
 
     hidden_BTD, _ = model.read(IDS_BT, later)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longmem import sketch
 from longmem.ops import Pools, cpu, topk_scan
-from longmem.sketch import Basis, Sketch, halves, recall, some
+from longmem.sketch import Basis, GpuSketch, Sketch, halves, recall, some
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -156,5 +156,9 @@ def test_a_gpu_finds_as_much(tail: int, monkeypatch: pytest.MonkeyPatch) -> None
     roomy_XNE = torch.nn.functional.pad(keys_XNE, (0, 0, 0, 300), value=torch.nan)
     for room_XNE in (roomy_XNE, roomy_XNE[:, : 1500 + tail]):
         length_X = torch.full((2,), 1500 + tail)
-        again = built.search_on_gpu(query_XQE, Pools.of(list(room_XNE)), 8, length_X)
+        again = GpuSketch.of([built]).search(query_XQE, Pools.of(list(room_XNE)), 8, length_X)
+        assert all(map(torch.equal, again, found))
+        # A bank's heads are sketched one by one.
+        ones = [built[:1], built[1:]]
+        again = GpuSketch.of(ones).search(query_XQE, Pools.of(list(room_XNE)), 8, length_X)
         assert all(map(torch.equal, again, found))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import tiny
 import torch
@@ -9,9 +11,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import longmem.index
 from longmem.errors import BankMismatchError, ConfigError
+from longmem.index import BankReader, PlacedReader, Retrieved
 from longmem.model import LongMem
-from longmem.steps import BatchDecoder
+from longmem.steps import BatchDecoder, _Recorded
+from longmem.windows import Branch, SideBranch
 
 LENGTHS, MORE, CAPACITY = (5, 1, 19), 9, 32
 
@@ -58,6 +63,103 @@ def test_a_rows_logits_are_the_same_bits_whatever_the_others_hold():
     assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
 
 
+class Recording(Branch):
+    """Notes what a step asks of it."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def reached(self, boundary: int) -> None:
+        self.notes.append(f"reached {boundary}")
+
+    def wait(self, boundary: int) -> None:
+        self.notes.append(f"wait {boundary}")
+
+    def __enter__(self) -> None:
+        self.notes.append("enter")
+
+    def __exit__(self, *error: object) -> None:
+        self.notes.append("exit")
+
+
+@torch.no_grad()
+def test_the_sidenet_waits_for_the_hidden_states_that_it_reads_and_for_no_others():
+    model = tiny.model()
+    bank = tiny.bank(model, 9)
+    decoder, branch = BatchDecoder(model, 1, CAPACITY), Recording()
+    decoder.begin(0, tiny.tokens(4), bank)
+    decoder._cache.backbone.branch = decoder._cache.sidenet.branch = branch
+
+    def noting(layer: int, query_BKGTE: torch.Tensor) -> Retrieved:
+        branch.notes.append(f"read {layer}")
+        return BankReader([bank], model.config)(layer, query_BKGTE)
+
+    decoder.run(noting)
+    top, spans = model.backbone.num_layers, model.config.spans
+    reached = [f"reached {boundary}" for boundary in range(top + 1)]
+    aside = [
+        note
+        for lo, _ in spans
+        for note in (f"wait {lo}", *([f"read {lo}"] if lo in model.config.memory_layers else []))
+    ]
+    assert branch.notes == [*reached, "enter", *aside, "exit"]
+
+
+def test_a_side_branch_waits_and_is_waited_for(monkeypatch):
+    """A GPU's streams, which are stood in for: what runs where, and what waits for what."""
+    notes: list[tuple] = []
+
+    class Stream:
+        def __init__(self, name: object) -> None:
+            self.name = name if isinstance(name, str) else "side"
+
+        def record_event(self) -> str:
+            return f"event {len(notes)}"
+
+        def wait_event(self, event: str) -> None:
+            notes.append((self.name, event))
+
+        def wait_stream(self, other: Stream) -> None:
+            notes.append((self.name, other.name))
+
+    now = [Stream("main")]
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: now.__setitem__(0, stream))
+    branch = SideBranch(torch.device("cuda"))
+    for _ in range(2):
+        notes.clear()
+        for boundary in range(3):
+            branch.reached(boundary)
+            notes.append((now[0].name, boundary))
+        with pytest.raises(ZeroDivisionError), branch:
+            assert now[0].name == "side"
+            branch.wait(1)
+            raise ZeroDivisionError
+        assert now[0].name == "main" and notes[3:] == [("side", "event 1"), ("main", "side")]
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("update", ["alpha", "difference"])
+@torch.no_grad()
+def test_steps_with_joint_attention_in_one_kernel(family, update):
+    """As a GPU takes them: all banks in one search, then one kernel a memory layer."""
+    pytest.importorskip("triton")
+    model = tiny.model(family, update=update, newest_wins=True)
+    own, other = tiny.bank(model, 30), tiny.bank(model, 3, seed=1)
+    for banks in ([own], [own, own], [own, None, other]):
+        decoder = BatchDecoder(model, len(banks), CAPACITY)
+        for row, bank in enumerate(banks):
+            decoder.begin(row, tiny.tokens(5 + row), bank)
+        results = []
+        for at_once in (False, True):
+            with mock.patch.object(longmem.index, "joins_at_once", lambda device, at_once=at_once: at_once):
+                logits_BV, reads = decoder.run(PlacedReader(banks, model.config, model.device))
+            results.append((logits_BV, *(read.weight_BKGTR for read in reads)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_a_row_may_wait_and_may_begin_anew():
     model, bank = tiny.model(), None
@@ -86,6 +188,22 @@ def test_a_bank_may_grow_between_steps():
     assert all(bool((read.index_BKGTR < 12).all()) for read in reads)
     _, reads = decoder.step([3], [larger])
     assert any(bool((read.index_BKGTR >= 12).any()) for read in reads)
+
+
+@torch.no_grad()
+def test_a_replayed_step_weighs_anew_what_it_read():
+    """A read keeps the weights it has computed, and a replayed step writes to the same tensors."""
+    model = tiny.model()
+    bank = tiny.bank(model, 9)
+    decoder = BatchDecoder(model, 1, CAPACITY)
+    decoder.begin(0, tiny.tokens(4), bank)
+    recorded = object.__new__(_Recorded)
+    recorded._reader = None
+    recorded._logits_BV, recorded._reads = decoder.run(model.reader([bank], 1))
+    recorded._graph = mock.Mock(replay=lambda: bank.keys_HNE.mul_(-3.0))
+    for _ in range(2):
+        for read in recorded.replay([bank])[1]:
+            assert torch.equal(read.log_weight_BKGTR, read.weigh())
 
 
 @hypothesis_settings(max_examples=20)
@@ -125,8 +243,10 @@ def test_what_cannot_be_is_named():
     decoder.step([1, None], [None, None])
     with pytest.raises(ConfigError, match="Row 0 is full"):
         decoder.step([1, None], [None, None])
-    with pytest.raises(BankMismatchError):
-        decoder.step([None, None], [tiny.bank(tiny.model(seed=3), 4), None])
+    for banks in ([None, None], [tiny.bank(model, 4), None]):
+        with pytest.raises(BankMismatchError):
+            decoder.step([None, None], [tiny.bank(tiny.model(seed=3), 4), None])
+        decoder.step([None, None], banks)
 
 
 MODEL = tiny.model()

@@ -70,7 +70,9 @@ def test_starved_steps_read_in_short_windows_and_write_whole_segments(tmp_path: 
     starved = Trainer(fresh(), REPETITIVE, config)
     whole = Trainer(fresh(), REPETITIVE, dataclasses.replace(config, starved_fraction=0.0))
     seen: list[tuple[int, ...]] = []
-    hook = starved.sidenet.register_forward_hook(lambda module, inputs, output: seen.append(tuple(inputs[1].shape)))
+    hook = starved.sidenet.register_forward_hook(
+        lambda module, inputs, output: seen.append(tuple(next(iter(inputs[0].values())).shape[:2]))
+    )
     for _ in range(3):
         starved.step()
         whole.step()

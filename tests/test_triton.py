@@ -22,6 +22,7 @@ if importlib.util.find_spec("triton") is None:
 from longmem.ops.triton import (
     attend_rows,
     causal_logsumexp,
+    code_queries,
     cross_entropy_slope,
     gather_rows,
     search,
@@ -236,6 +237,20 @@ def test_groups_are_chosen_from_in_as_many_rounds_as_it_takes(coded: bool, monke
     else:
         found = topk_scan(query_XQE, keys_PNE, 64, length_X, pool_X)
     assert_same_search(query_XQE, keys_PNE.nan_to_num(), 64, length_X, pool_X, found)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(1, 3), st.integers(0, 4), st.sampled_from([8, 20, 64]), st.sampled_from([5, 16, 20]), st.booleans())
+def test_queries_as_codes(searches: int, queries: int, head_dim: int, size: int, rounded: bool) -> None:
+    query_XQE = normal(searches, queries, head_dim, dtype=torch.bfloat16 if rounded else torch.float32)
+    query_XQE[:, :1] = 0.0
+    coder_XES = normal(searches, head_dim, size, seed=1)
+    found, expected = (code(query_XQE, coder_XES) for code in (code_queries, reference.code_queries))
+    assert found.dtype == expected.dtype == torch.int8 and found.shape == expected.shape
+    # Sums in another order, and halves.
+    difference = (found.int() - expected.int()).abs()
+    assert (difference <= 1).all() and difference.float().sum() <= 0.01 * difference.numel()
+    assert (found[:, 1:].int().abs().amax(-1) == 127).all() and not found[:, :1].any()
 
 
 def test_search_of_nothing() -> None:

@@ -129,7 +129,8 @@ def retrieved(
     pools = [rows_BKGTRE.flatten(0, 1).flatten(1, 3) for rows_BKGTRE in (keys_BKGTRE, values_BKGTRE)]
     slot_BKGTR = torch.arange(pools[0].shape[1]).view(valid_BKGTR.shape[2:]).expand(valid_BKGTR.shape)
     pool_BK = torch.arange(batch * kv_heads).view(batch, kv_heads)
-    return RetrievedRows(*pools, pool_BK, slot_BKGTR, valid_BKGTR, index_BKGTR, bank_size_B, index_BKGTR)
+    score_BKGTR = torch.zeros(valid_BKGTR.shape).masked_fill(~valid_BKGTR, -torch.inf)
+    return RetrievedRows(*pools, pool_BK, slot_BKGTR, score_BKGTR, index_BKGTR, bank_size_B, index_BKGTR)
 
 
 def documents(*lengths: int, period: int = 0, seed: int = 0) -> TokenizedDocuments:

@@ -3,17 +3,30 @@
 `reference` is the plain PyTorch truth that every faster kernel (`triton`) is checked against; `dispatch` chooses.
 """
 
-from longmem.ops.dispatch import attend_rows, causal_logsumexp, gather_rows, reads_apart, topk_coded, topk_scan
+from longmem.ops.dispatch import (
+    attend_rows,
+    causal_logsumexp,
+    code_queries,
+    gather_rows,
+    reads_apart,
+    topk_coded,
+    topk_scan,
+)
+from longmem.ops.joint import JointHeads, joins_at_once, joint_rows
 from longmem.ops.loss import linear_cross_entropy, linear_divergence, linear_nll
 from longmem.ops.pools import Pools
 from longmem.ops.reference import causal_mask, row_scores
 
 __all__ = [
+    "JointHeads",
     "Pools",
     "attend_rows",
     "causal_logsumexp",
     "causal_mask",
+    "code_queries",
     "gather_rows",
+    "joins_at_once",
+    "joint_rows",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_nll",

@@ -58,6 +58,14 @@ def topk_coded(
     return reference.topk_coded(*inputs)
 
 
+def code_queries(query_XQE: Tensor, coder_XES: Tensor) -> Tensor:
+    if HAS_TRITON and query_XQE.is_cuda:
+        from longmem.ops.triton import coding
+
+        return coding.code_queries(query_XQE, coder_XES)
+    return reference.code_queries(query_XQE, coder_XES)
+
+
 def gather_rows(rows_PNE: Tensor | Pools, index_XQR: Tensor, pool_X: Tensor | None = None) -> Tensor:
     if HAS_TRITON and index_XQR.is_cuda and isinstance(rows_PNE, Pools):
         from longmem.ops.triton import rows
@@ -105,5 +113,5 @@ def cross_entropy_slope(logits_XV: Tensor, target_X: Tensor, row_weight_X: Tenso
     return reference.cross_entropy_slope(logits_XV, target_X, row_weight_X)
 
 
-for _function in (topk_scan, topk_coded, gather_rows, attend_rows, causal_logsumexp, cross_entropy_slope):
+for _function in (topk_scan, topk_coded, code_queries, gather_rows, attend_rows, causal_logsumexp, cross_entropy_slope):
     _function.__doc__ = getattr(reference, _function.__name__).__doc__

@@ -1,7 +1,7 @@
 """Plain PyTorch kernels: the truth that faster ones are tested against.
 
 X independent searches (a memory head and a batch row each), Q queries, P pools of N keys and values, E head size,
-R retrieved, D numbers of a code, M groups of keys, C candidates; B batch, K key-value heads, G query heads each,
+R retrieved, D or S numbers of a code, M groups of keys, C candidates; B batch, K key-value heads, G query heads each,
 T query tokens, S local keys; V vocabulary.
 """
 
@@ -137,6 +137,17 @@ def topk_coded(
         score_XQR[x, :, :kept], among_QR = score_QC.topk(kept, dim=-1)
         index_XQR[x, :, :kept] = candidate_QC.gather(-1, among_QR)
     return index_XQR.masked_fill_(score_XQR == -torch.inf, 0), score_XQR
+
+
+def code_queries(query_XQE: Tensor, coder_XES: Tensor) -> Tensor:
+    """What stands for queries where keys are codes, (X, Q, S) int8: coordinates in units of each query's largest.
+
+    Args:
+        coder_XES: a query times its matrix is the query's coordinates.
+    """
+    coordinate_XQS = query_XQE.float() @ coder_XES
+    unit_XQ1 = coordinate_XQS.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    return (coordinate_XQS / unit_XQ1).round().to(torch.int8)
 
 
 def _topk(score_XQN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -109,6 +109,24 @@ def _newer(order_R, r):
 
 
 @triton.jit
+def attend_row(
+    query_E, keys, values, slot_R, valid_R, order_ptr, at, discount, found, head_dim, stride_n, scaling, r, e
+):
+    """Attention of one query over rows of its pools: output (E,), log-sum-exp and scores (R,), discounted if there are
+    orders (which begin at `at`)."""
+    key_RE = _gather(keys, slot_R, valid_R, stride_n, head_dim, e)
+    value_RE = _gather(values, slot_R, valid_R, stride_n, head_dim, e)
+    score_R = tl.where(valid_R, tl.sum(key_RE * query_E[None, :], axis=1) * scaling, float("-inf"))
+    weight_R, logsumexp = _normalised(score_R)
+    if order_ptr is not None:
+        order_R = tl.load(order_ptr + at + r, mask=r < found, other=0)
+        newer_R = tl.sum(tl.where(_newer(order_R, r), weight_R[None, :], 0.0), axis=1)
+        score_R -= discount * newer_R
+        weight_R, logsumexp = _normalised(score_R)
+    return tl.sum(weight_R[:, None] * value_RE, axis=0), logsumexp, score_R
+
+
+@triton.jit
 def _attend_forward(
     query_ptr, keys_ptr, keys_address_ptr, values_ptr, values_address_ptr, pool_ptr, slot_ptr, valid_ptr,
     order_ptr, discount_ptr, output_ptr, logsumexp_ptr, queries, found, head_dim, stride_p, stride_n, scaling,
@@ -121,15 +139,25 @@ def _attend_forward(
     slot_R = tl.load(slot_ptr + xq * found + r, mask=r < found, other=0)
     valid_R = tl.load(valid_ptr + xq * found + r, mask=r < found, other=0) != 0
     query_E = tl.load(query_ptr + xq * head_dim + e, mask=e < head_dim, other=0.0).to(tl.float32)
-    key_RE = _gather(keys, slot_R, valid_R, stride_n, head_dim, e)
-    value_RE = _gather(values, slot_R, valid_R, stride_n, head_dim, e)
-    score_R = tl.where(valid_R, tl.sum(key_RE * query_E[None, :], axis=1) * scaling, float("-inf"))
-    weight_R, logsumexp = _normalised(score_R)
+    discount = 0.0
     if discount_ptr is not None:
-        order_R = tl.load(order_ptr + xq * found + r, mask=r < found, other=0)
-        newer_R = tl.sum(tl.where(_newer(order_R, r), weight_R[None, :], 0.0), axis=1)
-        weight_R, logsumexp = _normalised(score_R - tl.load(discount_ptr + xq) * newer_R)
-    output_E = tl.sum(weight_R[:, None] * value_RE, axis=0)
+        discount = tl.load(discount_ptr + xq)
+    output_E, logsumexp, _ = attend_row(
+        query_E,
+        keys,
+        values,
+        slot_R,
+        valid_R,
+        order_ptr,
+        xq * found,
+        discount,
+        found,
+        head_dim,
+        stride_n,
+        scaling,
+        r,
+        e,
+    )
     tl.store(output_ptr + xq * head_dim + e, output_E.to(output_ptr.dtype.element_ty), mask=e < head_dim)
     tl.store(logsumexp_ptr + xq, logsumexp)
 
