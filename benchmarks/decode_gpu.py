@@ -1,12 +1,12 @@
 """Decoding on a GPU: recorded steps, first checked against plain reading, then timed against the backbone alone.
 
     python benchmarks/decode_gpu.py [--out FILE.csv] [--no-compile] [--check-only] [--rows 1 32] [--largest TOKENS]
-        [--one-stream] [--profile]
+        [--two-streams] [--profile]
 
 The backbone has SmolLM2-135M's shape and random weights, banks hold random keys and values: neither changes what has
 to be computed. Of every step p20, p50 and p80. `share` is the speed against the backbone alone (`memory=0`) in the same
 runtime with the same batch. `--profile` prints the kernels of a step with their times, and how long the host is busy
-with banks before the step is launched; `--one-stream` runs the SideNet behind the backbone instead of beside it. On a
+with banks before the step is launched; `--two-streams` runs the SideNet beside the backbone instead of behind it. On a
 CPU a small model stands in, to see that the script runs.
 """
 
@@ -31,7 +31,7 @@ from longmem.bank import MemoryBank
 from longmem.model import LongMem
 from longmem.sketch import Basis, Sketch
 from longmem.steps import BatchDecoder
-from longmem.windows import Branch
+from longmem.windows import SideBranch
 
 CAPACITY = 1536
 
@@ -89,11 +89,11 @@ def with_index(bank: MemoryBank) -> MemoryBank:
 
 
 def begin(
-    model: LongMem, rows: int, banks: Sequence[MemoryBank | None], *, one_stream: bool = False, **settings: Any
+    model: LongMem, rows: int, banks: Sequence[MemoryBank | None], *, two_streams: bool = False, **settings: Any
 ) -> BatchDecoder:
     decoder = BatchDecoder(model, rows, CAPACITY, **settings)
-    if one_stream:
-        decoder._cache.backbone.branch = decoder._cache.sidenet.branch = Branch()
+    if two_streams:
+        decoder._cache.backbone.branch = decoder._cache.sidenet.branch = SideBranch(model.device)
     for row, bank in enumerate(banks):
         decoder.begin(row, text_of(model, row), bank)
     return decoder
@@ -110,13 +110,13 @@ def text_of(model: LongMem, row: int) -> Tensor:
 
 
 @torch.no_grad()
-def check(model: LongMem, compile: bool) -> None:
+def check(model: LongMem, compile: bool, two_streams: bool) -> None:
     """Every row's logits, step after step, against reading the whole text at once."""
     vocabulary, errors, shares = model.backbone.config.vocab_size, [], []
     for sizes, shared in (([0], False), ([5000], False), ([5000] * 3, True), ([5000, 0, 300], False)):
         banks = [bank_of(model, size, seed=i) if size else None for i, size in enumerate(sizes)]
         banks = banks[:1] * len(banks) if shared else banks
-        decoder = begin(model, len(banks), banks, compile=compile)
+        decoder = begin(model, len(banks), banks, compile=compile, two_streams=two_streams)
         for order in (banks, banks[::-1]):
             # The second time rows begin anew, with each other's banks: a recorded step is replayed over others.
             texts = [text_of(model, row) for row in range(len(banks))]
@@ -203,7 +203,7 @@ def main() -> None:
         "--look-up-only", action="store_true", help="the three look-up heads, without those of layer 23"
     )
     parser.add_argument("--largest", type=int, default=1 << 24, help="tokens of the largest bank")
-    parser.add_argument("--one-stream", action="store_true", help="the SideNet behind the backbone, for comparison")
+    parser.add_argument("--two-streams", action="store_true", help="the SideNet beside the backbone")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step (on a GPU)")
     parser.add_argument("--rows", type=int, nargs="*", help="texts side by side, 1 and 32 by default")
     args = parser.parse_args()
@@ -211,7 +211,7 @@ def main() -> None:
     compile = device == "cuda" and not args.no_compile
     # In bfloat16 the same sums in another order differ by some per cent, which would hide a fault.
     heads = LOOK_UP if args.look_up_only else ALL
-    check(model_for(device, heads, torch.float32), compile)
+    check(model_for(device, heads, torch.float32), compile, args.two_streams)
     if args.check_only:
         return
     model = model_for(device, heads, torch.bfloat16 if device == "cuda" else torch.float32)
@@ -224,7 +224,7 @@ def main() -> None:
         "torch": torch.__version__,
         "compile": compile,
         "heads": len(heads),
-        "one_stream": args.one_stream,
+        "two_streams": args.two_streams,
     }
     alone: dict[int, float] = {}
     results = []
@@ -255,7 +255,7 @@ def main() -> None:
             )
         for what, make, memory in plan:
             banks = make()
-            decoder = begin(model, rows, banks, memory=memory, compile=compile, one_stream=args.one_stream)
+            decoder = begin(model, rows, banks, memory=memory, compile=compile, two_streams=args.two_streams)
             tokens = [5] * rows
             for _ in range(3):
                 decoder.step(tokens, banks)

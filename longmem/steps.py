@@ -26,7 +26,7 @@ from longmem.errors import ConfigError
 from longmem.group import BankGroup, Readable
 from longmem.index import PlacedReader, Retrieve
 from longmem.model import LongMem, ModelCache
-from longmem.windows import Branch, SideBranch, WindowBuffer, Windows, window_step
+from longmem.windows import Branch, WindowBuffer, Windows, window_step
 
 # Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces.
 _PREFILL = 256
@@ -53,7 +53,8 @@ class BatchCache:
     def __init__(self, rows: int, capacity: int, device: torch.device, *, compile: bool) -> None:
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)
         run = torch.compile(window_step, dynamic=False) if compile else window_step
-        branch = SideBranch(device) if records(device) else Branch()
+        # `SideBranch` would let the two overlap on a GPU; it has not yet been run on one.
+        branch = Branch()
         self.backbone = Windows(self.length_B, capacity, run, branch)
         self.sidenet = Windows(self.length_B, capacity, run, branch)
 

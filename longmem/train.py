@@ -236,9 +236,9 @@ class Trainer:
             if learns:
                 nobody_B = torch.zeros(len(segments.tokens_BS), dtype=torch.bool, device=self.device)
                 factor_BS = self._factors(segments, nobody_B)
-                empty = self._language_loss(hidden_BTD[:, :-1], segments.tokens_BS, factor_BS)
+                loss = config.empty_weight * self._language_loss(hidden_BTD[:, :-1], segments.tokens_BS, factor_BS)
         if learns:
-            (config.empty_weight * empty).backward()
+            loss.backward()
         return hidden_BTD.detach()
 
     def _harm(self, hidden_BTD: Tensor, empty_BTD: Tensor | None, wrong_M: Tensor) -> Tensor:
