@@ -13,7 +13,8 @@
     │   └── BankIndexError             its index is missing, or was made for other tokens
     ├── StoreError                the folder that holds banks
     │   ├── StoreNotWritableError      it cannot be written
-    │   └── StoreCorruptError          a file is missing or does not match its checksum
+    │   ├── StoreCorruptError          a file is missing or does not match its checksum
+    │   └── StoreKeyError              the key of an encrypted namespace is missing, or another
     ├── SourceError               a text handed in: missing, empty, binary, malformed
     ├── ConfigError               settings that do not go together
     ├── DeviceError               a device that this machine does not have
@@ -81,6 +82,10 @@ class StoreNotWritableError(StoreError):
 
 class StoreCorruptError(StoreError):
     """A file of the store is missing or its bytes have changed."""
+
+
+class StoreKeyError(StoreError):
+    """The key that opens an encrypted namespace is missing or another."""
 
 
 class SourceError(LongMemError):

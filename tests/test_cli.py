@@ -832,3 +832,17 @@ def test_a_missing_optional_package(texts, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     error = fails("probe", "texts", "--plot", "probe.png", *texts, *CPU)
     assert "needs matplotlib" in error and "pip install 'longmem[plot]'" in error
+
+
+def test_a_bank_is_encrypted_and_its_key_destroyed(notes):
+    pytest.importorskip("cryptography")
+    assert "memories.keys" in ok("encrypt", "notes", "--store", "memories").replace("\n", "")
+    assert "encrypted already" in fails("encrypt", "notes", "--store", "memories")
+    assert "plain=True" in fails("export", "notes.longmem", *at("notes"))
+    assert "notes.longmem is not" in ok("export", "notes.longmem", *at("notes"), "--plain")
+    assert "notes.txt" in ok("sources", *at("notes"))
+    assert cli("destroy-key", "notes", "--store", "memories", input="n\n").exit_code == 1
+    ok("sources", *at("notes"))
+    ok("destroy-key", "notes", "--store", "memories", "--yes")
+    assert "was destroyed" in fails("sources", *at("notes"))
+    assert "no key" in fails("destroy-key", "other", "--store", "memories", "--yes")

@@ -139,11 +139,11 @@ def test_what_is_forgotten_meanwhile_stays_forgotten(
     write = MemoryStore.write_segment
     forgotten = []
 
-    def write_late(self: MemoryStore, entries: list) -> object:
+    def write_late(self: MemoryStore, entries: list, bank: str) -> object:
         if not forgotten and len(entries) > 1:
             with MemoryStore.open(folder) as other:
                 forgotten.append(other.bank("notes").forget("b"))
-        return write(self, entries)
+        return write(self, entries, bank)
 
     monkeypatch.setattr(MemoryStore, "write_segment", write_late)
     assert store.consolidate("notes").segments == 1

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from longmem import __version__
-from longmem.cli import banks, compare, forgetting, learn, measure, talk, versions
+from longmem.cli import banks, compare, encryption, forgetting, learn, measure, talk, versions
 from longmem.errors import LongMemError
 
 
@@ -84,6 +84,8 @@ for _command in (
 for _command in (
     forgetting.forget,
     forgetting.receipts,
+    encryption.encrypt,
+    encryption.destroy_key,
     versions.log,
     versions.tag,
     versions.fork,

@@ -142,6 +142,9 @@ def export(
     store: common.Store,
     bank: common.Bank,
     version: common.Version = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Export an encrypted bank, too: anyone can read the file.")
+    ] = False,
 ) -> None:
     """Write a bank to one file, with its texts, versions and tags."""
     from longmem.store import MemoryStore
@@ -149,7 +152,10 @@ def export(
     with MemoryStore.open(store, create=False) as opened:
         total = sum(info.bytes for info in opened.banks() if info.name == bank)
         with common.counting("writing", total, "bytes") as advance:
-            size = opened.export(bank, file, version=common.version_of(version), on_bytes=advance)
+            size = opened.export(bank, file, version=common.version_of(version), plain=plain, on_bytes=advance)
+        encrypted = opened.seal(bank).key_id is not None
+    if encrypted:
+        common.out.print(f"Bank {bank} is encrypted; {file} is not.", markup=False, highlight=False)
     common.out.print(f"{file}: {common.size(size)}.", markup=False, highlight=False)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longmem.bank import BankEntry, packed
 from longmem.config import BankSpec, Precision
-from longmem.errors import BankError, BankMismatchError, StoreCorruptError, StoreNotWritableError
+from longmem.errors import BankError, BankMismatchError, StoreCorruptError, StoreError, StoreNotWritableError
 from longmem.store.copying import Contents, Writer, contents, put, put_piece, rewrite, still_held
 from longmem.store.manifest import now
 from longmem.store.repair import Encoder
@@ -78,6 +78,11 @@ def fork(store: MemoryStore, name: str, to: str, version: int | str | None) -> N
         # It may have been deleted since.
         bank_id, _ = store.require(name)
         store.require_free(to)
+        if database.execute("SELECT 1 FROM encryption WHERE namespace = ?", (to,)).fetchone():
+            raise StoreError(
+                f"{to!r} was made an encrypted namespace of its own; a fork there shares the files of {namespace!r}, "
+                "and their key, if any. Choose another name."
+            )
         created = now()
         fork_id = database.execute(
             "INSERT INTO bank (name, namespace, spec, revision, created, updated) "
@@ -102,15 +107,16 @@ def _copy(store: MemoryStore, name: str, to: str, version: int, operation: str, 
     while True:
         bank_id, _ = store.require(name)
         store.require_free(to)
-        held = contents(store.manifest, bank_id, version)
-        writer = Writer(store)
+        held = contents(store.manifest, store.keys, bank_id, version)
+        store.encrypt_like(name, to)
+        writer = Writer(store, to)
         try:
             copied = dataclasses.replace(rewrite(store, held, held.pieces, writer), tags=[])
             with store.manifest.transaction() as database:
                 store.require_free(to)
                 # What was forgotten meanwhile must not live on in the copy.
                 if still_held(store, bank_id, held.pieces):
-                    new_id = put(database, copied, to, to, writer.place(database))
+                    new_id = put(database, store.seal(to), copied, to, to, writer.place(database))
                     add_version(database, new_id, operation, now(), note)
                     return
             writer.discard()
@@ -147,17 +153,22 @@ def merge(store: MemoryStore, name: str, other: str, version: int | str | None) 
                 f"written by different models. Copy one with the other's model first: `longmem copy --bank {other} …`."
             )
         number = resolve(store, other, version)
-        theirs = contents(store.manifest, other_id, number)
+        theirs = contents(store.manifest, store.keys, other_id, number)
         if (spec.precision, spec.centre) != (other_spec.precision, other_spec.centre):
             raise BankMismatchError(
                 f"Bank {name!r} keeps keys and values in {spec.precision}, {other!r} in {other_spec.precision}: rows "
                 f"of one mean nothing in the other. Write the texts of {other!r} to {name!r} instead."
             )
+        if store.seal(other).key_id is not None and store.seal(name).key_id is None:
+            raise StoreError(
+                f"Bank {other!r} is encrypted and {name!r} is not: nothing was merged. Encrypt it first: "
+                f"`longmem encrypt {name}`."
+            )
         new = _missing(store, _contents_now(store, bank_id), theirs)
         if not new:
             return 0
         spaces = dict(store.manifest.query("SELECT id, namespace FROM bank WHERE id IN (?, ?)", bank_id, other_id))
-        writer = Writer(store)
+        writer = Writer(store, name)
         try:
             shared = spaces[bank_id] == spaces[other_id]
             copied = theirs if shared else rewrite(store, theirs, new, writer)
@@ -169,7 +180,8 @@ def merge(store: MemoryStore, name: str, other: str, version: int | str | None) 
                     came = add_version(database, bank_id, "merge", time, f"of {other}, version {number}")
                     ids = [piece.id for piece in new]
                     if not shared:
-                        ids = [put_piece(database, copied, piece, name, segments) for piece in copied.pieces]
+                        seal = store.seal(name)
+                        ids = [put_piece(database, seal, copied, piece, name, segments) for piece in copied.pieces]
                     hold(database, bank_id, [(piece, came) for piece in ids])
                     database.execute(
                         "UPDATE bank SET revision = revision + 1, updated = ? WHERE id = ?", (time, bank_id)
@@ -189,7 +201,7 @@ def merge(store: MemoryStore, name: str, other: str, version: int | str | None) 
 
 
 def _contents_now(store: MemoryStore, bank_id: int) -> Contents:
-    return contents(store.manifest, bank_id, 2**62)
+    return contents(store.manifest, store.keys, bank_id, 2**62)
 
 
 def _missing(store: MemoryStore, ours: Contents, theirs: Contents) -> list[Piece]:
@@ -222,7 +234,7 @@ def _missing(store: MemoryStore, ours: Contents, theirs: Contents) -> list[Piece
 def diff(store: MemoryStore, name: str, other: str, version: int | str | None, other_version: int | str | None) -> Diff:
     """See `MemoryStore.diff`."""
     pair = [
-        contents(store.manifest, store.require(one)[0], resolve(store, one, number))
+        contents(store.manifest, store.keys, store.require(one)[0], resolve(store, one, number))
         for one, number in ((name, version), (other, other_version))
     ]
     mine, theirs = _chains(pair[0]), _chains(pair[1])
@@ -263,7 +275,7 @@ def _record(store: MemoryStore, held: Contents, piece: Piece) -> Record:
     if piece.id in held.records:
         return Record.unpack(held.records[piece.id])
     path, what = store.segment_path(piece.file), named([piece], held.name)
-    return Record.of(read_segment(path, [piece], what, store.mend(held.name), verify=True)[0])
+    return Record.of(read_segment(path, [piece], what, store.mend(held.name), store.keys, verify=True)[0])
 
 
 def _same(store: MemoryStore, ours: Contents, one: Piece, theirs: Contents, two: Piece) -> bool:
@@ -293,9 +305,10 @@ def copy_by(
         bank_id, spec = store.require(name)
         store.require_free(to)
         number = resolve(store, name, version)
-        held = contents(store.manifest, bank_id, number)
+        held = contents(store.manifest, store.keys, bank_id, number)
         new_spec = model.bank_spec_in(spec.precision)
-        writer = Writer(store)
+        store.encrypt_like(name, to)
+        writer = Writer(store, to)
         try:
             records: dict[int, bytes] = {}
             past: defaultdict[str, list[Tensor]] = defaultdict(lambda: [torch.empty(0, dtype=torch.int64)])
@@ -313,7 +326,7 @@ def copy_by(
             with store.manifest.transaction() as database:
                 store.require_free(to)
                 if still_held(store, bank_id, held.pieces):
-                    new_id = put(database, copied, to, to, writer.place(database))
+                    new_id = put(database, store.seal(to), copied, to, to, writer.place(database))
                     add_version(database, new_id, "copy", now(), note)
                     return
             writer.discard()

@@ -14,9 +14,10 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from longmem.errors import BankError, StoreCorruptError, StoreNotWritableError
+from longmem.errors import BankError, StoreCorruptError, StoreError, StoreNotWritableError
 from longmem.store.algebra import not_writable
 from longmem.store.copying import Contents, contents, put, still_held
+from longmem.store.encryption import Keys, Seal
 from longmem.store.manifest import MANIFEST, Manifest, blank, now
 from longmem.store.rows import add_version
 from longmem.store.segments import (
@@ -28,7 +29,9 @@ from longmem.store.segments import (
     digest,
     named,
     read_segment,
+    segment_name,
     sync_folder,
+    write_bytes,
     write_segment,
 )
 from longmem.store.versions import resolve
@@ -45,15 +48,25 @@ _BLOCK = 1 << 20
 
 
 def export(
-    store: MemoryStore, name: str, path: Path, version: int | str | None, on_bytes: Callable[[int], None] | None
+    store: MemoryStore,
+    name: str,
+    path: Path,
+    version: int | str | None,
+    plain: bool,
+    on_bytes: Callable[[int], None] | None,
 ) -> int:
     """See `MemoryStore.export`."""
+    if store.seal(name).key_id is not None and not plain:
+        raise StoreError(
+            f"Bank {name!r} is encrypted, and an exported file is not: who has it can read it, and destroying the key "
+            "does not forget it. If that is what you want, say so: `export(…, plain=True)`, --plain."
+        )
     if path.exists():
         raise BankError(f"{path} exists already; give the name of a new file.")
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     while True:
         bank_id, _ = store.require(name)
-        held = contents(store.manifest, bank_id, resolve(store, name, version))
+        held = contents(store.manifest, store.keys, bank_id, resolve(store, name, version))
         with ExitStack() as stack:
             stack.callback(_remove, temporary)
             try:
@@ -81,18 +94,19 @@ def _pack(
     for segment, mine in by_segment(held.pieces).items():
         file = store.segment_path(mine[0].file)
         what, mend = named(mine, held.name), store.mend(held.name)
-        entries = read_segment(file, mine, what, mend, verify=True)
+        entries = read_segment(file, mine, what, mend, store.keys, verify=True)
         for piece, entry in zip(mine, entries, strict=True):
             if piece.id not in records:
                 records[piece.id] = Record.of(entry).pack()
-        if len(store.in_segment(segment)) == len(mine):
-            new = NewSegment(mine[0].file, mine[0].sha256, file.stat().st_size)
+        if len(store.in_segment(segment)) == len(mine) and store.seal(held.name).key_id is None:
+            new = NewSegment(mine[0].file, mine[0].sha256, file.stat().st_size, held.name, None)
             places = [(piece.first_token, piece.first_char) for piece in mine]
         else:
-            # It holds what is not this bank's, or not yet in this version.
+            # It holds what is not this bank's, or not yet in this version; or is encrypted.
             file = path.with_name(f"{path.name}.{len(files)}")
             stack.callback(_remove, file)
-            new = NewSegment(f"{secrets.token_hex(16)}.safetensors", *write_segment(file, entries))
+            said = write_segment(file, entries, Seal(store.keys))
+            new = NewSegment(f"{secrets.token_hex(16)}.safetensors", *said, held.name, None)
             places, token, char = [], 0, 0
             for piece in mine:
                 places.append((token, char))
@@ -102,7 +116,9 @@ def _pack(
         files.append((new, file))
     order = {piece.id: n for n, piece in enumerate(held.pieces)}
     placed.sort(key=lambda piece: order[piece.id])
-    manifest = _manifest(dataclasses.replace(held, pieces=placed, records=records), [new for new, _ in files])
+    manifest = _manifest(
+        dataclasses.replace(held, pieces=placed, records=records), [new for new, _ in files], Seal(store.keys)
+    )
     sums = {MANIFEST: hashlib.sha256(manifest).hexdigest()}
     sums |= {f"{SEGMENTS}/{new.file}": new.sha256 for new, _ in files}
     text = "".join(f"{sha256}  {name}\n" for name, sha256 in sums.items()).encode()
@@ -120,12 +136,12 @@ def _pack(
         return out.tell()
 
 
-def _manifest(held: Contents, segments: list[NewSegment]) -> bytes:
+def _manifest(held: Contents, segments: list[NewSegment], seal: Seal) -> bytes:
     """A manifest of this bank alone."""
     database = blank()
     for number, new in enumerate(segments, start=1):
         database.execute("INSERT INTO segment VALUES (?, ?, ?, ?)", (number, new.file, new.sha256, new.bytes))
-    put(database, held, held.name, held.name, {number: number for number in range(1, len(segments) + 1)})
+    put(database, seal, held, held.name, held.name, {number: number for number in range(1, len(segments) + 1)})
     data = database.serialize()
     database.close()
     return data
@@ -154,16 +170,16 @@ def import_(store: MemoryStore, path: Path, name: str | None, on_bytes: Callable
             sums = _sums(path, _read(path, archive, SUMS))
             manifest = _read(path, archive, MANIFEST)
             _check(path, MANIFEST, hashlib.sha256(manifest).hexdigest(), sums)
-            held = _contents(path, manifest)
+            held = _contents(path, manifest, store.keys)
             to = name or held.name
             store.require_free(to)
             # Checked as they are copied; nothing is part of the store before all are.
             for member in archive:
                 source = archive.extractfile(member) if _SEGMENT.fullmatch(member.name) else None
                 if source is not None:
-                    new = _copy(store, source)
+                    new, sha256 = _copy(store, source, to)
                     copied[Path(member.name).name] = new
-                    _check(path, member.name, new.sha256, sums)
+                    _check(path, member.name, sha256, sums)
                     if on_bytes is not None:
                         on_bytes(new.bytes)
         missing = [file for file in {piece.file for piece in held.pieces} if file not in copied]
@@ -174,7 +190,9 @@ def import_(store: MemoryStore, path: Path, name: str | None, on_bytes: Callable
         with store.manifest.transaction() as database:
             store.require_free(to)
             ids = {file: store.place(database, new) for file, new in copied.items()}
-            bank_id = put(database, held, to, to, {piece.segment: ids[piece.file] for piece in held.pieces})
+            bank_id = put(
+                database, store.seal(to), held, to, to, {piece.segment: ids[piece.file] for piece in held.pieces}
+            )
             add_version(database, bank_id, "import", now(), f"of {held.name}")
     except BaseException as error:
         for new in copied.values():
@@ -221,28 +239,34 @@ def _check(path: Path, name: str, sha256: str, sums: dict[str, str]) -> None:
         )
 
 
-def _contents(path: Path, manifest: bytes) -> Contents:
+def _contents(path: Path, manifest: bytes, keys: Keys) -> Contents:
     opened = Manifest.from_bytes(manifest, path)
     try:
         banks = opened.query("SELECT id FROM bank")
         if len(banks) != 1:
             raise StoreCorruptError(f"{path} holds {len(banks)} banks; one was expected. Export the bank again.")
-        return contents(opened, banks[0][0], 2**62)
+        return contents(opened, keys, banks[0][0], 2**62)
     finally:
         opened.close()
 
 
-def _copy(store: MemoryStore, source: IO[bytes]) -> NewSegment:
-    """Copy a segment into the store, under a temporary name."""
+def _copy(store: MemoryStore, source: IO[bytes], bank: str) -> tuple[NewSegment, str]:
+    """Copy a segment into the store, under a temporary name; returns its sha256 as it came, too."""
+    seal = store.seal(bank)
     file = secrets.token_hex(16) + ".safetensors"
     path = store.segment_path(file).with_suffix(".tmp")
     try:
+        if seal.key_id is not None:
+            data = source.read()
+            said = write_bytes(path, seal.data(data, segment_name(file)))
+            return NewSegment(file, *said, bank, seal.key_id), hashlib.sha256(data).hexdigest()
         with open(path, "xb") as out:
             while block := source.read(_BLOCK):
                 out.write(block)
             out.flush()
             os.fsync(out.fileno())
-        return NewSegment(file, digest(path), path.stat().st_size)
+        sha256 = digest(path)
+        return NewSegment(file, sha256, path.stat().st_size, bank, None), sha256
     except BaseException:
         store.discard(file)
         raise

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from longmem.errors import StoreCorruptError, StoreNotWritableError
+from longmem.store.rows import put_record
 from longmem.store.segments import Piece, Record, by_segment, named, read_segment
 
 if TYPE_CHECKING:
@@ -86,12 +87,12 @@ def _merge(store: MemoryStore, name: str, run: list[Piece], on_segments: Callabl
             pieces = list(group)
             path, what = store.segment_path(pieces[0].file), named(pieces, name)
             try:
-                entries += read_segment(path, pieces, what, store.mend(name), verify=True)
+                entries += read_segment(path, pieces, what, store.mend(name), store.keys, verify=True)
             except StoreCorruptError:
                 if not still():
                     return False
                 raise
-        new = store.write_segment(entries)
+        new = store.write_segment(entries, name)
         with store.manifest.transaction() as database:
             if not still():
                 store.discard(new.file)
@@ -100,8 +101,7 @@ def _merge(store: MemoryStore, name: str, run: list[Piece], on_segments: Callabl
             # Pieces of the first version have no record; now that their checksums held, they get one.
             for piece, entry in zip(run, entries, strict=True):
                 if not database.execute("SELECT 1 FROM record WHERE piece = ?", (piece.id,)).fetchone():
-                    record = Record.of(entry).pack()
-                    database.execute("INSERT INTO record (piece, data) VALUES (?, ?)", (piece.id, record))
+                    put_record(database, store.seal(name), piece.id, Record.of(entry).pack())
             database.executemany("DELETE FROM segment WHERE id = ?", [(segment,) for segment in old])
     except BaseException as error:
         if new is not None:

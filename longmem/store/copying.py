@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from longmem.bank import BankEntry
 from longmem.store.consolidate import SEGMENT_BYTES
+from longmem.store.encryption import Keys, Seal
 from longmem.store.manifest import Manifest, now
-from longmem.store.rows import add_piece
-from longmem.store.segments import PIECES, NewSegment, Piece, Record, named, read_segment
+from longmem.store.rows import add_piece, record_name
+from longmem.store.segments import PIECES, NewSegment, Piece, Record, named, pieces_of, read_segment
 
 if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
@@ -34,7 +35,8 @@ class Contents:
         name, spec: of the bank; the spec as JSON.
         pieces: in order.
         records: by piece; those of the first version have none.
-        drew: what each piece drew on: bank, source, char_start, char_end, weight.
+        drew: what each piece drew on: bank, source, char_start, char_end, weight; sources of other banks as their
+            namespaces name them.
         thinned: of pieces that keep some rows only: how many, and which, as the manifest has them.
         versions: number, operation, note, forgotten, created.
         tags: name, version.
@@ -52,21 +54,20 @@ class Contents:
     revision: int
 
 
-def contents(manifest: Manifest, bank_id: int, version: int) -> Contents:
+def contents(manifest: Manifest, keys: Keys, bank_id: int, version: int) -> Contents:
     """What a bank holds in a version, with the versions before it."""
     ((name, spec, revision),) = manifest.query("SELECT name, spec, revision FROM bank WHERE id = ?", bank_id)
-    pieces = [Piece(*row) for row in manifest.query(PIECES, bank_id, version)]
-    records = dict(
-        manifest.query(
-            "SELECT record.piece, data FROM record JOIN held ON held.piece = record.piece "
-            "WHERE held.bank = ? AND version <= ?",
-            bank_id,
-            version,
-        )
+    pieces = pieces_of(manifest.query(PIECES, bank_id, version), keys)
+    found = manifest.query(
+        "SELECT record.piece, data FROM record JOIN held ON held.piece = record.piece "
+        "WHERE held.bank = ? AND version <= ?",
+        bank_id,
+        version,
     )
+    records = {piece: bytes(keys.opened(data, record_name(piece))) for piece, data in found}
     drew: defaultdict[int, list[tuple]] = defaultdict(list)
-    for piece, *row in manifest.query(_DREW, bank_id):
-        drew[piece].append(tuple(row))
+    for piece, bank, source, *rest in manifest.query(_DREW, bank_id):
+        drew[piece].append((bank, keys.name(source) if bank == name else source, *rest))
     thinned = {piece: (rows, kept) for piece, rows, kept in manifest.query(_THINNED, bank_id)}
     columns = "number, operation, note, forgotten, created"
     versions = manifest.query(f"SELECT {columns} FROM version WHERE bank = ? AND number <= ?", bank_id, version)
@@ -74,10 +75,13 @@ def contents(manifest: Manifest, bank_id: int, version: int) -> Contents:
     return Contents(name, spec, pieces, records, drew, thinned, versions, tags, revision)
 
 
-def put(database: sqlite3.Connection, held: Contents, name: str, namespace: str, segments: dict[int, int]) -> int:
+def put(
+    database: sqlite3.Connection, seal: Seal, held: Contents, name: str, namespace: str, segments: dict[int, int]
+) -> int:
     """A new bank with these contents, inside a transaction.
 
     Args:
+        seal: of the namespace.
         segments: ids of segments here by `Piece.segment`.
 
     Returns:
@@ -93,18 +97,23 @@ def put(database: sqlite3.Connection, held: Contents, name: str, namespace: str,
         row = (bank_id, number, operation, note, forgotten, at)
         database.execute("INSERT INTO version VALUES (?, ?, ?, ?, ?, ?)", row)
     database.executemany("INSERT INTO tag VALUES (?, ?, ?)", [(bank_id, *tag) for tag in held.tags])
-    ids = [put_piece(database, held, piece, name, segments) for piece in held.pieces]
+    ids = [put_piece(database, seal, held, piece, name, segments) for piece in held.pieces]
     rows = [(bank_id, n, new, piece.version) for n, (new, piece) in enumerate(zip(ids, held.pieces, strict=True))]
     database.executemany("INSERT INTO held VALUES (?, ?, ?, ?)", rows)
     return bank_id
 
 
-def put_piece(database: sqlite3.Connection, held: Contents, piece: Piece, name: str, segments: dict[int, int]) -> int:
+def put_piece(
+    database: sqlite3.Connection, seal: Seal, held: Contents, piece: Piece, name: str, segments: dict[int, int]
+) -> int:
     """One of these pieces for a bank of this name, which does not hold it yet, inside a transaction; returns its id."""
     # What it drew on in its own bank is now in this one.
-    drew = [(name if bank == held.name else bank, *place) for bank, *place in held.drew.get(piece.id, [])]
+    drew = [
+        (name, seal.name(source), *place) if bank == held.name else (bank, source, *place)
+        for bank, source, *place in held.drew.get(piece.id, [])
+    ]
     what = (piece.source, piece.char_start, piece.chars, piece.tokens, piece.created, segments[piece.segment])
-    new = add_piece(database, what, held.records[piece.id], drew, (piece.first_token, piece.first_char))
+    new = add_piece(database, seal, what, held.records[piece.id], drew, (piece.first_token, piece.first_char))
     if piece.id in held.thinned:
         database.execute("INSERT INTO thinned (piece, rows, kept) VALUES (?, ?, ?)", (new, *held.thinned[piece.id]))
     return new
@@ -119,15 +128,17 @@ def still_held(store: MemoryStore, bank_id: int, pieces: Sequence[Piece]) -> boo
 class Writer:
     """Writes entries to new segments, none much larger than consolidation makes them, for a transaction that follows.
 
+    They are written for a bank, and sealed as its namespace is.
+
     Attributes:
         written: complete under temporary names; `discard` them if there is no such transaction.
         placed: the pieces, where they will lie: `segment` is a place in `written`.
     """
 
-    def __init__(self, store: MemoryStore) -> None:
+    def __init__(self, store: MemoryStore, bank: str) -> None:
         self.written: list[NewSegment] = []
         self.placed: list[Piece] = []
-        self._store = store
+        self._store, self._bank = store, bank
         self._entries: list[BankEntry] = []
         self._tokens = self._chars = 0
 
@@ -151,7 +162,7 @@ class Writer:
 
     def flush(self) -> None:
         if self._entries:
-            self.written.append(self._store.write_segment(self._entries))
+            self.written.append(self._store.write_segment(self._entries, self._bank))
             self._entries, self._tokens, self._chars = [], 0, 0
 
     def place(self, database: sqlite3.Connection) -> dict[int, int]:
@@ -182,7 +193,7 @@ def rewrite(store: MemoryStore, held: Contents, pieces: Iterable[Piece], writer:
         what = named(together, held.name)
         path, mend = store.segment_path(file), store.mend(held.name)
         for piece, entry in zip(
-            together, read_segment(path, together, what, mend, verify=file not in checked), strict=True
+            together, read_segment(path, together, what, mend, store.keys, verify=file not in checked), strict=True
         ):
             writer.add(piece, entry)
             if piece.id not in records:

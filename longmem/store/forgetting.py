@@ -27,7 +27,7 @@ from longmem.store.manifest import now
 from longmem.store.receipts import Receipt, add_receipt, hash_name, new_salt
 from longmem.store.release import release
 from longmem.store.repair import Encoder
-from longmem.store.rows import add_piece, add_version
+from longmem.store.rows import add_piece, add_version, record_name
 from longmem.store.segments import NewSegment, Piece, Record, named, read_segment
 from longmem.store.thinning import keep_rows, kept_tokens
 from longmem.store.verify import record_of
@@ -200,7 +200,7 @@ def _plan(store: MemoryStore, name: str, stretches: Sequence[Stretch]) -> _Plan:
     sources = {stretch.source for stretch in stretches}
     plan = _Plan(name, namespace, {}, set(), names, [])
     chains: dict[int, dict[str, list[int]]] = {bank: {source: [] for source in sources} for bank in names}
-    plan.rows = _rows(store, namespace, sources)
+    plan.rows = _rows(store, name, namespace, sources)
     for bank in names:
         for piece in store.pieces(bank):
             if piece.source in sources:
@@ -232,7 +232,10 @@ def _plan(store: MemoryStore, name: str, stretches: Sequence[Stretch]) -> _Plan:
 def _check(store: MemoryStore, name: str, bank_id: int, source: str, stretches: Sequence[Stretch]) -> None:
     """Raise `SourceError` for stretches that are not there."""
     pieces = [piece for piece in store.pieces(bank_id) if piece.source == source]
-    aside = store.manifest.query("SELECT 1 FROM quarantine WHERE bank = ? AND source = ? LIMIT 1", bank_id, source)
+    name_of = store.seal(name).name
+    aside = store.manifest.query(
+        "SELECT 1 FROM quarantine WHERE bank = ? AND source = ? LIMIT 1", bank_id, name_of(source)
+    )
     if not pieces and not aside:
         known = list(dict.fromkeys(piece.source for piece in store.pieces(bank_id)))
         listed = ", ".join(known[:20]) or "nothing yet"
@@ -248,14 +251,16 @@ def _check(store: MemoryStore, name: str, bank_id: int, source: str, stretches: 
             )
 
 
-def _rows(store: MemoryStore, namespace: str, sources: set[str]) -> list[tuple[int, int, int, int]]:
+def _rows(store: MemoryStore, name: str, namespace: str, sources: set[str]) -> list[tuple[int, int, int, int]]:
     """Bank, ordinal, piece and version of all that a namespace holds of some sources."""
     rows = store.manifest.query(
         "SELECT held.bank, ordinal, piece, version, source FROM held JOIN piece ON piece.id = held.piece "
         "JOIN bank ON bank.id = held.bank WHERE namespace = ? ORDER BY held.bank, ordinal",
         namespace,
     )
-    return [(bank, ordinal, piece, version) for bank, ordinal, piece, version, source in rows if source in sources]
+    seal = store.seal(name)
+    wanted = {seal.name(source) for source in sources}
+    return [(bank, ordinal, piece, version) for bank, ordinal, piece, version, source in rows if source in wanted]
 
 
 def _record(store: MemoryStore, name: str, piece: Piece) -> Record:
@@ -264,7 +269,7 @@ def _record(store: MemoryStore, name: str, piece: Piece) -> Record:
         return record
     # A piece of the first version: its text is in its segment alone.
     path = store.segment_path(piece.file)
-    return Record.of(read_segment(path, [piece], named([piece], name), store.mend(name), verify=True)[0])
+    return Record.of(read_segment(path, [piece], named([piece], name), store.mend(name), store.keys, verify=True)[0])
 
 
 def _merged(spans: Sequence[_Span], length: int) -> list[_Span]:
@@ -325,8 +330,10 @@ def _generated(store: MemoryStore, plan: _Plan) -> list[Generated]:
     rows = sorted(store.manifest.query(_DREW), key=lambda row: row[6] != plan.bank)
     namespaces = dict(store.manifest.query("SELECT name, namespace FROM bank"))
     # What is forgotten, or drew on it: namespace, source, and spans.
-    touched = [(plan.namespace, source, spans) for source, spans in plan.spans.items()]
-    touched += [(plan.namespace, source, [(0, 2**62)]) for source in plan.whole]
+    # Sources are compared as the manifest names them: equal names are equal when they are encrypted, too.
+    seal = store.seal(plan.bank)
+    touched = [(plan.namespace, seal.name(source), spans) for source, spans in plan.spans.items()]
+    touched += [(plan.namespace, seal.name(source), [(0, 2**62)]) for source in plan.whole]
     found: dict[int, Generated] = {}
     gone = {piece for piece in plan.pieces if not plan.left(piece)}
     grown = True
@@ -341,8 +348,8 @@ def _generated(store: MemoryStore, plan: _Plan) -> list[Generated]:
                 continue
             if piece not in found:
                 for (data,) in store.manifest.query("SELECT data FROM record WHERE piece = ?", piece):
-                    text = Record.unpack(data).text
-                    found[piece] = Generated(holder, of, first, first + chars, text, weight)
+                    text = Record.unpack(store.keys.opened(data, record_name(piece))).text
+                    found[piece] = Generated(holder, store.keys.name(of), first, first + chars, text, weight)
                 touched.append((namespace, of, [(first, first + chars)]))
                 grown = True
             elif weight > found[piece].weight:
@@ -363,17 +370,17 @@ def _carry_out(
     try:
         entries = _entries(store, plan, model, on_tokens)
         if entries:
-            written.append(store.write_segment(list(entries.values())))
+            written.append(store.write_segment(list(entries.values()), plan.bank))
         with store.manifest.transaction() as database:
-            if _rows(store, plan.namespace, set(plan.spans)) != plan.rows:
+            if _rows(store, plan.bank, plan.namespace, set(plan.spans)) != plan.rows:
                 for new in written:
                     store.discard(new.file)
                 return None
             time = now()
             new_ids = _place(store, database, plan, entries, written[0]) if entries else {}
             lost = _hold(database, plan, entries, new_ids)
-            aside = _clear_quarantine(database, plan)
-            _clear_drew(database, plan)
+            aside = _clear_quarantine(store, database, plan)
+            _clear_drew(store, database, plan)
             files = release(store, database, plan.bank, written)
             receipt = _sign(database, plan, time, bank_ids, lost, entries, files)
             for bank_id in bank_ids:
@@ -519,7 +526,7 @@ def _place(
         drew = database.execute(
             "SELECT bank, source, char_start, char_end, weight FROM drew WHERE piece = ?", (piece,)
         ).fetchall()
-        ids[piece] = add_piece(database, row, Record.of(entry).pack(), drew, (token, char))
+        ids[piece] = add_piece(database, store.seal(plan.bank), row, Record.of(entry).pack(), drew, (token, char))
         keep_rows(database, ids[piece], entry)
         token, char = token + len(entry), char + len(entry.text)
     return ids
@@ -547,13 +554,14 @@ def _hold(
     return lost
 
 
-def _clear_quarantine(database: sqlite3.Connection, plan: _Plan) -> list[str]:
+def _clear_quarantine(store: MemoryStore, database: sqlite3.Connection, plan: _Plan) -> list[str]:
     """Delete what lies in quarantine of the text that goes; returns files that go with it."""
-    files = set()
+    files, seal = set(), store.seal(plan.bank)
     for bank in plan.names:
         for source, spans in plan.spans.items():
             rows = database.execute(
-                "SELECT id, char_start, chars, file FROM quarantine WHERE bank = ? AND source = ?", (bank, source)
+                "SELECT id, char_start, chars, file FROM quarantine WHERE bank = ? AND source = ?",
+                (bank, seal.name(source)),
             ).fetchall()
             for row, start, chars, file in rows:
                 if source in plan.whole or any(max(start, a) < min(start + chars, b) for a, b in spans):
@@ -566,13 +574,14 @@ def _clear_quarantine(database: sqlite3.Connection, plan: _Plan) -> list[str]:
     return sorted(files)
 
 
-def _clear_drew(database: sqlite3.Connection, plan: _Plan) -> None:
+def _clear_drew(store: MemoryStore, database: sqlite3.Connection, plan: _Plan) -> None:
     """Nothing says any more that something drew on the text that goes; places behind it move."""
+    seal = store.seal(plan.bank)
     marks = ", ".join("?" * len(plan.names))
     for source, spans in plan.spans.items():
         rows = database.execute(
             f"SELECT rowid, char_start, char_end FROM drew WHERE source = ? AND bank IN ({marks})",
-            (source, *plan.names.values()),
+            (seal.name(source), *plan.names.values()),
         ).fetchall()
         for row, start, end in rows:
             if source in plan.whole or any(max(start, a) < min(end, b) for a, b in spans):

@@ -4,38 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
 from longmem.approximate import BankIndex
 from longmem.errors import StoreCorruptError
+from longmem.store.encryption import Keys, Seal
+from longmem.store.segments import write_bytes
+from longmem.store.tensors import open_tensors
 
 INDEXES = "indexes"
 INDEX_VERSION = 1
 
 
-def write_index(path: Path, index: BankIndex) -> None:
+def index_name(bank_id: int | str) -> str:
+    """What the index of a bank is sealed as."""
+    return f"index {bank_id}"
+
+
+def write_index(path: Path, index: BankIndex, bank_id: int, seal: Seal) -> None:
     """Write and sync an index file."""
     tensors, settings = index.state()
     tensors = {name: part.contiguous() for name, part in tensors.items()}
     settings["sha256"] = _digest(tensors)
     data = save(tensors, metadata={"longmem_index": str(INDEX_VERSION), "settings": json.dumps(settings)})
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_bytes(path, seal.data(data, index_name(bank_id)))
 
 
-def read_index(path: Path, again: str, *, verify: bool) -> BankIndex:
+def read_index(path: Path, again: str, keys: Keys, *, verify: bool) -> BankIndex:
     """An index from its file. `again` says in errors how it is made again."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path, keys, index_name(path.stem)) as file:
             metadata = file.metadata() or {}
             version = metadata.get("longmem_index")
             if version != str(INDEX_VERSION):

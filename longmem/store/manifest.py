@@ -16,7 +16,7 @@ from pathlib import Path
 from longmem.errors import StoreCorruptError, StoreError, StoreNotWritableError
 
 MANIFEST = "manifest.sqlite"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 APPLICATION_ID = 0x4C4D454D  # "LMEM"
 
 SCHEMA = """
@@ -120,9 +120,17 @@ CREATE TABLE quarantine (
     created    TEXT    NOT NULL
 );
 """
+ENCRYPTION = """
+CREATE TABLE encryption (
+    namespace TEXT PRIMARY KEY,
+    key       TEXT NOT NULL,
+    created   TEXT NOT NULL,
+    destroyed TEXT
+)
+"""
 
-# Format 1 had one row, in `segment`, for a piece and its file, and no copy of the text outside of that file. Format 2
-# had pieces of one bank each, and no versions.
+# Format 3 had no encrypted namespaces. Format 1 had one row, in `segment`, for a piece and its file, and no copy of the
+# text outside of that file. Format 2 had pieces of one bank each, and no versions.
 _PIECES_OF_1 = """
 CREATE TABLE old_piece AS SELECT id, bank, ordinal, source, char_start, chars, tokens, id AS segment, 0 AS first_token,
     0 AS first_char, created FROM old_segment;
@@ -304,6 +312,7 @@ def _check_format(database: sqlite3.Connection, folder: Path, *, writable: bool)
 
 def _create(database: sqlite3.Connection) -> None:
     _run(database, SCHEMA)
+    database.execute(ENCRYPTION)
     database.execute("INSERT INTO secret VALUES (1, randomblob(32))")
     database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
@@ -316,7 +325,7 @@ def _migrate(database: sqlite3.Connection) -> None:
     database.execute("BEGIN EXCLUSIVE")
     # Another process may have been first.
     version = _number(database, "PRAGMA user_version")
-    if version < FORMAT_VERSION:
+    if version < 3:
         # Not all manifests of version 2 have the tables of banks that were thinned.
         added = ("piece", "record", "quarantine", "thinned", "score", "cap")
         there = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -333,6 +342,8 @@ def _migrate(database: sqlite3.Connection) -> None:
             database.execute(f"INSERT INTO {table} SELECT * FROM old_{table}")
         for table in {"quarantine", "record", "piece", *old}:
             database.execute(f"DROP TABLE old_{table}")
+    if version < FORMAT_VERSION:
+        database.execute(ENCRYPTION)
         database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
     database.execute("COMMIT")
     database.execute("PRAGMA foreign_keys = ON")

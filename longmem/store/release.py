@@ -35,12 +35,14 @@ def release(store: MemoryStore, database: sqlite3.Connection, bank: str, written
         gone[segment].add(piece)
     files = []
     for segment, pieces in gone.items():
-        held = store.in_segment(segment)
-        files.append(held[0].file)
-        stay = [piece for piece in held if piece.id not in pieces]
-        if stay:
+        files += [file for (file,) in database.execute("SELECT file FROM segment WHERE id = ?", (segment,))]
+        held = {piece for (piece,) in database.execute("SELECT id FROM piece WHERE segment = ?", (segment,))}
+        # Only then is it read, and its key needed: without one a bank can still be deleted.
+        if held - pieces:
+            stay = [piece for piece in store.in_segment(segment) if piece.id not in pieces]
             path = store.segment_path(files[-1])
-            new = store.write_segment(read_segment(path, stay, named(stay, bank), store.mend(bank), verify=True))
+            what, mend = named(stay, bank), store.mend(bank)
+            new = store.write_segment(read_segment(path, stay, what, mend, store.keys, verify=True), bank)
             written.append(new)
             store.move(database, new, stay)
     ids = [(piece,) for pieces in gone.values() for piece in pieces]

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from longmem.bank import BankEntry, packed
 from longmem.config import BankSpec
 from longmem.errors import BankMismatchError, StoreCorruptError, StoreError, StoreNotWritableError
+from longmem.store.encryption import Seal
 from longmem.store.manifest import now
+from longmem.store.rows import put_record
 from longmem.store.segments import (
     QUARANTINE,
     NewSegment,
@@ -29,8 +31,10 @@ from longmem.store.segments import (
     named,
     read_segment,
     record_in,
+    segment_name,
     sync_folder,
 )
+from longmem.store.tensors import open_tensors
 from longmem.store.thinning import PIECE_TABLES, as_thinned
 from longmem.store.verify import Fault, index_fault, record_of, segment_fault
 
@@ -204,7 +208,7 @@ def _repair_namespace(
             else:
                 entries = []
             if entries:
-                written.append(store.write_segment(entries))
+                written.append(store.write_segment(entries, name))
                 moves.append((written[-1], stay))
             aside |= {piece.file for piece in leave}
         with store.manifest.transaction() as database:
@@ -214,7 +218,7 @@ def _repair_namespace(
                 return None
             # A second name before the commit, so that at no instant a file could be taken for a left-over.
             _set_aside(store, aside, kept)
-            quarantined = {bank_id: _quarantine(database, plan, bank_id, kept) for bank_id in names}
+            quarantined = {bank_id: _quarantine(database, store.seal(name), plan, bank_id, kept) for bank_id in names}
             gone = [(piece,) for piece in plan.out]
             for table in (*PIECE_TABLES, "held"):
                 database.executemany(f"DELETE FROM {table} WHERE piece = ?", gone)
@@ -222,7 +226,8 @@ def _repair_namespace(
             for new, stay in moves:
                 store.move(database, new, stay)
             fresh = {piece: data for piece, data in plan.fresh.items() if piece not in plan.out}
-            database.executemany("INSERT OR REPLACE INTO record (piece, data) VALUES (?, ?)", fresh.items())
+            for piece, data in fresh.items():
+                put_record(database, store.seal(name), piece, data)
             empty = database.execute(
                 "SELECT id, file FROM segment WHERE id NOT IN (SELECT segment FROM piece)"
             ).fetchall()
@@ -252,14 +257,17 @@ def _repair_namespace(
     return repairs
 
 
-def _quarantine(database: sqlite3.Connection, plan: _Plan, bank_id: int, kept: set[str]) -> list[Quarantined]:
+def _quarantine(
+    database: sqlite3.Connection, seal: Seal, plan: _Plan, bank_id: int, kept: set[str]
+) -> list[Quarantined]:
     """Rows for what a bank loses, and for what stays in it while its file is kept."""
     found = []
     for piece in plan.held[bank_id]:
         file, row = piece.file if piece.file in kept else None, (piece.source, piece.char_start, piece.chars)
         if piece.id in plan.out:
             record = plan.known.get(piece.id)
-            data, reason = None if record is None else record.pack(), plan.out[piece.id]
+            data = None if record is None else seal.data(record.pack(), f"quarantine {bank_id}")
+            reason = plan.out[piece.id]
             at = None if file is None else f"{QUARANTINE}/{file}"
             found.append(Quarantined(*row, at, data is not None, reason))
         elif file is not None:
@@ -270,7 +278,7 @@ def _quarantine(database: sqlite3.Connection, plan: _Plan, bank_id: int, kept: s
         database.execute(
             "INSERT INTO quarantine (bank, source, char_start, chars, file, record, reason, created) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (bank_id, *row, file, data, reason, now()),
+            (bank_id, seal.name(row[0]), *row[1:], file, data, reason, now()),
         )
     return found
 
@@ -305,7 +313,7 @@ def _salvaged(store: MemoryStore, model: Encoder, piece: Piece) -> Record | None
     gives exactly the ids and offsets that lie beside it is the text that they were made from.
     """
     try:
-        with safe_open(store.segment_path(piece.file), framework="pt") as tensors:
+        with open_tensors(store.segment_path(piece.file), store.keys, segment_name(piece.file)) as tensors:
             whole = record_in(tensors)
         text = whole.text[piece.first_char :][: piece.chars]
         rows = slice(piece.first_token, piece.first_token + piece.tokens)
@@ -362,7 +370,7 @@ def _encoded(
 
 def _read(store: MemoryStore, name: str, pieces: Sequence[Piece]) -> list[BankEntry]:
     path = store.segment_path(pieces[0].file)
-    return read_segment(path, pieces, named(pieces, name), store.mend(name), verify=False)
+    return read_segment(path, pieces, named(pieces, name), store.mend(name), store.keys, verify=False)
 
 
 def _set_aside(store: MemoryStore, files: set[str], kept: set[str]) -> None:

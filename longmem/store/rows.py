@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Sequence
 
+from longmem.store.encryption import Seal
+
 
 def add_version(
     database: sqlite3.Connection, bank_id: int, operation: str, created: str, note: str | None = None
@@ -19,27 +21,41 @@ def add_version(
 
 def add_piece(
     database: sqlite3.Connection,
+    seal: Seal,
     row: tuple[str, int, int, int, str, int],
     record: bytes,
-    drew: Sequence[tuple[str, str, int, int, float]] = (),
+    drew: Sequence[tuple[str, str | bytes, int, int, float]] = (),
     place: tuple[int, int] = (0, 0),
 ) -> int:
     """A piece that nobody holds yet, with its record; returns its id.
 
     Args:
+        seal: of the namespace that it belongs to.
         row: source, char_start, chars, tokens, created, segment.
-        drew: bank, source, char_start, char_end and weight of what it drew on.
+        drew: bank, source, char_start, char_end and weight of what it drew on, the source as that bank's namespace
+            names it.
         place: first_token and first_char in its segment.
     """
     piece = database.execute(
         "INSERT INTO piece (source, char_start, chars, tokens, created, segment, first_token, first_char) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (*row, *place),
+        (seal.name(row[0]), *row[1:], *place),
     ).lastrowid
     assert piece is not None
-    database.execute("INSERT INTO record (piece, data) VALUES (?, ?)", (piece, record))
+    put_record(database, seal, piece, record)
     database.executemany("INSERT INTO drew VALUES (?, ?, ?, ?, ?, ?)", [(piece, *on) for on in drew])
     return piece
+
+
+def put_record(database: sqlite3.Connection, seal: Seal, piece: int, record: bytes) -> None:
+    """What a piece was made from, in place of any that was there."""
+    data = seal.data(record, record_name(piece))
+    database.execute("INSERT OR REPLACE INTO record (piece, data) VALUES (?, ?)", (piece, data))
+
+
+def record_name(piece: int) -> str:
+    """What the record of a piece is sealed as."""
+    return f"record {piece}"
 
 
 def hold(database: sqlite3.Connection, bank_id: int, pieces: Iterable[tuple[int, int]]) -> None:

@@ -9,14 +9,14 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 from safetensors.torch import save
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from longmem.bank import BankEntry
 from longmem.errors import SourceError, StoreCorruptError, StoreError
+from longmem.store.encryption import Keys, Seal
+from longmem.store.tensors import open_tensors
 
 SEGMENTS = "segments"
 QUARANTINE = "quarantine"
@@ -67,6 +69,13 @@ PIECES = f"""
 SELECT {_COLUMNS}, version FROM held JOIN piece ON piece.id = held.piece {_PLACES}
 WHERE held.bank = ? AND version <= ? ORDER BY ordinal
 """
+
+
+def pieces_of(rows: Iterable[tuple], keys: Keys) -> list[Piece]:
+    """Pieces from their rows, names of sources opened."""
+    return [Piece(piece, keys.name(source), *rest) for piece, source, *rest in rows]
+
+
 # All that lies in one segment, whoever holds it.
 IN_SEGMENT = f"""
 SELECT {_COLUMNS} FROM piece {_PLACES} WHERE segment = ? ORDER BY first_token, first_char, tokens, chars
@@ -75,11 +84,18 @@ SELECT {_COLUMNS} FROM piece {_PLACES} WHERE segment = ? ORDER BY first_token, f
 
 @dataclass(frozen=True)
 class NewSegment:
-    """A segment file that is complete and synced under its temporary name."""
+    """A segment file that is complete and synced under its temporary name.
+
+    Attributes:
+        bank: that it was written for.
+        key_id: with which it is sealed; None if it is not.
+    """
 
     file: str
     sha256: str
     bytes: int
+    bank: str
+    key_id: str | None
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,7 @@ class Record:
         return zlib.compress(save_arrays(arrays))
 
     @classmethod
-    def unpack(cls, data: bytes) -> Record:
+    def unpack(cls, data: bytes | bytearray) -> Record:
         """Raises `StoreCorruptError` if the bytes have changed."""
         try:
             arrays = load_arrays(zlib.decompress(data))
@@ -159,11 +175,17 @@ def check_text(entry: BankEntry) -> None:
         ) from error
 
 
-def write_segment(path: Path, entries: Sequence[BankEntry]) -> tuple[str, int]:
+def segment_name(file: str) -> str:
+    """What a segment file is sealed as, whichever folder it is in and while its name is temporary."""
+    return f"segment {file.split('.')[0]}"
+
+
+def write_segment(path: Path, entries: Sequence[BankEntry], seal: Seal) -> tuple[str, int]:
     """Write and sync a segment file; returns its sha256 and its size in bytes.
 
     Args:
         entries: keys and values as the bank keeps them (`longmem.bank.packed`).
+        seal: of the namespace that it belongs to.
     """
 
     def joined(tensors: list[Tensor]) -> Tensor:
@@ -186,6 +208,11 @@ def write_segment(path: Path, entries: Sequence[BankEntry]) -> tuple[str, int]:
         tensors,
         metadata={"longmem_segment": str(SEGMENT_VERSION), "pieces": json.dumps(pieces)},
     )
+    return write_bytes(path, seal.data(data, segment_name(path.name)))
+
+
+def write_bytes(path: Path, data: bytes) -> tuple[str, int]:
+    """Write and sync a new file; returns its sha256 and its size."""
     with open(path, "xb") as file:
         file.write(data)
         file.flush()
@@ -193,8 +220,11 @@ def write_segment(path: Path, entries: Sequence[BankEntry]) -> tuple[str, int]:
     return hashlib.sha256(data).hexdigest(), len(data)
 
 
-def read_segment(path: Path, pieces: Sequence[Piece], what: str, mend: str, *, verify: bool) -> list[BankEntry]:
-    """Pieces of one segment as entries, keys and values mapped from the file, as the bank keeps them.
+def read_segment(
+    path: Path, pieces: Sequence[Piece], what: str, mend: str, keys: Keys, *, verify: bool
+) -> list[BankEntry]:
+    """Pieces of one segment as entries, as the bank keeps them, keys and values mapped from the file (or decrypted in
+    memory).
 
     Args:
         what: what the file holds, for errors.
@@ -203,6 +233,7 @@ def read_segment(path: Path, pieces: Sequence[Piece], what: str, mend: str, *, v
 
     Raises:
         StoreCorruptError: the file is missing or damaged.
+        StoreKeyError: it is encrypted, and its key is missing.
         StoreError: its format is of a later version.
     """
     try:
@@ -213,14 +244,15 @@ def read_segment(path: Path, pieces: Sequence[Piece], what: str, mend: str, *, v
                     f"{path} is damaged: its sha256 is {sha256}, the manifest says {pieces[0].sha256}. "
                     f"It holds {what}. {mend}"
                 )
-        with safe_open(path, framework="pt") as tensors:
+        with open_tensors(path, keys, segment_name(path.name)) as tensors:
             version = (tensors.metadata() or {}).get("longmem_segment")
             if version not in READABLE:
                 raise StoreError(
                     f"{path} has segment format {version}; this longmem reads formats {' and '.join(READABLE)}. "
                     "Update longmem."
                 )
-            record, keys, values = record_in(tensors), tensors.get_tensor("keys"), tensors.get_tensor("values")
+            record = record_in(tensors)
+            keys_HRE, values_HRE = tensors.get_tensor("keys"), tensors.get_tensor("values")
             kept_R = tensors.get_tensor("kept").long() if "kept" in tensors.keys() else None  # noqa: SIM118
     except FileNotFoundError as error:
         raise StoreCorruptError(f"{path} is missing. It held {what}. {mend}") from error
@@ -241,8 +273,8 @@ def read_segment(path: Path, pieces: Sequence[Piece], what: str, mend: str, *, v
                 char_start=piece.char_start,
                 token_ids_N=record.token_ids_N[at],
                 offsets_N2=record.offsets_N2[at],
-                keys_HNE=keys[:, rows],
-                values_HNE=values[:, rows],
+                keys_HNE=keys_HRE[:, rows],
+                values_HNE=values_HRE[:, rows],
                 kept_K=kept_K,
             )
         )
@@ -261,13 +293,13 @@ def record_in(tensors: Any) -> Record:
     return Record(text, tensors.get_tensor("token_ids"), tensors.get_tensor("offsets"))
 
 
-def header_of(path: Path) -> list[list]:
+def header_of(path: Path, keys: Keys) -> list[list]:
     """Source, char_start, chars and tokens of each piece, as the file itself names them.
 
     Raises:
         OSError, RuntimeError, SafetensorError, ValueError: the file is missing, or has no such header.
     """
-    with safe_open(path, framework="pt") as tensors:
+    with open_tensors(path, keys, segment_name(path.name)) as tensors:
         metadata = tensors.metadata() or {}
         if metadata.get("longmem_segment") == "1":
             chars = len(bytes(tensors.get_tensor("text").numpy()).decode())

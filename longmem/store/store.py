@@ -25,12 +25,14 @@ from longmem.errors import BankError, BankMismatchError, BankNotFoundError, Stor
 from longmem.store.algebra import Diff, TextEncoder, copy_by, diff, fork, merge
 from longmem.store.archive import export, import_
 from longmem.store.consolidate import SEGMENT_BYTES, Consolidation, consolidate
+from longmem.store.encryption import Keys, Seal
 from longmem.store.forgetting import Preview, Stretch, forget, preview, written
 from longmem.store.indexes import INDEXES
 from longmem.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, now
 from longmem.store.receipts import Receipt, is_genuine, receipts
 from longmem.store.release import release
 from longmem.store.repair import Encoder, Repair, repair
+from longmem.store.sealing import destroy_key, encrypt
 from longmem.store.segments import (
     IN_SEGMENT,
     PIECES,
@@ -38,6 +40,7 @@ from longmem.store.segments import (
     SEGMENTS,
     NewSegment,
     Piece,
+    pieces_of,
     sync_folder,
     write_segment,
 )
@@ -104,8 +107,9 @@ class MemoryStore:
     Use `MemoryStore.open`; it is a context manager, or call `close`.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, keys: Keys) -> None:
         self.folder = folder
+        self.keys = keys
         self.manifest = manifest
 
     @property
@@ -113,10 +117,16 @@ class MemoryStore:
         return self.manifest.writable
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, create: bool = True) -> MemoryStore:
+    def open(
+        cls, path: str | os.PathLike[str], *, create: bool = True, keys: str | os.PathLike[str] | None = None
+    ) -> MemoryStore:
         """Open the store in a folder. Without one, create folder and store, or fail if `create` is False.
 
         A store that cannot be written is opened for reading; `append` and `forget` then raise.
+
+        Args:
+            keys: folder of the keys of encrypted namespaces; by default beside the store, `<path>.keys`, so that a copy
+                of the store is none of its keys.
 
         Raises:
             StoreNotWritableError: if there is no store and none can be created.
@@ -135,7 +145,8 @@ class MemoryStore:
             writable = can_write(folder) and can_write(manifest)
         if writable:
             _create_folder(folder)
-        store = cls(folder, Manifest.open(folder, writable=writable))
+        beside = folder.resolve().with_name(f"{folder.resolve().name}.keys")
+        store = cls(folder, Manifest.open(folder, writable=writable), Keys(beside if keys is None else Path(keys)))
         if writable:
             store._sweep()
         return store
@@ -372,6 +383,7 @@ class MemoryStore:
         path: str | os.PathLike[str],
         *,
         version: int | str | None = None,
+        plain: bool = False,
         on_bytes: Callable[[int], None] | None = None,
     ) -> int:
         """Write a bank to one file, with its versions and tags; returns its size in bytes. docs/format.md describes it.
@@ -379,15 +391,17 @@ class MemoryStore:
         What the bank forgets later, the file does not.
 
         Args:
+            plain: must be True for a bank that is encrypted: the file is not.
             on_bytes: progress, called with the size of each segment that was written.
 
         Raises:
             BankNotFoundError: if there is no such bank.
             BankError: if the file exists, or there is no such version.
+            StoreError: if the bank is encrypted and `plain` is False.
             StoreCorruptError: if a segment is missing or damaged.
             StoreNotWritableError: if the file cannot be written.
         """
-        return export(self, name, Path(path), version, on_bytes)
+        return export(self, name, Path(path), version, plain, on_bytes)
 
     def import_(
         self,
@@ -450,6 +464,51 @@ class MemoryStore:
             StoreNotWritableError: if the store is read-only or the disk is full.
         """
         return forget(self, name, stretches, model, on_tokens)
+
+    def encrypt(self, namespace: str) -> None:
+        """Keep a namespace encrypted from now on, with a new key of its own; what it holds is written anew.
+
+        Texts, token ids, keys, values, names of sources and indexes are ciphertext on the disk then. Names of banks,
+        tags, times and sizes are not. `keys.folder` gets the key: keep it apart from copies of the store.
+
+        Args:
+            namespace: name of a bank that is no fork below another, whether there is one yet or not.
+
+        Raises:
+            BankError: it cannot name a bank, or the bank is a fork of another namespace.
+            StoreError: it is encrypted already, or holds something in quarantine.
+            StoreCorruptError: a segment is missing or damaged.
+            StoreNotWritableError: the store is read-only or the disk is full.
+            MissingExtraError: `cryptography` is not installed.
+        """
+        check_bank_name(namespace)
+        encrypt(self, namespace)
+
+    def destroy_key(self, namespace: str) -> None:
+        """Forget all that an encrypted namespace holds, in this store and in every copy and backup of it.
+
+        Its banks stay, can be read by nobody, and can be deleted. Copies of the key are not known here; processes that
+        have the bank open keep it until they close it.
+
+        Raises:
+            StoreError: it is not encrypted.
+            StoreNotWritableError: the store or the key's file cannot be written.
+        """
+        destroy_key(self, namespace)
+
+    def seal(self, name: str) -> Seal:
+        """How the namespace of a bank keeps what it writes; of one that there is not yet, the namespace of its name."""
+        rows = self.manifest.query(
+            "SELECT key FROM encryption WHERE namespace = COALESCE((SELECT namespace FROM bank WHERE name = ?), ?)",
+            name,
+            name,
+        )
+        return Seal(self.keys, rows[0][0] if rows else None)
+
+    def encrypt_like(self, name: str, to: str) -> None:
+        """Make sure that a copy of an encrypted bank will be encrypted, with a key of its own."""
+        if self.seal(name).key_id is not None and self.seal(to).key_id is None:
+            self.encrypt(to)
 
     def written(self, name: str, *, after: datetime | None = None, before: datetime | None = None) -> list[Stretch]:
         """What was written to a bank at `after` or later, and before `before` (times with a zone): for `forget`.
@@ -577,11 +636,11 @@ class MemoryStore:
 
     def pieces(self, bank_id: int, version: int | None = None) -> list[Piece]:
         """The pieces of a bank, in order; with a version, those that it held then and has not forgotten."""
-        return [Piece(*row) for row in self.manifest.query(PIECES, bank_id, _NEVER if version is None else version)]
+        return pieces_of(self.manifest.query(PIECES, bank_id, _NEVER if version is None else version), self.keys)
 
     def in_segment(self, segment: int) -> list[Piece]:
         """All that lies in a segment, in order, whichever banks hold it."""
-        return [Piece(*row) for row in self.manifest.query(IN_SEGMENT, segment)]
+        return pieces_of(self.manifest.query(IN_SEGMENT, segment), self.keys)
 
     def segment_sizes(self, bank_id: int) -> dict[int, int]:
         """Bytes of each segment that a bank reads, by id."""
@@ -604,21 +663,24 @@ class MemoryStore:
             f"--bank {bank}`; or restore the file from a backup. Other banks can be used."
         )
 
-    def write_segment(self, entries: Sequence[BankEntry]) -> NewSegment:
-        """Write a segment under a temporary name, which means nothing until `place` has been committed.
+    def write_segment(self, entries: Sequence[BankEntry], bank: str) -> NewSegment:
+        """Write a segment of a bank under a temporary name, which means nothing until `place` has been committed.
 
         Raises:
             OSError: the disk is full or cannot be written.
         """
         file = secrets.token_hex(16) + ".safetensors"
+        seal = self.seal(bank)
         try:
-            return NewSegment(file, *write_segment(self.segment_path(file).with_suffix(".tmp"), entries))
+            said = write_segment(self.segment_path(file).with_suffix(".tmp"), entries, seal)
+            return NewSegment(file, *said, bank, seal.key_id)
         except BaseException:
             self.discard(file)
             raise
 
     def place(self, database: sqlite3.Connection, new: NewSegment) -> int:
         """Give a new segment its name and its row, inside a transaction; returns the row's id."""
+        self.require_same_key(new.bank, new.key_id)
         path = self.segment_path(new.file)
         os.rename(path.with_suffix(".tmp"), path)
         sync_folder(path.parent)
@@ -645,6 +707,11 @@ class MemoryStore:
             "(SELECT bank FROM held JOIN piece ON piece.id = held.piece WHERE segment = ?)",
             (segment,),
         )
+
+    def require_same_key(self, bank: str, key_id: str | None) -> None:
+        """Raise `StoreError` if a bank's namespace was encrypted since something was written for it."""
+        if self.seal(bank).key_id != key_id:
+            raise StoreError(f"Bank {bank!r} was encrypted meanwhile; nothing was changed. Try again.")
 
     def remove_index(self, bank_id: int) -> bool:
         """Remove a bank's index, if it has one, and its bytes."""

@@ -101,7 +101,7 @@ class StoredBank(MemoryBank):
         kept = packed(entry, self.spec)
         new = None
         try:
-            new = store.write_segment([kept])
+            new = store.write_segment([kept], self.name)
             record = Record.of(entry).pack()
             with store.manifest.transaction() as database:
                 # Under the write lock nobody else extends the bank: what holds now holds until the commit.
@@ -111,7 +111,7 @@ class StoredBank(MemoryBank):
                 segment, written = store.place(database, new), now()
                 version = add_version(database, self._id, "append", written)
                 row = (entry.source, entry.char_start, len(entry.text), len(entry), written, segment)
-                piece = add_piece(database, row, record, self._drawn(entry))
+                piece = add_piece(database, store.seal(self.name), row, record, self._drawn(entry))
                 hold(database, self._id, [(piece, version)])
                 self._touch(database, written)
         except OSError as error:
@@ -169,14 +169,15 @@ class StoredBank(MemoryBank):
     def cap(self) -> Cap | None:
         """What it is kept to after writes; None lets it grow."""
         rows = self._store.manifest.query("SELECT settings FROM cap WHERE bank = ?", self._id)
-        return next((Cap.from_json(settings) for (settings,) in rows), None)
+        return next((Cap.from_json(self._store.keys.text(settings, f"cap {self._id}")) for (settings,) in rows), None)
 
     def set_cap(self, cap: Cap | None) -> None:
         """Keep the bank to a cap after every write of a model from now on; None lets it grow."""
         with self._store.manifest.transaction() as database:
             database.execute("DELETE FROM cap WHERE bank = ?", (self._id,))
             if cap is not None:
-                database.execute("INSERT INTO cap (bank, settings) VALUES (?, ?)", (self._id, cap.to_json()))
+                settings = self._store.seal(self.name).text(cap.to_json(), f"cap {self._id}")
+                database.execute("INSERT INTO cap (bank, settings) VALUES (?, ?)", (self._id, settings))
 
     def written_last(self) -> dict[str, datetime]:
         """When each source was last written, UTC."""
@@ -224,9 +225,11 @@ class StoredBank(MemoryBank):
         temporary = path.with_name(f"{secrets.token_hex(16)}.tmp")
         try:
             path.parent.mkdir(exist_ok=True)
-            write_index(temporary, index)
+            seal = store.seal(self.name)
+            write_index(temporary, index, self._id, seal)
             with store.manifest.transaction():
                 self.refresh()
+                store.require_same_key(self.name, seal.key_id)
                 if self.index is not used:
                     raise BankIndexError(
                         f"A source of bank {self.name!r} was forgotten while its index was made, so the index was not "
@@ -257,7 +260,7 @@ class StoredBank(MemoryBank):
         again = f"Make one: `longmem index --store {self._store.folder} --bank {self.name}`; or search exactly."
         if not path.exists():
             raise BankIndexError(f"Bank {self.name!r} has no index. {again}")
-        index = read_index(path, again, verify=self._verify)
+        index = read_index(path, again, self._store.keys, verify=self._verify)
         try:
             self.use_index(index)
         except BankIndexError as error:
@@ -334,7 +337,7 @@ class StoredBank(MemoryBank):
         """Remember pieces of one segment. `checked` are the files whose checksums were compared already."""
         store, file = self._store, pieces[0].file
         what, verify = named(pieces, self.name), self._verify and file not in checked
-        entries = read_segment(store.segment_path(file), pieces, what, store.mend(self.name), verify=verify)
+        entries = read_segment(store.segment_path(file), pieces, what, store.mend(self.name), store.keys, verify=verify)
         checked.add(file)
         for piece, kept in zip(pieces, entries, strict=True):
             try:
@@ -359,9 +362,14 @@ class StoredBank(MemoryBank):
         MemoryBank.__init__(self, self.spec, self.device)
         self._pieces = {}
 
-    def _drawn(self, entry: BankEntry) -> list[tuple[str, str, int, int, float]]:
+    def _drawn(self, entry: BankEntry) -> list[tuple[str, str | bytes, int, int, float]]:
         """Rows of what an entry drew on."""
-        return [(on.bank or self.name, on.source, on.start, on.end, on.weight) for on in entry.drew_on]
+        rows = []
+        for on in entry.drew_on:
+            # As the bank that it drew on names its sources: one that is encrypted is named in no other in the clear.
+            bank = on.bank or self.name
+            rows.append((bank, self._store.seal(bank).name(on.source), on.start, on.end, on.weight))
+        return rows
 
     def _require_newest(self) -> None:
         if self.version is not None:

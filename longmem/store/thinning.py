@@ -41,12 +41,12 @@ def thin(store: MemoryStore, bank: StoredBank, keep_N: Tensor) -> tuple[list[Pie
                 # What forks hold beside them comes along; what they share is thinned for all.
                 pieces = store.in_segment(segment)
                 path, what = store.segment_path(pieces[0].file), named(pieces, bank.name)
-                entries = read_segment(path, pieces, what, store.mend(bank.name), verify=True)
+                entries = read_segment(path, pieces, what, store.mend(bank.name), store.keys, verify=True)
                 fewer = [
                     entry.thinned(keeps[piece.id]) if piece.id in keeps else entry
                     for piece, entry in zip(pieces, entries, strict=True)
                 ]
-                new = store.write_segment(fewer)
+                new = store.write_segment(fewer, bank.name)
                 written.append(new.file)
                 store.move(database, new, pieces)
                 thinned = [both for both in zip(pieces, fewer, strict=True) if both[0].id in keeps]
@@ -102,7 +102,13 @@ def scores_of(store: MemoryStore, bank_id: int, name: str) -> dict[int, Tensor]:
         bank_id,
         name,
     )
-    return {piece: torch.from_numpy(np.frombuffer(zlib.decompress(data), "<f4").copy()) for piece, data in rows}
+    opened = [(piece, store.keys.opened(data, score_name(piece, name))) for piece, data in rows]
+    return {piece: torch.from_numpy(np.frombuffer(zlib.decompress(data), "<f4").copy()) for piece, data in opened}
+
+
+def score_name(piece: int, name: str) -> str:
+    """What numbers of a piece are sealed as."""
+    return f"score {piece} {name}"
 
 
 def keep_scores(store: MemoryStore, bank_id: int, name: str, scores: dict[int, Tensor], *, add: bool) -> None:
@@ -110,12 +116,13 @@ def keep_scores(store: MemoryStore, bank_id: int, name: str, scores: dict[int, T
     with store.manifest.transaction() as database:
         # Pieces may have gone since.
         there = {piece for (piece,) in database.execute("SELECT piece FROM held WHERE bank = ?", (bank_id,))}
+        names = database.execute("SELECT name FROM bank WHERE id = ?", (bank_id,)).fetchall()
         before = scores_of(store, bank_id, name) if add else {}
         for piece, score_M in scores.items():
             if piece in there:
                 total_M = score_M.float() + before.get(piece, torch.zeros(()))
                 data = zlib.compress(total_M.numpy().astype("<f4").tobytes())
-                row = (piece, name, data)
+                row = (piece, name, store.seal(names[0][0]).data(data, score_name(piece, name)))
                 database.execute("INSERT OR REPLACE INTO score (piece, name, data) VALUES (?, ?, ?)", row)
 
 

@@ -9,19 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from longmem.bank import DTYPES
 from longmem.config import BankSpec
-from longmem.errors import StoreCorruptError
+from longmem.errors import StoreCorruptError, StoreKeyError
 from longmem.store.indexes import read_index
 from longmem.store.receipts import is_genuine, receipts
-from longmem.store.segments import Piece, Record, by_segment, digest, header_of
+from longmem.store.rows import record_name
+from longmem.store.segments import Piece, Record, by_segment, digest, header_of, segment_name
+from longmem.store.tensors import open_tensors
 
 if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
 
-Kind = Literal["missing", "size", "checksum", "unreadable", "header", "gap", "record", "index", "receipt", "manifest"]
+Kind = Literal[
+    "missing", "size", "checksum", "unreadable", "header", "gap", "record", "index", "receipt", "manifest", "key"
+]
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,12 @@ def verify(store: MemoryStore, name: str | None, on_bytes: Callable[[int], None]
             revision = store.revision(bank_id)
             if revision is None:
                 break
-            pieces, read = store.pieces(bank_id), store.segment_sizes(bank_id)
-            found = list(bank_faults(store, bank_id, bank, BankSpec.from_json(spec), on_bytes, known))
+            try:
+                pieces, read = store.pieces(bank_id), store.segment_sizes(bank_id)
+                found = list(bank_faults(store, bank_id, bank, BankSpec.from_json(spec), on_bytes, known))
+            except StoreKeyError as error:
+                faults.append(Fault(bank, (), None, "key", f"Its files cannot be checked. {error}"))
+                break
             if store.revision(bank_id) == revision:
                 faults += found
                 sizes |= read
@@ -160,7 +168,7 @@ def index_fault(store: MemoryStore, bank_id: int, name: str, tokens: int) -> Fau
     if not path.exists():
         return None
     try:
-        index = read_index(path, "Make it again: `longmem index`; or search exactly.", verify=True)
+        index = read_index(path, "Make it again: `longmem index`; or search exactly.", store.keys, verify=True)
         if len(index) > tokens:
             raise StoreCorruptError(f"{path} knows {len(index):,} tokens, the bank holds {tokens:,}.")
     except StoreCorruptError as error:
@@ -185,14 +193,14 @@ def segment_fault(store: MemoryStore, bank: str, spec: BankSpec, pieces: Sequenc
         sha256 = digest(path)
         if sha256 != pieces[0].sha256:
             return fault("checksum", f"Its bytes have changed: sha256 {sha256}, the manifest says {pieces[0].sha256}.")
-        header = [(source, start, chars, tokens) for source, start, chars, tokens in header_of(path)]
+        header = [(source, start, chars, tokens) for source, start, chars, tokens in header_of(path, store.keys)]
         said = [(piece.source, piece.char_start, piece.chars, piece.tokens) for piece in pieces]
         if sorted(header) != sorted(said):
             return fault("header", f"The file names the pieces {header}, the manifest {said}.")
         rows = sum(piece.rows for piece in pieces)
         kept = DTYPES[spec.dtype] if spec.precision == "full" else torch.uint8
         numbers = spec.row_bytes // kept.itemsize
-        with safe_open(path, framework="pt") as tensors:
+        with open_tensors(path, store.keys, segment_name(path.name)) as tensors:
             for name in ("keys", "values"):
                 part = tensors.get_slice(name)
                 shape, dtype = tuple(part.get_shape()), tensors.get_slice(name)[:, :0].dtype
@@ -201,7 +209,7 @@ def segment_fault(store: MemoryStore, bank: str, spec: BankSpec, pieces: Sequenc
                     return fault("header", f"Its {name} have shape {shape} of {dtype}, the manifest says {expected}.")
     except FileNotFoundError:
         return fault("missing", "The file is gone.")
-    except (OSError, RuntimeError, SafetensorError, ValueError, TypeError) as error:
+    except (OSError, RuntimeError, SafetensorError, ValueError, TypeError, StoreCorruptError) as error:
         return fault("unreadable", f"The file cannot be read: {error}.")
     return None
 
@@ -213,7 +221,7 @@ def record_of(store: MemoryStore, piece: Piece) -> Record | None:
         StoreCorruptError: its bytes have changed.
     """
     for (data,) in store.manifest.query("SELECT data FROM record WHERE piece = ?", piece.id):
-        record = Record.unpack(data)
+        record = Record.unpack(store.keys.opened(data, record_name(piece.id)))
         if (len(record.text), record.token_ids_N.numel()) != (piece.chars, piece.tokens):
             raise StoreCorruptError(
                 f"The manifest's copy of a text has {len(record.text)} characters and {record.token_ids_N.numel()} "
