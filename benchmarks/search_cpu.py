@@ -223,26 +223,38 @@ def ways(
     truth_XQR = reference.topk_scan(choosing_XQE, keys_XNE, TOP_K)[0]
     # A shift of all keys changes no ranking, and graphs of keys far from zero find next to nothing.
     wide_XNE -= wide_XNE.mean(1, keepdim=True)
-    files = []
-    for keys_NE in wide_XNE:
-        index = faiss.index_factory(head_dim, f"IVF{round(4 * size**0.5)},Flat", faiss.METRIC_INNER_PRODUCT)
-        index.cp.max_points_per_centroid = 64
-        index.train(keys_NE.numpy())
-        index.add(keys_NE.numpy())
-        files.append(index)
+    files = faiss_lists(faiss, wide_XNE, round(4 * size**0.5))
     settings = tune(files, "nprobe", choosing_XQE, truth_XQR, [16, 32, 64, 96, 128, 192, 256, 384, 512])
     yield "faiss IVF", settings, 4 * head_dim, faiss_search(files)
     del files
     if size > 1 << 17:
         return  # the graph takes minutes to build, and finds less the larger it is
+    graphs = faiss_graphs(faiss, wide_XNE)
+    settings = tune(graphs, "efSearch", choosing_XQE, truth_XQR, [128, 512, 1024])
+    yield "faiss HNSW", settings, 4 * head_dim, faiss_search(graphs)
+
+
+def faiss_lists(faiss: Any, keys_XNE: Tensor, num_lists: int) -> list[Any]:
+    """An inverted file of faiss a head."""
+    files = []
+    for keys_NE in keys_XNE:
+        index = faiss.index_factory(keys_NE.shape[1], f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT)
+        index.cp.max_points_per_centroid = 64
+        index.train(keys_NE.numpy())
+        index.add(keys_NE.numpy())
+        files.append(index)
+    return files
+
+
+def faiss_graphs(faiss: Any, keys_XNE: Tensor) -> list[Any]:
+    """A graph (HNSW) of faiss a head."""
     graphs = []
-    for keys_NE in wide_XNE:
-        index = faiss.IndexHNSWFlat(head_dim, 32, faiss.METRIC_INNER_PRODUCT)
+    for keys_NE in keys_XNE:
+        index = faiss.IndexHNSWFlat(keys_NE.shape[1], 32, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = 80
         index.add(keys_NE.numpy())
         graphs.append(index)
-    settings = tune(graphs, "efSearch", choosing_XQE, truth_XQR, [128, 512, 1024])
-    yield "faiss HNSW", settings, 4 * head_dim, faiss_search(graphs)
+    return graphs
 
 
 def check(keys_XNE: Tensor, query_TXGE: Tensor) -> None:

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
-from search_cpu import TOP_K, make_vectors, processor, tiled, tune
+from search_cpu import TOP_K, faiss_graphs, faiss_lists, make_vectors, processor, tiled, tune
 from torch import Tensor
 
 from longmem.approximate import BankIndex
@@ -172,13 +172,8 @@ def ways(keys_XNE: Tensor, recorded_XQE: Tensor, known: Settings, real: bool, gr
     wide_XNE = wide_XNE - wide_XNE.mean(1, keepdim=True)
     choosing_XQE = recorded_XQE[:, : recorded_XQE.shape[1] // 2 : 8].contiguous()
     truth_XQR = reference.topk_scan(choosing_XQE, keys_XNE, TOP_K)[0] if real else None
-    number, files = round(4 * size**0.5), []
-    for keys_NE in wide_XNE:
-        index = faiss.index_factory(head_dim, f"IVF{number},Flat", faiss.METRIC_INNER_PRODUCT)
-        index.cp.max_points_per_centroid = 64
-        index.train(keys_NE.numpy())
-        index.add(keys_NE.numpy())
-        files.append(index)
+    number = round(4 * size**0.5)
+    files = faiss_lists(faiss, wide_XNE, number)
     if truth_XQR is not None:
         tune(files, "nprobe", choosing_XQE, truth_XQR, [16, 32, 64, 96, 128, 192, 256, 384, 512, 768])
         known.faiss_lists_read = [index.nprobe / number for index in files]
@@ -188,12 +183,7 @@ def ways(keys_XNE: Tensor, recorded_XQE: Tensor, known: Settings, real: bool, gr
     yield Way("faiss IVF", told, by_faiss(files))
     if not (small and truth_XQR is not None):
         return
-    graphs = []
-    for keys_NE in wide_XNE:
-        index = faiss.IndexHNSWFlat(head_dim, 32, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = 80
-        index.add(keys_NE.numpy())
-        graphs.append(index)
+    graphs = faiss_graphs(faiss, wide_XNE)
     told = tune(graphs, "efSearch", choosing_XQE, truth_XQR, [128, 512, 1024])
     yield Way("faiss HNSW", f"32 neighbours, {told}", by_faiss(graphs))
     memory = HNSWMemory(layers, head_dim)

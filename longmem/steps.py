@@ -26,7 +26,7 @@ from longmem.errors import ConfigError
 from longmem.group import BankGroup, Readable
 from longmem.index import PlacedReader, Retrieve
 from longmem.model import LongMem, ModelCache
-from longmem.windows import Branch, WindowBuffer, Windows, window_step
+from longmem.windows import WindowBuffer, Windows, window_step
 
 # Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces.
 _PREFILL = 256
@@ -53,10 +53,9 @@ class BatchCache:
     def __init__(self, rows: int, capacity: int, device: torch.device, *, compile: bool) -> None:
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)
         run = torch.compile(window_step, dynamic=False) if compile else window_step
-        # `SideBranch` would let the two overlap on a GPU; it has not yet been run on one.
-        branch = Branch()
-        self.backbone = Windows(self.length_B, capacity, run, branch)
-        self.sidenet = Windows(self.length_B, capacity, run, branch)
+        # A `SideBranch` of both would let the two overlap on a GPU; it has not yet been run on one.
+        self.backbone = Windows(self.length_B, capacity, run)
+        self.sidenet = Windows(self.length_B, capacity, run)
 
     def look_at(self, room: int) -> None:
         """Steps look at the first `room` tokens of each window from now on."""
@@ -68,8 +67,7 @@ class BatchDecoder:
 
     On a GPU a step is recorded as a CUDA graph when it is first taken, and again when a bank needs more room than the
     recorded step has (room doubles), or when rows no longer share one bank, or begin to. Otherwise banks may change
-    from step to step. What is read by chunks, or on
-    another device than the model's, is not recorded.
+    from step to step. What is read by chunks, or on another device than the model's, is not recorded.
 
     Args:
         model: in its final precision, on its final device.

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -110,7 +111,7 @@ def _copy(store: MemoryStore, name: str, to: str, version: int, operation: str, 
         held = contents(store.manifest, store.keys, bank_id, version)
         store.encrypt_like(name, to)
         writer = Writer(store, to)
-        try:
+        with _attempt(store, writer, bank_id, held, f"Bank {to!r} was not made"):
             copied = dataclasses.replace(rewrite(store, held, held.pieces, writer), tags=[])
             with store.manifest.transaction() as database:
                 store.require_free(to)
@@ -120,16 +121,26 @@ def _copy(store: MemoryStore, name: str, to: str, version: int, operation: str, 
                     add_version(database, new_id, operation, now(), note)
                     return
             writer.discard()
-        except StoreCorruptError:
-            writer.discard()
-            if store.revision(bank_id) == held.revision:
-                raise
-        except OSError as error:
-            writer.discard()
-            raise not_writable(store, error, f"Bank {to!r} was not made") from error
-        except BaseException:
-            writer.discard()
+
+
+@contextmanager
+def _attempt(store: MemoryStore, writer: Writer, bank_id: int, held: Contents, failed: str) -> Iterator[None]:
+    """A try at writing what a bank holds elsewhere: if it does not succeed, nothing that was written stays.
+
+    It ends quietly where what it reads is gone since the bank has changed meanwhile, and may then be tried again.
+    """
+    try:
+        yield
+    except StoreCorruptError:
+        writer.discard()
+        if store.revision(bank_id) == held.revision:
             raise
+    except OSError as error:
+        writer.discard()
+        raise not_writable(store, error, failed) from error
+    except BaseException:
+        writer.discard()
+        raise
 
 
 def not_writable(store: MemoryStore, error: OSError, what: str) -> StoreNotWritableError:
@@ -169,7 +180,7 @@ def merge(store: MemoryStore, name: str, other: str, version: int | str | None) 
             return 0
         spaces = dict(store.manifest.query("SELECT id, namespace FROM bank WHERE id IN (?, ?)", bank_id, other_id))
         writer = Writer(store, name)
-        try:
+        with _attempt(store, writer, other_id, theirs, f"Nothing was merged into bank {name!r}"):
             shared = spaces[bank_id] == spaces[other_id]
             copied = theirs if shared else rewrite(store, theirs, new, writer)
             with store.manifest.transaction() as database:
@@ -188,16 +199,6 @@ def merge(store: MemoryStore, name: str, other: str, version: int | str | None) 
                     )
                     return sum(piece.tokens for piece in new)
             writer.discard()
-        except StoreCorruptError:
-            writer.discard()
-            if store.revision(other_id) == theirs.revision:
-                raise
-        except OSError as error:
-            writer.discard()
-            raise not_writable(store, error, f"Nothing was merged into bank {name!r}") from error
-        except BaseException:
-            writer.discard()
-            raise
 
 
 def _contents_now(store: MemoryStore, bank_id: int) -> Contents:
@@ -309,7 +310,7 @@ def copy_by(
         new_spec = model.bank_spec_in(spec.precision)
         store.encrypt_like(name, to)
         writer = Writer(store, to)
-        try:
+        with _attempt(store, writer, bank_id, held, f"Bank {to!r} was not made"):
             records: dict[int, bytes] = {}
             past: defaultdict[str, list[Tensor]] = defaultdict(lambda: [torch.empty(0, dtype=torch.int64)])
             for piece in held.pieces:
@@ -330,12 +331,6 @@ def copy_by(
                     add_version(database, new_id, "copy", now(), note)
                     return
             writer.discard()
-        except OSError as error:
-            writer.discard()
-            raise not_writable(store, error, f"Bank {to!r} was not made") from error
-        except BaseException:
-            writer.discard()
-            raise
 
 
 def _by(model: TextEncoder, piece: Piece, record: Record, before_N: Tensor) -> BankEntry:
