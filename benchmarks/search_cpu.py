@@ -6,8 +6,7 @@ A step is one token: each look-up head of SmolLM2-135M in turn (one a layer) sea
 of its three query heads. Vectors are real: keys of books, and the queries the SideNet asks as it reads on in the same
 books. Recall is measured on these alone, with tokens of books that chose no setting. Sizes beyond them are for time
 only: real keys tiled with slight noise, and above two million tokens the keys of the last head for all three searches.
-There an inverted file reads the share of lists that the largest real size needed (the share falls as banks grow), with
-one head the mean of the three.
+There an inverted file reads the share of lists that the largest real size needed (the share falls as banks grow).
 """
 
 from __future__ import annotations
@@ -22,16 +21,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import faiss  # pyright: ignore[reportMissingImports]
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longmem.ivf import InvertedFile, import_faiss
+from longmem.approximate import BankIndex
+from longmem.ivf import InvertedFile, default_lists
 from longmem.ops import cpu, reference
 from longmem.sketch import Basis, Sketch, recall
 
 RESULTS = Path(__file__).parent / "results" / "search_cpu.csv"
-TOP_K = 64
+TOP_K, GROUP = 64, 3
 LARGE = 1 << 21  # tokens from which on all searches read the keys of one head
 PER_TEXT, READ_ON, CONTEXT = 60_000, 1_024, 6_144
 
@@ -42,26 +43,24 @@ def make_vectors(texts: Path, model_name: str, tokens: int) -> dict[str, Tensor]
     """Keys of the look-up heads (X, N, E) of some texts, how many are of each (D,), and queries (D, X, G, T, E) of
     the tokens that follow them.
 
-    A text's queries are asked, in float32, with the last `CONTEXT` of its remembered tokens as the bank. Keys are
-    written in bfloat16, in half the time.
+    A text's queries are asked with the last `CONTEXT` of its remembered tokens as the bank.
     """
     from longmem.bank import BankEntry
     from longmem.index import BankReader, Retrieved
     from longmem.model import LongMem
 
-    writer = LongMem.from_pretrained(model_name, device="cpu", dtype="bfloat16")
     model = LongMem.from_pretrained(model_name, device="cpu", dtype="float32")
     layers = model.config.memory_layers[:3]
     heads = [model.config.heads_of(layer).start for layer in layers]
     keys, queries, total = [], [], 0
-    for path in sorted(texts.glob("*.txt")):
+    for path in sorted(texts.rglob("*.txt")):
         if total >= tokens:
             break
         ids_N = torch.tensor(model.tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
         length = min(PER_TEXT, len(ids_N) - READ_ON)
         if length < CONTEXT:
             continue
-        key_HNE, value_HNE = writer.encode(ids_N[:length])
+        key_HNE, value_HNE = model.encode(ids_N[:length])
         last = slice(-CONTEXT, None)
         bank = model.new_bank()
         offsets_N2 = torch.zeros(CONTEXT, 2, dtype=torch.int64)
@@ -158,16 +157,18 @@ def tune(indexes: list[Any], setting: str, query_XQE: Tensor, truth_XQR: Tensor,
 
 
 def ways(
-    keys_XNE: Tensor, recorded_XQE: Tensor, known: dict[str, Any], real: bool
+    keys_XNE: Tensor, recorded_XQE: Tensor, known: dict[str, Any], real: bool, target: float
 ) -> Iterator[tuple[str, str, float, Search]]:
     """(name, settings, bytes a key, search) of each way, made when it is its turn. `known`: settings of real keys."""
-    faiss = import_faiss()
     searches, size, head_dim = keys_XNE.shape
     head = [slice(x % searches, x % searches + 1) for x in range(3)]
 
-    def searching(index: Sketch | InvertedFile, **options: bool) -> Search:
+    def searching(index: Sketch, **options: bool) -> Search:
         parts = [index[one] for one in head]
         return lambda x, q: parts[x].search(q, keys_XNE[head[x]], TOP_K, **options)
+
+    def searching_files(files: list[InvertedFile]) -> Search:
+        return lambda x, q: files[x % searches].search(q, keys_XNE[head[x]], TOP_K)
 
     yield (
         "topk_scan",
@@ -190,17 +191,22 @@ def ways(
     del sketch
 
     if real:
-        lists = InvertedFile.choose(keys_XNE, recorded_XQE, top_k=TOP_K)
-        known["share"] = [probes / lists.lists[0].nlist for probes in lists.probes]
+        index = BankIndex.choose(keys_XNE, recorded_XQE, top_k=TOP_K, target=target, lists=True, together=GROUP)
+        files = known["files"] = [file for file in index.heads if isinstance(file, InvertedFile)]
     else:
-        num_lists = 4096
-        probes = tuple(round(share * num_lists) for share in known["share"][-searches:])
-        lists = InvertedFile.build(keys_XNE, basis, 32, probes, num_lists=num_lists)
-    settings = f"{lists.lists[0].nlist} lists, reads {'/'.join(map(str, lists.probes))}"
-    # Each of the three query heads reads its own lists.
-    width = 3 * 32 * sum(known["share"][-searches:]) / searches
-    yield "inverted file", settings, width, searching(lists)
-    del lists
+        files = []
+        for x, file in enumerate(known["files"][-searches:]):
+            probes = round(file.probes[0] / len(file.lists[0]) * default_lists(size))
+            settings = {"together": GROUP, "probes": (probes,), "basis": file.basis, "size": file.size}
+            files.append(InvertedFile.build(keys_XNE[x : x + 1], **settings))
+    if len(files) == searches:
+        probes = "/".join(str(file.probes[0]) for file in files)
+        sizes = "/".join(str(file.size) for file in files)
+        settings = f"{sizes} coordinates, {probes} of {len(files[0].lists[0])} lists"
+        # At least: each of the three query heads chooses its own lists.
+        width = sum(file.size * file.probes[0] / len(file.lists[0]) for file in files) / searches
+        yield "inverted file", settings, width, searching_files(files)
+    del files
     if size >= LARGE:
         return  # what follows needs more memory, or more time
 
@@ -223,22 +229,22 @@ def ways(
     truth_XQR = reference.topk_scan(choosing_XQE, keys_XNE, TOP_K)[0]
     # A shift of all keys changes no ranking, and graphs of keys far from zero find next to nothing.
     wide_XNE -= wide_XNE.mean(1, keepdim=True)
-    files = faiss_lists(faiss, wide_XNE, round(4 * size**0.5))
+    files = faiss_lists(wide_XNE, round(4 * size**0.5))
     settings = tune(files, "nprobe", choosing_XQE, truth_XQR, [16, 32, 64, 96, 128, 192, 256, 384, 512])
     yield "faiss IVF", settings, 4 * head_dim, faiss_search(files)
     del files
     if size > 1 << 17:
         return  # the graph takes minutes to build, and finds less the larger it is
-    graphs = faiss_graphs(faiss, wide_XNE)
+    graphs = faiss_graphs(wide_XNE)
     settings = tune(graphs, "efSearch", choosing_XQE, truth_XQR, [128, 512, 1024])
     yield "faiss HNSW", settings, 4 * head_dim, faiss_search(graphs)
 
 
-def faiss_lists(faiss: Any, keys_XNE: Tensor, num_lists: int) -> list[Any]:
+def faiss_lists(keys_XNE: Tensor, num_lists: int) -> list[Any]:
     """An inverted file of faiss a head."""
     files = []
     for keys_NE in keys_XNE:
-        index = faiss.index_factory(keys_NE.shape[1], f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT)
+        index: Any = faiss.index_factory(keys_NE.shape[1], f"IVF{num_lists},Flat", faiss.METRIC_INNER_PRODUCT)
         index.cp.max_points_per_centroid = 64
         index.train(keys_NE.numpy())
         index.add(keys_NE.numpy())
@@ -246,7 +252,7 @@ def faiss_lists(faiss: Any, keys_XNE: Tensor, num_lists: int) -> list[Any]:
     return files
 
 
-def faiss_graphs(faiss: Any, keys_XNE: Tensor) -> list[Any]:
+def faiss_graphs(keys_XNE: Tensor) -> list[Any]:
     """A graph (HNSW) of faiss a head."""
     graphs = []
     for keys_NE in keys_XNE:
@@ -282,13 +288,14 @@ def main() -> None:
         default=[1 << 16, 400_000, 1 << 20, 10_000_000],
         help="remembered tokens; settings for sizes beyond the real keys are those of the largest that is not",
     )
+    parser.add_argument("--recall", type=float, default=0.99, help="asked of an inverted file")
     parser.add_argument("--prefill", action="store_true", help="a step is 1,024 tokens")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing a way, at most (after ten steps)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    import_faiss().omp_set_num_threads(arguments.threads)
+    faiss.omp_set_num_threads(arguments.threads)
     if not arguments.vectors.exists():
         save_file(make_vectors(arguments.texts, arguments.model, arguments.tokens), arguments.vectors)
     vectors = load_file(arguments.vectors)
@@ -317,14 +324,13 @@ def main() -> None:
         keys_XNE = real_XNE[:, :size].contiguous() if real else tiled(real_XNE if size < LARGE else real_XNE[-1:], size)
         if not real and size >= LARGE:
             known["basis"] = Basis(*(part[-1:] for part in known["basis"]))
-            known["share"] = [sum(known["share"]) / len(known["share"])]
         truth_XQR = None
         if real:
             query_XQE = asked_TXGE.permute(1, 0, 2, 3).flatten(1, 2)
             truth_XQR = reference.topk_scan(query_XQE, keys_XNE, TOP_K)[0]
         vectors_are = "real" if real else "tiled" if size < LARGE else "tiled, one head"
         print(f"\n{size} tokens, keys {vectors_are}; milliseconds of a step, and recall of each head")
-        for name, settings, width, search in ways(keys_XNE, recorded_XQE, known, real):
+        for name, settings, width, search in ways(keys_XNE, recorded_XQE, known, real, arguments.recall):
             p20, p50, p95, steps = timed(search, timed_TXGE, arguments.seconds)
             shares = (
                 "" if truth_XQR is None else "/".join(f"{r:.4f}" for r in recall(found(search, asked_TXGE), truth_XQR))

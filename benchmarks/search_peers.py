@@ -31,13 +31,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import faiss  # pyright: ignore[reportMissingImports]
 import torch
 from safetensors.torch import load_file, save_file
 from search_cpu import TOP_K, faiss_graphs, faiss_lists, make_vectors, processor, tiled, tune
 from torch import Tensor
 
 from longmem.approximate import BankIndex
-from longmem.ivf import InvertedFile, import_faiss
+from longmem.ivf import InvertedFile, default_lists
 from longmem.ops import reference, topk_scan
 from longmem.sketch import Basis, recall
 
@@ -71,7 +72,6 @@ class HNSWMemory:
     """What Memorizing Transformers (Wu et al. 2022) is usually rebuilt with: a faiss graph a head, at its defaults."""
 
     def __init__(self, heads: int, head_dim: int, neighbours: int = 15) -> None:
-        faiss = import_faiss()
         self.graphs = [faiss.IndexHNSWFlat(head_dim, neighbours, faiss.METRIC_INNER_PRODUCT) for _ in range(heads)]
 
     def add(self, keys_XNE: Tensor) -> None:
@@ -92,7 +92,6 @@ class FlatIndexes:
     """
 
     def __init__(self, keys_XNE: Tensor, group: int) -> None:
-        faiss = import_faiss()
         self.indexes = [[faiss.IndexFlatIP(keys_XNE.shape[-1]) for _ in range(group)] for _ in keys_XNE]
         for heads, keys_NE in zip(self.indexes, keys_XNE, strict=True):
             for index in heads:
@@ -136,7 +135,6 @@ def by_index(index: BankIndex | InvertedFile, keys_XNE: Tensor) -> Search:
 
 def ways(keys_XNE: Tensor, recorded_XQE: Tensor, known: Settings, real: bool, group: int, small: bool) -> Iterator[Way]:
     """All ways that make sense at this size. `small`: graphs, too."""
-    faiss = import_faiss()
     layers, size, head_dim = keys_XNE.shape
 
     def exact(x: int, query_GTE: Tensor) -> Tensor:
@@ -145,17 +143,17 @@ def ways(keys_XNE: Tensor, recorded_XQE: Tensor, known: Settings, real: bool, gr
 
     yield Way("longmem, exact", "", exact)
     if real:
-        index = BankIndex.choose(keys_XNE, recorded_XQE, top_k=TOP_K, target=0.99)
+        index = BankIndex.choose(keys_XNE, recorded_XQE, top_k=TOP_K, target=0.99, together=group)
         yield Way("longmem, index", "; ".join(index.kinds), by_index(index, keys_XNE))
         lists = [head for head in index.heads if isinstance(head, InvertedFile)]
         if len(lists) == layers:
             known.basis = Basis(*(torch.cat(parts) for parts in zip(*(head.basis for head in lists), strict=True)))
             known.coordinates = max(head.size for head in lists)
-            known.lists_read = [head.probes[0] / head.lists[0].nlist for head in lists]
+            known.lists_read = [head.probes[0] / len(head.lists[0]) for head in lists]
     elif known.basis is not None:
-        number = round(4 * size**0.5)
+        number = default_lists(size)
         probes = tuple(round(share * number) for share in known.lists_read)
-        index = InvertedFile.build(keys_XNE, known.basis, known.coordinates, probes, num_lists=number)
+        index = InvertedFile.build(keys_XNE, known.basis, known.coordinates, probes, together=group)
         told = f"{known.coordinates} coordinates, {'/'.join(map(str, probes))} of {number} lists"
         yield Way("longmem, index", told, by_index(index, keys_XNE))
 
@@ -173,7 +171,7 @@ def ways(keys_XNE: Tensor, recorded_XQE: Tensor, known: Settings, real: bool, gr
     choosing_XQE = recorded_XQE[:, : recorded_XQE.shape[1] // 2 : 8].contiguous()
     truth_XQR = reference.topk_scan(choosing_XQE, keys_XNE, TOP_K)[0] if real else None
     number = round(4 * size**0.5)
-    files = faiss_lists(faiss, wide_XNE, number)
+    files = faiss_lists(wide_XNE, number)
     if truth_XQR is not None:
         tune(files, "nprobe", choosing_XQE, truth_XQR, [16, 32, 64, 96, 128, 192, 256, 384, 512, 768])
         known.faiss_lists_read = [index.nprobe / number for index in files]
@@ -183,7 +181,7 @@ def ways(keys_XNE: Tensor, recorded_XQE: Tensor, known: Settings, real: bool, gr
     yield Way("faiss IVF", told, by_faiss(files))
     if not (small and truth_XQR is not None):
         return
-    graphs = faiss_graphs(faiss, wide_XNE)
+    graphs = faiss_graphs(wide_XNE)
     told = tune(graphs, "efSearch", choosing_XQE, truth_XQR, [128, 512, 1024])
     yield Way("faiss HNSW", f"32 neighbours, {told}", by_faiss(graphs))
     memory = HNSWMemory(layers, head_dim)
@@ -238,7 +236,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    import_faiss().omp_set_num_threads(arguments.threads)
+    faiss.omp_set_num_threads(arguments.threads)
     if not arguments.vectors.exists():
         save_file(make_vectors(arguments.texts, arguments.model, arguments.tokens), arguments.vectors)
     vectors = load_file(arguments.vectors)

@@ -9,7 +9,6 @@ H memory heads (K of a layer), N tokens that the index knows, Q queries, E head 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -62,6 +61,7 @@ class BankIndex:
         top_k: int,
         target: float = 0.99,
         lists: bool | None = None,
+        together: int = 1,
         on_head: Callable[[int], None] | None = None,
     ) -> BankIndex:
         """The least index of each head that reaches a target recall.
@@ -72,23 +72,21 @@ class BankIndex:
             top_k: R, what recall is measured at.
             target: recall among the R true nearest, of the queries that choose. What is then measured may fall short by
                 a per cent: ask for more than you need.
-            lists: inverted files or sketches; by default what is faster for so many keys, and installed. On a GPU
-                sketches.
+            lists: inverted files or sketches; by default what is faster for so many keys. On a GPU sketches.
+            together: queries that follow each other and are asked at once, as the query heads of a memory head are.
             on_head: called with 1 for each head that is done.
 
         Raises:
             ConfigError: too few keys, or a target that is no share.
-            MissingExtraError: inverted files were asked for, and faiss is not installed.
         """
         check(keys_HNE.shape[1], top_k, target)
         require_searchable(keys_HNE.device, top_k)
         if lists is None:
-            large = keys_HNE.shape[1] >= LISTS_FROM and keys_HNE.device.type == "cpu"
-            lists = large and importlib.util.find_spec("faiss") is not None
+            lists = keys_HNE.shape[1] >= LISTS_FROM and keys_HNE.device.type == "cpu"
         heads = []
         for head in range(len(keys_HNE)):
             one = slice(head, head + 1)
-            heads.append(_choose(keys_HNE[one], query_HQE[one], top_k, target, lists))
+            heads.append(_choose(keys_HNE[one], query_HQE[one], top_k, target, lists, together))
             if on_head is not None:
                 on_head(1)
         return cls(tuple(heads), top_k, target, fingerprint(keys_HNE))
@@ -104,7 +102,7 @@ class BankIndex:
         return tuple(
             f"{head.size} coordinates"
             if isinstance(head, Sketch)
-            else f"{head.size} coordinates, {head.probes[0]:,} of {head.lists[0].nlist:,} lists"
+            else f"{head.size} coordinates, {head.probes[0]:,} of {len(head.lists[0]):,} lists"
             for head in self.heads
         )
 
@@ -197,11 +195,7 @@ class BankIndex:
 
     @classmethod
     def from_state(cls, tensors: dict[str, Tensor], settings: dict[str, Any]) -> BankIndex:
-        """An index as `state` gave it; KeyError if something is missing.
-
-        Raises:
-            MissingExtraError: it has inverted files, and faiss is not installed.
-        """
+        """An index as `state` gave it; KeyError if something is missing."""
         heads = []
         for head, its in enumerate(settings["heads"]):
             prefix = f"{head}."
@@ -210,7 +204,9 @@ class BankIndex:
         return cls(tuple(heads), settings["top_k"], settings["target"], settings["fingerprint"])
 
 
-def _choose(keys_1NE: Tensor, query_1QE: Tensor, top_k: int, target: float, lists: bool) -> Sketch | InvertedFile:
+def _choose(
+    keys_1NE: Tensor, query_1QE: Tensor, top_k: int, target: float, lists: bool, together: int
+) -> Sketch | InvertedFile:
     if not lists:
         return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
     # With every list read, an inverted file finds what a sketch does: that must be more than the target. How many
@@ -218,7 +214,7 @@ def _choose(keys_1NE: Tensor, query_1QE: Tensor, top_k: int, target: float, list
     some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // LISTS_FROM)]
     size = Sketch.choose(some_1nE, query_1QE, top_k=top_k, target=(1 + target) / 2).size
     try:
-        return InvertedFile.choose(keys_1NE, query_1QE, top_k=top_k, target=target, size=size)
+        return InvertedFile.choose(keys_1NE, query_1QE, top_k=top_k, target=target, size=size, together=together)
     except ConfigError:
         return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
 

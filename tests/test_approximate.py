@@ -22,8 +22,6 @@ TOP_K = 8
 
 @pytest.fixture(scope="module", params=[False, True], ids=["sketches", "lists"])
 def index(request: pytest.FixtureRequest) -> BankIndex:
-    if request.param:
-        pytest.importorskip("faiss")
     return BankIndex.choose(KEYS_HNE, QUERY_HQE, top_k=TOP_K, target=0.95, lists=request.param)
 
 
@@ -75,14 +73,12 @@ def test_each_head_has_the_least_that_it_needs() -> None:
     assert (first.size, second.size) == (16, 32)
 
 
-def test_large_banks_are_searched_by_lists_where_faiss_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("faiss")
-    monkeypatch.setattr(approximate, "LISTS_FROM", 1200)
-    heads = BankIndex.choose(KEYS_HNE[:1], QUERY_HQE[:1], top_k=TOP_K, target=0.9).heads
-    assert isinstance(heads[0], InvertedFile)
-    monkeypatch.setattr(approximate.importlib.util, "find_spec", lambda name: None)
-    heads = BankIndex.choose(KEYS_HNE[:1], QUERY_HQE[:1], top_k=TOP_K, target=0.9).heads
-    assert isinstance(heads[0], Sketch)
+def test_large_banks_are_searched_by_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    for least, kind in ((1200, InvertedFile), (1201, Sketch)):
+        monkeypatch.setattr(approximate, "LISTS_FROM", least)
+        heads = BankIndex.choose(KEYS_HNE[:1], QUERY_HQE[:1], top_k=TOP_K, target=0.9, together=2).heads
+        assert isinstance(heads[0], kind)
+        assert kind is Sketch or heads[0].together == 2
 
 
 def test_a_head_that_lists_cannot_serve_has_a_sketch(monkeypatch: pytest.MonkeyPatch) -> None:

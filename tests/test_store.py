@@ -770,8 +770,6 @@ def indexed(store: MemoryStore) -> StoredBank:
 
 @pytest.mark.parametrize("lists", [False, True])
 def test_a_reopened_index_finds_the_same(store: MemoryStore, folder: Path, lists: bool) -> None:
-    if lists:
-        pytest.importorskip("faiss")
     bank = store.bank("notes", SPEC)
     bank.append(make_entry("a", "x" * 300))
     index = make_index(bank, lists)

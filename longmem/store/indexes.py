@@ -19,7 +19,7 @@ from longmem.store.segments import write_bytes
 from longmem.store.tensors import open_tensors
 
 INDEXES = "indexes"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 
 def index_name(bank_id: int | str) -> str:

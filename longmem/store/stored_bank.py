@@ -253,7 +253,6 @@ class StoredBank(MemoryBank):
         Raises:
             BankIndexError: there is none, or it was made for other tokens.
             StoreCorruptError: its file is damaged.
-            MissingExtraError: it needs faiss, which is not installed.
             ConfigError: the bank is not on the CPU, and the index has inverted files.
         """
         path = self._store.index_path(self._id)
