@@ -22,6 +22,7 @@ from longmem.approximate import BankIndex, fingerprint
 from longmem.codec import PackedRows, pack_rows, unpack_rows
 from longmem.config import BankSpec
 from longmem.errors import BankError, BankIndexError, ConfigError, SourceError
+from longmem.ops import empty_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -444,7 +445,7 @@ class MemoryBank:
         def grown(old: Tensor, dim: int) -> Tensor:
             shape = list(old.shape)
             shape[dim] = capacity
-            new = torch.empty(shape, dtype=old.dtype, device=old.device)
+            new = empty_rows(shape, old.dtype, old.device)
             new.narrow(dim, 0, self._length).copy_(old.narrow(dim, 0, self._length))
             return new
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from longmem.errors import ConfigError
-from longmem.ops import cpu
+from longmem.ops import cpu, in_large_pages
 from longmem.sketch import MEASURED, Basis, halves, recall, with_tail
 
 # Candidates for each retrieved key, scored again in float32.
@@ -243,7 +243,8 @@ class InvertedFile:
         basis = Basis(*(tensors[name] for name in Basis._fields))
         probes = tuple(settings["probes"])
         lists = tuple(
-            KeyLists(*(tensors[f"lists.{x}.{name}"] for name in KeyLists._fields)) for x in range(len(probes))
+            KeyLists(*(in_large_pages(tensors[f"lists.{x}.{name}"]) for name in KeyLists._fields))
+            for x in range(len(probes))
         )
         return cls(basis, settings["num_keys"], lists, probes, settings["together"], tuple(settings["recall"]))
 
@@ -317,7 +318,7 @@ def _in_lists(keys_NE: Tensor, centre_E: Tensor, matrix_ES: Tensor, num_lists: i
     promise_LP = torch.cat((mean_LS, PROMISE * deviation_LS), dim=-1).float()
     promise_scale_P = (promise_LP.abs().amax(0) / 127).clamp(min=1e-30)
     promise_LP = (promise_LP / promise_scale_P).round().to(torch.int8)
-    return KeyLists(promise_LP, promise_scale_P, first_L, blocks_L, codes_MS, row_M, scale_S)
+    return KeyLists(promise_LP, promise_scale_P, first_L, blocks_L, in_large_pages(codes_MS), row_M, scale_S)
 
 
 def _clusters(coordinates: Callable[[Tensor], Tensor], num_keys: int, num_lists: int, seed: int) -> tuple[Tensor, int]:

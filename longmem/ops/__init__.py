@@ -14,6 +14,7 @@ from longmem.ops.dispatch import (
 )
 from longmem.ops.joint import JointHeads, joins_at_once, joint_rows
 from longmem.ops.loss import linear_cross_entropy, linear_divergence, linear_nll
+from longmem.ops.pages import empty_rows, in_large_pages
 from longmem.ops.pools import Pools
 from longmem.ops.reference import causal_mask, row_scores
 
@@ -24,7 +25,9 @@ __all__ = [
     "causal_logsumexp",
     "causal_mask",
     "code_queries",
+    "empty_rows",
     "gather_rows",
+    "in_large_pages",
     "joins_at_once",
     "joint_rows",
     "linear_cross_entropy",
