@@ -6,9 +6,10 @@
 Every way continues the same random prompt greedily. Before anything is timed, the logits of compiled decoding are
 compared with eager ones, and the tokens chosen. Ways take turns, so that what else the machine does meets all alike;
 the processor's own time is given too, which leaves out waiting for a busy core. Banks hold random keys and values: they
-are for time, not for meaning. An index needs keys of text: with --vectors banks hold Python's documentation, repeated
-with slight noise, and the text that follows it is the prompt. The file, and banks and indexes in the store, are made
-where they are missing, and kept: an index of a million tokens takes minutes.
+are for time, not for meaning. An index needs keys of text: with --vectors banks hold texts (--texts; Python's
+documentation by default), repeated with slight noise where there are too few, and what follows in the last of them is
+the prompt. The file, and banks and indexes in the store, are made where they are missing, and kept: a million tokens
+take half an hour, their index two minutes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from longmem.store import MemoryStore
 
 RESULTS = Path(__file__).parent / "results" / "decode_cpu.csv"
 TOLERANCE = 1e-3
+PER_TEXT, READ_ON = 60_000, 1_024
 
 
 class Clock(BaseStreamer):
@@ -56,23 +58,39 @@ class Clock(BaseStreamer):
         return torch.tensor(self.times, dtype=torch.float64).diff(dim=0)[1:]
 
 
-def make_vectors(model_name: str, tokens: int) -> dict[str, Tensor]:
-    """Token ids (N,) of Python's documentation, keys and values (H, n, E) of all but the last of them."""
-    writer = LongMem.from_pretrained(model_name, device="cpu", dtype="bfloat16")  # in half the time
-    documents = default_documents(writer.tokenizer)
-    ids_N = torch.cat([torch.from_numpy(documents[i].astype("int64")) for i in range(len(documents))])[: tokens + 4096]
-    keys_HNE, values_HNE = writer.encode(ids_N[:tokens])
-    return {"ids": ids_N, "keys": keys_HNE.contiguous(), "values": values_HNE.contiguous()}
+def make_vectors(model_name: str, tokens: int, texts: Path | None) -> dict[str, Tensor]:
+    """Token ids (N,) of texts, keys and values (H, n, E) of all but the last `READ_ON` of them."""
+    writer = LongMem.from_pretrained(model_name, device="cpu", dtype="float32")
+    if texts is None:
+        documents = default_documents(writer.tokenizer)
+        whole_N = torch.cat([torch.from_numpy(documents[i].astype("int64")) for i in range(len(documents))])
+        all_ids, most = iter([whole_N]), tokens
+    else:
+        read = (path.read_text(encoding="utf-8") for path in sorted(texts.rglob("*.txt")))
+        all_ids = (torch.tensor(writer.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in read)
+        most = PER_TEXT
+    ids, encoded, following_T = [], [], torch.zeros(0, dtype=torch.int64)
+    for ids_N in all_ids:
+        length = min(most, len(ids_N) - READ_ON)
+        ids.append(ids_N[:length])
+        encoded.append(writer.encode(ids_N[:length]))
+        following_T = ids_N[length : length + READ_ON]
+        if sum(map(len, ids)) >= tokens:
+            break
+    keys_HNE, values_HNE = (torch.cat(parts, dim=1) for parts in zip(*encoded, strict=True))
+    return {"ids": torch.cat([*ids, following_T]), "keys": keys_HNE, "values": values_HNE}
 
 
 def text_bank(model: LongMem, size: int, vectors: dict[str, Tensor], store: MemoryStore, recall: float) -> MemoryBank:
-    """A bank of real text, repeated up to `size` tokens with noise of 2 % of a channel's spread; it has an index."""
+    """A bank of text, with an index; what is repeated up to `size` tokens has noise of 2 % of a channel's spread."""
     bank, generator = store.bank(f"text-{size}", model.bank_spec), torch.Generator().manual_seed(0)
     spreads = [0.02 * vectors[name][:, ::16].float().std(1, keepdim=True) for name in ("keys", "values")]
     while len(bank) < size:
         count = min(size - len(bank), vectors["keys"].shape[1])
         keys_HnE, values_HnE = (
             (rows_HnE + torch.randn(rows_HnE.shape, generator=generator).mul_(spread_H1E)).bfloat16()
+            if len(bank)
+            else rows_HnE
             for rows_HnE, spread_H1E in zip(
                 (vectors[name][:, :count] for name in ("keys", "values")), spreads, strict=True
             )
@@ -158,6 +176,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--banks", type=int, nargs="*", default=[0, 1 << 16, 1 << 20], help="tokens in each bank")
     parser.add_argument("--vectors", type=Path, help="keys of text, a file; also measure banks that have an index")
+    parser.add_argument("--texts", type=Path, help="folder of .txt files to make them of")
     parser.add_argument("--encode", type=int, default=98_304, help="tokens to encode where that file is missing")
     parser.add_argument("--store", type=Path, help="keeps banks of that text, and their indexes")
     parser.add_argument("--recall", type=float, default=0.99, help="asked of an index")
@@ -185,7 +204,7 @@ def main() -> None:
     vectors, store = None, None
     if arguments.vectors is not None:
         if not arguments.vectors.exists():
-            save_file(make_vectors(arguments.model, arguments.encode), arguments.vectors)
+            save_file(make_vectors(arguments.model, arguments.encode, arguments.texts), arguments.vectors)
         vectors, store = load_file(arguments.vectors), MemoryStore.open(arguments.store)
         ids_T = vectors["ids"][vectors["keys"].shape[1] :][: arguments.prompt]
     for size in [None, *arguments.banks]:
