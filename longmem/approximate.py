@@ -209,14 +209,17 @@ def _choose(
 ) -> Sketch | InvertedFile:
     if not lists:
         return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
-    # With every list read, an inverted file finds what a sketch does: that must be more than the target. How many
-    # coordinates it takes depends little on how many keys there are, and trying them on all takes minutes.
-    some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // LISTS_FROM)]
-    size = Sketch.choose(some_1nE, query_1QE, top_k=top_k, target=(1 + target) / 2).size
-    try:
-        return InvertedFile.choose(keys_1NE, query_1QE, top_k=top_k, target=target, size=size, together=together)
-    except ConfigError:
-        return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
+    # With every list read, an inverted file finds what a sketch does. That must be well above the target: what few
+    # coordinates miss has to be made up for by lists, which cost more. How many coordinates it takes depends little on
+    # how many keys there are, and trying them on all takes minutes.
+    some_1nE, head_dim = keys_1NE[:, :: -(-keys_1NE.shape[1] // LISTS_FROM)], keys_1NE.shape[-1]
+    least = Sketch.choose(some_1nE, query_1QE, top_k=top_k, target=(3 + target) / 4).size
+    for size in (*range(least, head_dim, 8), head_dim):
+        try:
+            return InvertedFile.choose(keys_1NE, query_1QE, top_k=top_k, target=target, size=size, together=together)
+        except ConfigError:
+            continue  # out of reach with so few
+    return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
 
 
 def check(num_tokens: int, top_k: int, target: float) -> None:

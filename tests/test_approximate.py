@@ -90,6 +90,23 @@ def test_a_head_that_lists_cannot_serve_has_a_sketch(monkeypatch: pytest.MonkeyP
     assert isinstance(head, Sketch) and head.recall[0] > 0.9
 
 
+def test_a_target_out_of_reach_takes_more_coordinates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a bank's keys are more alike than those among which coordinates were chosen."""
+    choose, tried = InvertedFile.choose, []
+
+    def reluctant(*parts: object, size: int, **settings: object) -> InvertedFile:
+        tried.append(size)
+        if len(tried) == 1:
+            raise ConfigError("the target is out of reach")
+        return choose(*parts, size=size, **settings)
+
+    monkeypatch.setattr(InvertedFile, "choose", reluctant)
+    keys_HNE = torch.cat((KEYS_HNE[:1], torch.zeros(1, 1200, 48).bfloat16()), dim=-1)
+    query_HQE = torch.nn.functional.pad(QUERY_HQE[:1], (0, 48))
+    (head,) = BankIndex.choose(keys_HNE, query_HQE, top_k=TOP_K, target=0.9, lists=True).heads
+    assert isinstance(head, InvertedFile) and head.size == tried[1] == tried[0] + 8
+
+
 def test_fingerprints_tell_keys_apart() -> None:
     seen = {fingerprint(KEYS_HNE), fingerprint(KEYS_HNE.flip(1)), fingerprint(KEYS_HNE[:, 1:])}
     assert len(seen | {fingerprint(KEYS_HNE.float())}) == 4
