@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -157,7 +158,7 @@ def tune(indexes: list[Any], setting: str, query_XQE: Tensor, truth_XQR: Tensor,
 
 
 def ways(
-    keys_XNE: Tensor, recorded_XQE: Tensor, known: dict[str, Any], real: bool, target: float
+    keys_XNE: Tensor, recorded_XQE: Tensor, known: dict[str, Any], real: bool, target: float, wanted: list[str]
 ) -> Iterator[tuple[str, str, float, Search]]:
     """(name, settings, bytes a key, search) of each way, made when it is its turn. `known`: settings of real keys."""
     searches, size, head_dim = keys_XNE.shape
@@ -170,27 +171,28 @@ def ways(
     def searching_files(files: list[InvertedFile]) -> Search:
         return lambda x, q: files[x % searches].search(q, keys_XNE[head[x]], TOP_K)
 
-    yield (
-        "topk_scan",
-        "bfloat16 queries",
-        2 * head_dim,
-        lambda x, q: cpu.topk_scan(q.bfloat16(), keys_XNE[head[x]], TOP_K),
-    )
-    yield "topk_scan", "float32 queries", 2 * head_dim, lambda x, q: cpu.topk_scan(q, keys_XNE[head[x]], TOP_K)
-
-    basis: Basis = known["basis"] if not real else Basis.fit(keys_XNE, recorded_XQE[:, : recorded_XQE.shape[1] // 2])
-    sketch = Sketch.build(keys_XNE, basis, head_dim)
-    yield "sketch, exact", f"{head_dim} coordinates", head_dim, searching(sketch, exact=True)
-    if real:
-        sketch = Sketch.choose(keys_XNE, recorded_XQE, top_k=TOP_K)
-        basis = known["basis"] = sketch.basis
-        known["size"] = sketch.codes_XNS.shape[-1]
-    for size_kept in sorted({32, known["size"]}):
-        sketch = Sketch.build(keys_XNE, basis, size_kept)
-        yield "sketch", f"{size_kept} coordinates", size_kept, searching(sketch)
-    del sketch
-
-    if real:
+    if "topk_scan" in wanted:
+        for precision in (torch.bfloat16, torch.float32):
+            yield (
+                "topk_scan",
+                f"{str(precision)[6:]} queries",
+                2 * head_dim,
+                lambda x, q, p=precision: cpu.topk_scan(q.to(p), keys_XNE[head[x]], TOP_K),
+            )
+    if "sketch" in wanted:
+        if real:
+            sketch = Sketch.choose(keys_XNE, recorded_XQE, top_k=TOP_K)
+            known["basis"], known["size"] = sketch.basis, sketch.size
+        basis: Basis = known["basis"]
+        sketch = Sketch.build(keys_XNE, basis, head_dim)
+        yield "sketch, exact", f"{head_dim} coordinates", head_dim, searching(sketch, exact=True)
+        for size_kept in sorted({32, known["size"]}):
+            sketch = Sketch.build(keys_XNE, basis, size_kept)
+            yield "sketch", f"{size_kept} coordinates", size_kept, searching(sketch)
+        del sketch
+    if "inverted file" not in wanted:
+        files = []
+    elif real:
         index = BankIndex.choose(keys_XNE, recorded_XQE, top_k=TOP_K, target=target, lists=True, together=GROUP)
         files = known["files"] = [file for file in index.heads if isinstance(file, InvertedFile)]
     else:
@@ -207,7 +209,7 @@ def ways(
         width = sum(file.size * file.probes[0] / len(file.lists[0]) for file in files) / searches
         yield "inverted file", settings, width, searching_files(files)
     del files
-    if size >= LARGE:
+    if size >= LARGE or "peers" not in wanted:
         return  # what follows needs more memory, or more time
 
     yield "reference", "", 2 * head_dim, lambda x, q: reference.topk_scan(q, keys_XNE[head[x]], TOP_K)
@@ -290,12 +292,13 @@ def main() -> None:
     )
     parser.add_argument("--recall", type=float, default=0.99, help="asked of an inverted file")
     parser.add_argument("--prefill", action="store_true", help="a step is 1,024 tokens")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    kinds = ["topk_scan", "sketch", "inverted file", "peers"]
+    parser.add_argument("--ways", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--seconds", type=float, default=4.0, help="of timing a way, at most (after ten steps)")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    faiss.omp_set_num_threads(arguments.threads)
+    set_threads(max(arguments.threads))
     if not arguments.vectors.exists():
         save_file(make_vectors(arguments.texts, arguments.model, arguments.tokens), arguments.vectors)
     vectors = load_file(arguments.vectors)
@@ -311,18 +314,18 @@ def main() -> None:
     check(real_XNE[:, : 1 << 16], asked_TXGE)
     copied, read = bandwidth()
     print(
-        f"exact searches agree; copy {copied / 1e9:.1f} GB/s, read {read / 1e9:.1f} GB/s, {arguments.threads} threads"
+        f"exact searches agree; {arguments.threads} threads, copy {copied / 1e9:.1f} GB/s, read {read / 1e9:.1f} GB/s"
     )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "faiss-cpu"))
-    common = {"commit": commit, "device": processor(), "threads": arguments.threads, "versions": versions}
+    common = {"commit": commit, "device": processor(), "versions": versions}
     common |= {"read_gb_per_s": round(read / 1e9, 1)}
     rows: list[dict[str, Any]] = []
     known: dict[str, Any] = {}
     for size in sorted(set(arguments.sizes)):
         real = size <= real_XNE.shape[1]
         keys_XNE = real_XNE[:, :size].contiguous() if real else tiled(real_XNE if size < LARGE else real_XNE[-1:], size)
-        if not real and size >= LARGE:
+        if not real and size >= LARGE and "basis" in known:
             known["basis"] = Basis(*(part[-1:] for part in known["basis"]))
         truth_XQR = None
         if real:
@@ -330,19 +333,29 @@ def main() -> None:
             truth_XQR = reference.topk_scan(query_XQE, keys_XNE, TOP_K)[0]
         vectors_are = "real" if real else "tiled" if size < LARGE else "tiled, one head"
         print(f"\n{size} tokens, keys {vectors_are}; milliseconds of a step, and recall of each head")
-        for name, settings, width, search in ways(keys_XNE, recorded_XQE, known, real, arguments.recall):
+        made = ways(keys_XNE, recorded_XQE, known, real, arguments.recall, arguments.ways)
+        for (name, settings, width, search), threads in ((way, n) for way in made for n in arguments.threads):
+            set_threads(threads)
             p20, p50, p95, steps = timed(search, timed_TXGE, arguments.seconds)
+            set_threads(max(arguments.threads))
             shares = (
                 "" if truth_XQR is None else "/".join(f"{r:.4f}" for r in recall(found(search, asked_TXGE), truth_XQR))
             )
             floor = 3 * size * width / read * 1000
             times = {"p20_ms": p20, "p50_ms": p50, "p95_ms": p95, "floor_ms": floor}
-            row = {**common, "keys": vectors_are, "N": size, "tokens": 1024 if arguments.prefill else 1}
+            row = {
+                **common,
+                "threads": threads,
+                "load": round(os.getloadavg()[0], 1),
+                "keys": vectors_are,
+                "N": size,
+                "tokens": 1024 if arguments.prefill else 1,
+            }
             row |= {"way": name, "settings": settings}
             row |= {key: round(value, 3) for key, value in times.items()}
             rows.append(row | {"steps": steps, "recall": shares})
             print(
-                f"{name:<15}{settings:<36} p20 {p20:8.2f}  p50 {p50:8.2f}  p95 {p95:8.2f}  "
+                f"{name:<15}{settings:<36} {threads} p20 {p20:8.2f}  p50 {p50:8.2f}  p95 {p95:8.2f}  "
                 f"(memory alone {floor:6.2f})  {shares}",
                 flush=True,
             )
@@ -351,6 +364,11 @@ def main() -> None:
                 writer = csv.DictWriter(file, rows[0])
                 writer.writeheader()
                 writer.writerows(rows)
+
+
+def set_threads(threads: int) -> None:
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
 
 
 def processor() -> str:

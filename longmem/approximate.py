@@ -25,6 +25,8 @@ from longmem.sketch import GpuSketch, Sketch
 
 # From so many tokens on, reading some lists is faster than reading a few numbers of every key (docs/search.md).
 LISTS_FROM = 1 << 17
+# Keys that numbers of coordinates are tried on.
+_TRIED = 1 << 20
 # An index of fewer tokens for each retrieved one would save nothing.
 LEAST = 16
 # The part of a bank that its index does not know may grow to this share of what it knows.
@@ -210,9 +212,8 @@ def _choose(
     if not lists:
         return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
     # With every list read, an inverted file finds what a sketch does. That must be well above the target: what few
-    # coordinates miss has to be made up for by lists, which cost more. How many coordinates it takes depends little on
-    # how many keys there are, and trying them on all takes minutes.
-    some_1nE, head_dim = keys_1NE[:, :: -(-keys_1NE.shape[1] // LISTS_FROM)], keys_1NE.shape[-1]
+    # coordinates miss has to be made up for by lists, which cost more. (Among few keys, fewer would seem enough.)
+    some_1nE, head_dim = keys_1NE[:, :: -(-keys_1NE.shape[1] // _TRIED)], keys_1NE.shape[-1]
     least = Sketch.choose(some_1nE, query_1QE, top_k=top_k, target=(3 + target) / 4).size
     for size in (*range(least, head_dim, 8), head_dim):
         try:
