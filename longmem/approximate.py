@@ -27,6 +27,8 @@ from longmem.sketch import GpuSketch, Sketch
 LISTS_FROM = 1 << 17
 # Keys that numbers of coordinates are tried on.
 _TRIED = 1 << 20
+# Coordinates that lists need beyond those of a sketch.
+_MORE = 8
 # An index of fewer tokens for each retrieved one would save nothing.
 LEAST = 16
 # The part of a bank that its index does not know may grow to this share of what it knows.
@@ -211,11 +213,11 @@ def _choose(
 ) -> Sketch | InvertedFile:
     if not lists:
         return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
-    # With every list read, an inverted file finds what a sketch does. That must be well above the target: what few
-    # coordinates miss has to be made up for by lists, which cost more. (Among few keys, fewer would seem enough.)
+    # With every list read, an inverted file finds what a sketch does. That must be well above the target: what too few
+    # coordinates miss has to be made up for by lists, and those are made and chosen by the same coordinates.
     some_1nE, head_dim = keys_1NE[:, :: -(-keys_1NE.shape[1] // _TRIED)], keys_1NE.shape[-1]
     least = Sketch.choose(some_1nE, query_1QE, top_k=top_k, target=(3 + target) / 4).size
-    for size in (*range(least, head_dim, 8), head_dim):
+    for size in (*range(least + _MORE, head_dim, 8), head_dim):
         try:
             return InvertedFile.choose(keys_1NE, query_1QE, top_k=top_k, target=target, size=size, together=together)
         except ConfigError:
