@@ -870,8 +870,8 @@ def test_a_damaged_index_is_named_and_can_be_made_again(indexed: StoredBank, sto
     path.write_bytes(b"")
     with pytest.raises(StoreCorruptError, match="cannot be read"):
         store.bank("notes", search="index")
-    path.write_bytes(kept.replace(b'"longmem_index":"1"', b'"longmem_index":"2"'))
-    with pytest.raises(StoreCorruptError, match="index format 2"):
+    path.write_bytes(kept.replace(b'"longmem_index":"2"', b'"longmem_index":"9"'))
+    with pytest.raises(StoreCorruptError, match="index format 9"):
         store.bank("notes", search="index")
     indexed.save_index(make_index(indexed))
     assert store.bank("notes", search="index").index is not None
