@@ -40,6 +40,7 @@ from longmem.errors import (
     StoreNotWritableError,
 )
 from longmem.store import MemoryStore, StoredBank, segments
+from longmem.store.files import new_file
 
 SPEC = BankSpec("tiny", "0" * 64, (MemoryHead(1, 0), MemoryHead(2, 1)), 8)
 FORMAT_DOC = Path(__file__).parents[1] / "docs" / "format.md"
@@ -645,15 +646,16 @@ def test_left_overs_of_a_crash_are_swept_and_running_writers_spared(folder: Path
     with MemoryStore.open(folder) as store:
         store.bank("notes", SPEC).append(make_entry("a", "text"))
         (kept,) = segment_files(folder)
-        orphan, stale, fresh, foreign = (
-            folder / "segments" / name for name in ("0.safetensors", "1.tmp", "2.tmp", "readme.txt")
-        )
-        for path in (orphan, stale, fresh, foreign):
+        orphan, left, foreign = (folder / "segments" / name for name in ("0.safetensors", "1.tmp", "readme.txt"))
+        for path in (orphan, left, foreign):
             path.write_bytes(b"x")
-        long_ago = time.time() - 7200
-        os.utime(stale, (long_ago, long_ago))
+        fresh = folder / "segments" / "2.tmp"
+    with new_file(fresh) as file:
+        file.write(b"x")
+        with MemoryStore.open(folder) as store:
+            assert set(segment_files(folder)) == {kept, fresh, foreign}
     with MemoryStore.open(folder) as store:
-        assert set(segment_files(folder)) == {kept, fresh, foreign}
+        assert set(segment_files(folder)) == {kept, foreign}
         assert store.bank("notes").text_of("a") == "text"
 
 

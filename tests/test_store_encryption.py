@@ -356,6 +356,42 @@ def test_destroying_the_key_forgets_in_every_copy(store: MemoryStore, folder: Pa
         store.destroy_key("user/3")
 
 
+def test_a_destroyed_key_gives_a_receipt(store: MemoryStore) -> None:
+    bank = encrypted(store)
+    store.tag("user/1", "first", 1)
+    key_id = store.seal("user/1").key_id
+    receipt = store.destroy_key("user/1")
+    assert receipt.destroyed_key == key_id and receipt.tokens_of("user/1") == len(bank)
+    assert receipt.facts["banks"][0]["tags"] == ["first"]
+    assert store.is_genuine(receipt) and store.receipts("user/1") == [receipt] == [store.destroy_key("user/1")]
+    assert store.verify().faults[0].kind == "key"
+
+
+def test_a_key_that_is_not_there_is_not_destroyed(store: MemoryStore) -> None:
+    bank = encrypted(store)
+    (key,) = store.keys.folder.iterdir()
+    away = key.rename(key.with_suffix(".away"))
+    with MemoryStore.open(store.folder) as other, pytest.raises(StoreKeyError, match="was not destroyed"):
+        other.destroy_key("user/1")
+    assert store.receipts() == []
+    away.rename(key)
+    with MemoryStore.open(store.folder) as other:
+        assert_same(other.bank("user/1"), bank)
+        other.destroy_key("user/1")
+
+
+def test_nobody_writes_with_a_key_that_was_destroyed(store: MemoryStore, folder: Path) -> None:
+    """Others keep it in memory: what they wrote could be read by nobody when they have ended."""
+    encrypted(store)
+    with MemoryStore.open(folder) as other:
+        bank = other.bank("user/1")
+        store.destroy_key("user/1")
+        before = segment_files(folder)
+        with pytest.raises(StoreKeyError, match="was destroyed on"):
+            bank.append(make_entry("late", TEXT))
+        assert segment_files(folder) == before
+
+
 def test_a_store_of_format_3_can_be_encrypted(store: MemoryStore, folder: Path) -> None:
     plain = fill(store.bank("user/1", SPEC))
     store.close()

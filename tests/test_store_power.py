@@ -11,10 +11,10 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -22,10 +22,17 @@ from conftest import TINY_TEXT
 from test_store import SPEC, make_entry, make_index, readable
 
 from longmem.bank import BankEntry
+from longmem.errors import StoreKeyError
 from longmem.model import LongMem
 from longmem.store import MemoryStore, Stretch
 
-FOLDERS = ("segments", "indexes", "quarantine")
+KEYS = "keys"
+FOLDERS = ("segments", "indexes", "quarantine", KEYS)
+
+
+def inside(store: Path, folder: str) -> Path:
+    """Where one of its folders is: keys lie beside the store."""
+    return store.with_name(f"{store.name}.keys") if folder == KEYS else store / folder
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,9 @@ class Crash:
         (folder / "segments").mkdir(parents=True)
         (folder / "manifest.sqlite").write_bytes(self.manifest)
         for name, data in self.files.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(data)
+            part, file = name.split("/")
+            inside(folder, part).mkdir(exist_ok=True)
+            (inside(folder, part) / file).write_bytes(data)
 
 
 class Disk:
@@ -50,18 +58,22 @@ class Disk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.synced: dict[int, bytes] = {}  # by inode
+        self.open: list[IO[bytes]] = []  # so that no inode is used twice
         self.names: dict[str, dict[str, int]] = {}  # inodes by name, as each folder's last fsync saw them
         self.acknowledged: frozenset[tuple[str, str]] = frozenset()
         self.crashes: list[Crash] = []
 
     def fsync(self, path: Path) -> None:
-        if path.parent == self.folder and path.name in FOLDERS:
-            self.names[path.name] = self._now(path.name)
-        elif path.parent.name in FOLDERS:
-            self.synced[path.stat().st_ino] = path.read_bytes()
+        for folder in FOLDERS:
+            if path == inside(self.folder, folder):
+                self.names[folder] = self._now(folder)
+            elif path.parent == inside(self.folder, folder):
+                if path.stat().st_ino not in self.synced:
+                    self.open.append(path.open("rb"))
+                self.synced[path.stat().st_ino] = path.read_bytes()
 
     def crash(self) -> None:
-        """Remember both disks that a loss of power at this instant can leave."""
+        """Remember the disks that a loss of power at this instant can leave."""
         copy = sqlite3.connect(":memory:")
         source = sqlite3.connect(self.folder / "manifest.sqlite")
         source.backup(copy)
@@ -77,7 +89,7 @@ class Disk:
             self.crashes.append(Crash(manifest, files, self.acknowledged))
 
     def _now(self, folder: str) -> dict[str, int]:
-        path = self.folder / folder
+        path = inside(self.folder, folder)
         return {entry.name: entry.inode() for entry in os.scandir(path)} if path.exists() else {}
 
 
@@ -210,8 +222,11 @@ class Model:
 
 
 def held(store: MemoryStore) -> dict[str, dict[str, str]]:
-    """Texts of all banks; every file is read and compared with its checksum."""
-    banks = {info.name: store.bank(info.name) for info in store.banks()}
+    """Texts of all banks whose keys are there; every file is read and compared with its checksum."""
+    banks = {}
+    for info in store.banks():
+        with suppress(StoreKeyError):
+            banks[info.name] = store.bank(info.name)
     return {name: {source: bank.text_of(source) for source in bank.sources} for name, bank in banks.items()}
 
 
@@ -264,3 +279,58 @@ def test_every_operation_is_whole_or_not_there(tmp_path: Path, monkeypatch: pyte
                 for bank in holders:
                     again.delete(bank)
             assert secret.encode() not in readable(tmp_path / str(number))
+
+
+def test_encryption_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a loss of power a namespace is as readable as before, or encrypted, and then nothing of it can be read."""
+    pytest.importorskip("cryptography")
+    folder, model, secret = tmp_path / "memories", Model(), "the s3cret stone"
+    steps: dict[str, Callable[[MemoryStore], Any]] = {
+        "encrypt": lambda store: store.encrypt("notes"),
+        "append": lambda store: store.bank("notes").append(model.entry("c", "more")),
+        "fork": lambda store: store.fork("notes", "notes/draft"),
+        "copy": lambda store: store.fork("notes", "copy"),
+        "forget": lambda store: store.forget("notes", [Stretch("a")]),
+        "destroy": lambda store: store.destroy_key("notes"),
+        "delete": lambda store: store.delete("notes"),
+        "encrypt a new one": lambda store: store.encrypt("later"),
+    }
+    disk, crashes = Disk(folder), list[tuple[str, Crash, list[dict[str, dict[str, str]]]]]()
+    with MemoryStore.open(folder) as store:
+        bank = store.bank("notes", SPEC)
+        with recorded(disk, monkeypatch):
+            bank.append(model.entry("a", "one two three "))
+            bank.append(model.entry(f"named {secret}", f"and {secret} here, where nobody looks, behind the boathouse"))
+            bank.append(model.entry("a", "four", 14, "one two three "))
+            bank.keep_scores("surprise", {piece.id: torch.ones(piece.tokens) for piece in bank.pieces})
+            bank.save_index(make_index(bank))
+        for name, step in steps.items():
+            before = held(store)
+            disk.crashes.clear()
+            with recorded(disk, monkeypatch):
+                step(store)
+            disk.crash()
+            *during, after_synced, after_now = disk.crashes
+            states = [before, held(store)]
+            crashes += [(name, crash, states) for crash in during]
+            crashes += [(name, crash, states[1:]) for crash in (after_synced, after_now)]
+    assert {name for name, _, _ in crashes} == set(steps) and len(crashes) > 100
+    for number, (name, crash, states) in enumerate(crashes):
+        where = tmp_path / str(number)
+        crash.write(where)
+        with MemoryStore.open(where) as again:
+            assert {fault.kind for fault in again.verify().faults} <= {"key"}, name
+            assert held(again) in states, name
+            assert again.orphans() == [], name
+            encrypted = {row[0] for row in again.manifest.query("SELECT namespace FROM encryption")}
+            if encrypted:
+                assert secret.encode() not in readable(where), name
+            # Whatever the power took, each step can be done again.
+            if name == "encrypt" and not encrypted:
+                assert secret.encode() in readable(where)  # the scan can see
+                again.encrypt("notes")
+                assert secret.encode() not in readable(where) and held(again) == states[-1]
+            if name == "destroy":
+                again.destroy_key("notes")
+                assert set(held(again)) == {"copy"}
+                assert len(list(inside(where, KEYS).iterdir())) == 1

@@ -272,6 +272,13 @@ def test_orphans_are_listed_and_are_no_fault(folder: Path) -> None:
         assert store.verify().ok and store.verify().orphans == ("segments/0.safetensors",)
 
 
+def test_a_forgotten_file_that_a_crash_left_in_quarantine_goes(folder: Path) -> None:
+    (folder / "quarantine").mkdir()
+    (folder / "quarantine" / "0.safetensors").write_bytes(b"forgotten")
+    with MemoryStore.open(folder) as store:
+        assert list((folder / "quarantine").iterdir()) == [] and store.verify().orphans == ()
+
+
 def test_a_repair_that_cannot_write_changes_nothing(folder: Path, model: LongMem) -> None:
     damaged, *_ = files(folder)
     flip(damaged, 5000)

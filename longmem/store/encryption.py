@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longmem.errors import MissingExtraError, StoreCorruptError, StoreError, StoreKeyError, StoreNotWritableError
+from longmem.store.files import sync_folder
 
 MAGIC = b"LMSEALED"
 BLOCK_BYTES = 1 << 20
@@ -47,14 +48,15 @@ class Keys:
         key = secrets.token_bytes(KEY_BYTES)
         key_id = _id_of(key)
         try:
+            made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(self.path(key_id), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with open(descriptor, "wb") as file:
                 file.write(key.hex().encode())
                 file.flush()
                 os.fsync(file.fileno())
-            for folder in (self.folder, self.folder.parent):
-                _sync(folder)
+            for folder in {self.folder, self.folder.parent, *(folder.parent for folder in made)}:
+                sync_folder(folder)
         except OSError as error:
             raise StoreNotWritableError(
                 f"No key can be kept in {self.folder}: {error}. Check its permissions, or give another folder for keys."
@@ -94,12 +96,19 @@ class Keys:
                 file.flush()
                 os.fsync(file.fileno())
             path.unlink()
-            _sync(self.folder)
+            sync_folder(self.folder)
         except FileNotFoundError:
             return False
         except OSError as error:
             raise StoreNotWritableError(f"{path} cannot be removed: {error}. Check its permissions.") from error
         return True
+
+    def has(self, key_id: str) -> bool:
+        """Whether there is such a key, and it can be used."""
+        try:
+            return bool(self.key(key_id))
+        except StoreKeyError:
+            return False
 
     def discard(self, key_id: str) -> None:
         """Remove a key with which nothing was encrypted."""
@@ -234,11 +243,3 @@ def _cryptography(module: str) -> Any:
         raise MissingExtraError(
             "Encrypted namespaces need the package cryptography. Install it: pip install 'longmem[encryption]'."
         ) from error
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

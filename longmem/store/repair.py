@@ -20,6 +20,7 @@ from longmem.bank import BankEntry, packed
 from longmem.config import BankSpec
 from longmem.errors import BankMismatchError, StoreCorruptError, StoreError, StoreNotWritableError
 from longmem.store.encryption import Seal
+from longmem.store.files import sync_folder
 from longmem.store.manifest import now
 from longmem.store.rows import put_record
 from longmem.store.segments import (
@@ -32,7 +33,6 @@ from longmem.store.segments import (
     read_segment,
     record_in,
     segment_name,
-    sync_folder,
 )
 from longmem.store.tensors import open_tensors
 from longmem.store.thinning import PIECE_TABLES, as_thinned

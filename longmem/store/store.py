@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import sqlite3
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -15,17 +14,25 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import IO, Literal, Self
 
 import torch
 
 from longmem.bank import BankEntry
 from longmem.config import BankSpec, Precision
-from longmem.errors import BankError, BankMismatchError, BankNotFoundError, StoreError, StoreNotWritableError
+from longmem.errors import (
+    BankError,
+    BankMismatchError,
+    BankNotFoundError,
+    StoreError,
+    StoreKeyError,
+    StoreNotWritableError,
+)
 from longmem.store.algebra import Diff, TextEncoder, copy_by, diff, fork, merge
 from longmem.store.archive import export, import_
 from longmem.store.consolidate import SEGMENT_BYTES, Consolidation, consolidate
 from longmem.store.encryption import Keys, Seal
+from longmem.store.files import is_abandoned, new_file, sync_folder
 from longmem.store.forgetting import Preview, Stretch, forget, preview, written
 from longmem.store.indexes import INDEXES
 from longmem.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, now
@@ -41,7 +48,6 @@ from longmem.store.segments import (
     NewSegment,
     Piece,
     pieces_of,
-    sync_folder,
     write_segment,
 )
 from longmem.store.stored_bank import StoredBank
@@ -53,9 +59,6 @@ _NEVER = 2**62
 _REVISION = "SELECT revision FROM bank WHERE id = ?"
 _NAME_PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]+"
 _NAME = re.compile(rf"{_NAME_PART}(?:/{_NAME_PART})*")
-# A temporary file this old belongs to no append that still runs. Were it one after all (a suspended machine),
-# its rename fails and nothing is committed.
-_STALE_SECONDS = 3600
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,7 @@ class MemoryStore:
         self.folder = folder
         self.keys = keys
         self.manifest = manifest
+        self._drafts: dict[str, IO[bytes]] = {}
 
     @property
     def writable(self) -> bool:
@@ -484,17 +488,20 @@ class MemoryStore:
         check_bank_name(namespace)
         encrypt(self, namespace)
 
-    def destroy_key(self, namespace: str) -> None:
+    def destroy_key(self, namespace: str) -> Receipt:
         """Forget all that an encrypted namespace holds, in this store and in every copy and backup of it.
 
         Its banks stay, can be read by nobody, and can be deleted. Copies of the key are not known here; processes that
-        have the bank open keep it until they close it.
+        have the bank open can read it until they close it, and write nothing more. A signed receipt is kept.
+
+        Should it be interrupted, it can be done again; done twice, it gives the same receipt.
 
         Raises:
             StoreError: it is not encrypted.
+            StoreKeyError: its key is not there.
             StoreNotWritableError: the store or the key's file cannot be written.
         """
-        destroy_key(self, namespace)
+        return destroy_key(self, namespace)
 
     def seal(self, name: str) -> Seal:
         """How the namespace of a bank keeps what it writes; of one that there is not yet, the namespace of its name."""
@@ -663,6 +670,15 @@ class MemoryStore:
             f"--bank {bank}`; or restore the file from a backup. Other banks can be used."
         )
 
+    def draft(self, file: str) -> IO[bytes]:
+        """A new segment file under its temporary name, to be written; `place` or `discard` it.
+
+        Raises:
+            OSError: none can be made.
+        """
+        self._drafts[file] = new_file(self.segment_path(file).with_suffix(".tmp"))
+        return self._drafts[file]
+
     def write_segment(self, entries: Sequence[BankEntry], bank: str) -> NewSegment:
         """Write a segment of a bank under a temporary name, which means nothing until `place` has been committed.
 
@@ -672,7 +688,7 @@ class MemoryStore:
         file = secrets.token_hex(16) + ".safetensors"
         seal = self.seal(bank)
         try:
-            said = write_segment(self.segment_path(file).with_suffix(".tmp"), entries, seal)
+            said = write_segment(self.draft(file), file, entries, seal)
             return NewSegment(file, *said, bank, seal.key_id)
         except BaseException:
             self.discard(file)
@@ -682,7 +698,8 @@ class MemoryStore:
         """Give a new segment its name and its row, inside a transaction; returns the row's id."""
         self.require_same_key(new.bank, new.key_id)
         path = self.segment_path(new.file)
-        os.rename(path.with_suffix(".tmp"), path)
+        with self._drafts.pop(new.file):
+            os.rename(path.with_suffix(".tmp"), path)
         sync_folder(path.parent)
         row = database.execute(
             "INSERT INTO segment (file, sha256, bytes) VALUES (?, ?, ?)", (new.file, new.sha256, new.bytes)
@@ -709,9 +726,15 @@ class MemoryStore:
         )
 
     def require_same_key(self, bank: str, key_id: str | None) -> None:
-        """Raise `StoreError` if a bank's namespace was encrypted since something was written for it."""
+        """Raise `StoreError` if a bank's namespace got or lost its key since something was written for it."""
         if self.seal(bank).key_id != key_id:
             raise StoreError(f"Bank {bank!r} was encrypted meanwhile; nothing was changed. Try again.")
+        for (time,) in self.manifest.query("SELECT destroyed FROM encryption WHERE key = ?", key_id):
+            if time is not None:
+                raise StoreKeyError(
+                    f"The key of bank {bank!r} was destroyed on {time}: nothing can be written to it any more. Delete "
+                    "it to begin a new one. (If its destruction was interrupted, `longmem destroy-key` completes it.)"
+                )
 
     def remove_index(self, bank_id: int) -> bool:
         """Remove a bank's index, if it has one, and its bytes."""
@@ -733,6 +756,10 @@ class MemoryStore:
 
     def discard(self, file: str) -> None:
         """Remove what a failed append may have left."""
+        if file in self._drafts:
+            # What did not fit on the disk does not now.
+            with suppress(OSError):
+                self._drafts.pop(file).close()
         # An interrupt can arrive after the commit: then the file is part of the store. A manifest that cannot be
         # read decides nothing; the next writable open sweeps.
         with suppress(StoreError, OSError):
@@ -753,7 +780,10 @@ class MemoryStore:
             ) from error
 
     def erase(self, files: list[str]) -> None:
-        """Unlink segment files of something forgotten, those in quarantine too."""
+        """Unlink segment files of something forgotten, those in quarantine too, and what deleted rows have left."""
+        # First: as long as the files are there, the next to open the store knows that this is to be done. On a full
+        # disk it is possible only afterwards.
+        scrubbed = self.manifest.scrub()
         self.unlink(files)
         folder = self.folder / QUARANTINE
         try:
@@ -765,7 +795,9 @@ class MemoryStore:
             raise StoreNotWritableError(
                 f"Forgotten, but a file is still in {folder}: {error}. Remove it by hand."
             ) from error
-        if not self.manifest.scrub():
+        # Those who were killed while they wrote something else may have left it as well.
+        self._sweep()
+        if not (scrubbed or self.manifest.scrub()):
             warnings.warn(
                 f"Forgotten, but deleted rows are still in {self.folder / MANIFEST}-wal, since another process reads "
                 "the store or the disk is full. They go when the last process closes it.",
@@ -784,6 +816,9 @@ class MemoryStore:
                 # A process that dies inside COMMIT can leave a whole transaction in SQLite's log that nobody sees until
                 # the log is next recovered. Its file looks like a left-over: write over the transaction first.
                 database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
+            # Whoever died after it had forgotten something had not come to this. A file that is left says so.
+            if any(path.suffix == ".safetensors" for path in orphans):
+                self.manifest.scrub()
             for path in orphans:
                 path.unlink(missing_ok=True)
         except OSError as error:
@@ -791,16 +826,11 @@ class MemoryStore:
 
     def orphans(self) -> list[Path]:
         """Files that crashed processes left behind, of which nothing is part of the store."""
-        stale = time.time() - _STALE_SECONDS
-        paths = [path for part in (SEGMENTS, INDEXES) for path in (self.folder / part).glob("*")]
-        known = {file for (file,) in self.manifest.query("SELECT file FROM segment")}
+        paths = [path for part in (SEGMENTS, INDEXES, QUARANTINE) for path in (self.folder / part).glob("*")]
+        known = {file for (file,) in self.manifest.query("SELECT file FROM segment UNION SELECT file FROM quarantine")}
         known |= {self.index_path(bank_id).name for (bank_id,) in self.manifest.query("SELECT id FROM bank")}
         orphans = [path for path in paths if path.suffix == ".safetensors" and path.name not in known]
-        for path in paths:
-            with suppress(FileNotFoundError):
-                if path.suffix == ".tmp" and path.stat().st_mtime < stale:
-                    orphans.append(path)
-        return orphans
+        return orphans + [path for path in paths if path.suffix == ".tmp" and is_abandoned(path)]
 
 
 def _mismatch(name: str, *, stored: BankSpec, given: BankSpec) -> str:

@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from longmem.bank import DTYPES
 from longmem.config import BankSpec
 from longmem.errors import StoreCorruptError, StoreKeyError
+from longmem.store.files import digest
 from longmem.store.indexes import read_index
 from longmem.store.receipts import is_genuine, receipts
 from longmem.store.rows import record_name
-from longmem.store.segments import Piece, Record, by_segment, digest, header_of, segment_name
+from longmem.store.segments import Piece, Record, by_segment, header_of, segment_name
 from longmem.store.tensors import open_tensors
 
 if TYPE_CHECKING:
