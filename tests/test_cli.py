@@ -648,6 +648,11 @@ def test_a_damaged_store_is_verified_and_repaired(notes, tiny_model_dir):
     assert json.loads(ok("repair", *at("notes"), *model, "--json"))[0]["pieces"] == 0
     assert "all is well" in ok("verify", "--store", "memories")
     assert ok("recall", "moon", *at("notes"), *model, "--json") == hits
+    Path("memories/manifest.sqlite").unlink()
+    assert "longmem repair --store memories" in fails("verify", "--store", "memories").replace("\n", " ")
+    mended = cli("repair", "--store", "memories", *model)
+    assert mended.exit_code == 0 and "made anew from its second copy" in mended.output
+    assert ok("recall", "moon", *at("notes"), *model, "--json") == hits
     assert "It has: notes" in fails("verify", *at("x"))
     assert "It has: notes" in fails("repair", *at("x"), *model)
     assert "It has: notes" in fails("consolidate", *at("x"))

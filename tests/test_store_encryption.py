@@ -397,8 +397,10 @@ def test_a_store_of_format_3_can_be_encrypted(store: MemoryStore, folder: Path) 
     store.close()
     with sqlite3.connect(folder / "manifest.sqlite") as database:
         database.execute("DROP TABLE encryption")
+        database.execute("DROP TABLE commits")
         database.execute("PRAGMA user_version = 3")
     database.close()
+    (folder / "twin.sqlite").unlink()
     with MemoryStore.open(folder) as again:
         again.encrypt("user/1")
         assert_same(again.bank("user/1"), plain)

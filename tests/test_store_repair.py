@@ -59,10 +59,12 @@ def files(folder: Path, bank: str = "notes") -> list[Path]:
 
 
 def execute(folder: Path, sql: str) -> None:
+    """Change the manifest, as if it had always been so."""
     database = sqlite3.connect(folder / "manifest.sqlite")
     database.execute(sql)
     database.commit()
     database.close()
+    (folder / "twin.sqlite").unlink(missing_ok=True)
 
 
 def flip(path: Path, position: int) -> None:

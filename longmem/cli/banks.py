@@ -310,9 +310,16 @@ def repair(
     device: common.Device = "auto",
     as_json: common.Json = False,
 ) -> None:
-    """Mend a damaged store: what is lost of keys and values is encoded again; what cannot be is moved aside."""
+    """Mend a damaged store: what is lost of keys and values is encoded again; what cannot be is moved aside.
+
+    First the manifest, from its second copy. If that cannot be read, end all other programs that use the store.
+    """
     from longmem.store import MemoryStore
 
+    rebuilt = MemoryStore.rebuild(store)
+    if rebuilt is not None:
+        done = "made anew from its second copy" if rebuilt.whole else f"{rebuilt.rows:,} rows of it put right"
+        typer.echo(f"The manifest: {rebuilt.meaning}; {done}.", err=True)
     with MemoryStore.open(store, create=False) as opened:
         loaded = common.load_model(model, device)
         total = sum(info.bytes for info in opened.banks() if bank in (None, info.name))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from longmem.store.algebra import ChangedSource, Diff
 from longmem.store.consolidate import Consolidation
 from longmem.store.forgetting import Generated, Preview, Stretch
+from longmem.store.rebuild import Rebuilt
 from longmem.store.receipts import Receipt
 from longmem.store.repair import Quarantined, Repair
 from longmem.store.store import BankInfo, MemoryStore, check_bank_name
@@ -30,6 +31,7 @@ __all__ = [
     "MemoryStore",
     "Preview",
     "Quarantined",
+    "Rebuilt",
     "Receipt",
     "Repair",
     "Report",

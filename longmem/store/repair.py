@@ -21,7 +21,7 @@ from longmem.config import BankSpec
 from longmem.errors import BankMismatchError, StoreCorruptError, StoreError, StoreNotWritableError
 from longmem.store.encryption import Seal
 from longmem.store.files import sync_folder
-from longmem.store.manifest import now
+from longmem.store.manifest import compare_in, explained, now
 from longmem.store.rows import put_record
 from longmem.store.segments import (
     QUARANTINE,
@@ -128,6 +128,15 @@ def repair(
 ) -> tuple[Repair, ...]:
     """See `MemoryStore.repair`."""
     store.manifest.require_writable()
+    with explained(store.folder):
+        compared = compare_in(store.folder, writable=True)
+    if compared.damaged:
+        raise StoreCorruptError(
+            f"The manifest of {store.folder} is damaged: {compared.meaning}. Close the store and mend that first: "
+            f"`MemoryStore.rebuild`, `longmem repair --store {store.folder}`."
+        )
+    if compared.renew:
+        store.manifest.renew_twin()
     if name is not None and store.find(name) is None:
         raise store.not_found(name)
     done = []

@@ -24,6 +24,7 @@ from longmem.errors import (
     BankError,
     BankMismatchError,
     BankNotFoundError,
+    StoreCorruptError,
     StoreError,
     StoreKeyError,
     StoreNotWritableError,
@@ -36,6 +37,7 @@ from longmem.store.files import is_abandoned, new_file, sync_folder
 from longmem.store.forgetting import Preview, Stretch, forget, preview, written
 from longmem.store.indexes import INDEXES
 from longmem.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, now
+from longmem.store.rebuild import Rebuilt, rebuild, restore_records
 from longmem.store.receipts import Receipt, is_genuine, receipts
 from longmem.store.release import release
 from longmem.store.repair import Encoder, Repair, repair
@@ -51,6 +53,7 @@ from longmem.store.segments import (
     write_segment,
 )
 from longmem.store.stored_bank import StoredBank
+from longmem.store.twin import TWIN
 from longmem.store.verify import Report, verify
 from longmem.store.versions import Version, log, resolve, tag, tags, untag
 
@@ -139,6 +142,7 @@ class MemoryStore:
         folder = Path(path)
         manifest = folder / MANIFEST
         if not os.path.exists(manifest):
+            _require_empty(folder)
             if not create:
                 raise StoreError(
                     f"No store in {folder}: it has no {MANIFEST}. "
@@ -154,6 +158,32 @@ class MemoryStore:
         if writable:
             store._sweep()
         return store
+
+    @classmethod
+    def rebuild(cls, path: str | os.PathLike[str], *, keys: str | os.PathLike[str] | None = None) -> Rebuilt | None:
+        """Mend the manifest of a store that `open` finds damaged or missing, from its twin; None if nothing is wrong.
+
+        Rows that are not what was written are put right where they stand. A manifest that cannot be read is made anew,
+        with texts and token ids from the segments: end all other programs that have the store open first.
+
+        Raises:
+            StoreError: there is no store.
+            StoreCorruptError: the twin is missing or damaged as well. Nothing was changed.
+            StoreNotWritableError: the folder cannot be written.
+        """
+        folder = Path(path)
+        if not any((folder / name).exists() for name in (MANIFEST, TWIN)):
+            raise StoreError(f"No store in {folder}: it has no {MANIFEST}. Give the folder of an existing store.")
+        try:
+            done = rebuild(folder)
+        except OSError as error:
+            raise StoreNotWritableError(
+                f"{folder / MANIFEST} was not mended: {error}. Check the space and the permissions of {folder}."
+            ) from error
+        if done is not None and done.whole:
+            with cls.open(folder, keys=keys) as store:
+                restore_records(store)
+        return done
 
     def __enter__(self) -> Self:
         return self
@@ -843,6 +873,15 @@ def _mismatch(name: str, *, stored: BankSpec, given: BankSpec) -> str:
         f"Bank {name!r} was written by another model ({'; '.join(different)}). "
         f"Open it with the model that wrote it (backbone {stored.backbone!r}), or use another bank name."
     )
+
+
+def _require_empty(folder: Path) -> None:
+    """Raise `StoreCorruptError` if a folder without a manifest has had one: what it names must not be swept."""
+    if (folder / TWIN).exists() or any((folder / SEGMENTS).glob("*.safetensors")):
+        raise StoreCorruptError(
+            f"{folder / MANIFEST} is missing, and {folder} holds a store. Nothing was changed. Mend it from its second "
+            f"copy: `longmem repair --store {folder}`; or restore it from a backup."
+        )
 
 
 def _create_folder(folder: Path) -> None:

@@ -16,16 +16,29 @@ from longmem.config import BankSpec
 from longmem.errors import StoreCorruptError, StoreKeyError
 from longmem.store.files import digest
 from longmem.store.indexes import read_index
+from longmem.store.manifest import MANIFEST, compare_in, explained
 from longmem.store.receipts import is_genuine, receipts
 from longmem.store.rows import record_name
 from longmem.store.segments import Piece, Record, by_segment, header_of, segment_name
 from longmem.store.tensors import open_tensors
+from longmem.store.twin import TWIN
 
 if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
 
 Kind = Literal[
-    "missing", "size", "checksum", "unreadable", "header", "gap", "record", "index", "receipt", "manifest", "key"
+    "missing",
+    "size",
+    "checksum",
+    "unreadable",
+    "header",
+    "gap",
+    "record",
+    "index",
+    "receipt",
+    "manifest",
+    "twin",
+    "key",
 ]
 
 
@@ -34,9 +47,9 @@ class Fault:
     """Something that is not as it was written.
 
     Attributes:
-        bank: name; None if the fault is the manifest's.
+        bank: name; None if the fault is the manifest's, or its twin's.
         sources: names of the sources that it concerns.
-        file: of the segment or index, inside the store; None if it is in no file of its own.
+        file: name inside the store; None for what is in the manifest beside rows that have a second copy.
         kind: what is wrong.
         meaning: the same in words: what was found, what was expected, and what it means.
     """
@@ -78,10 +91,16 @@ def verify(store: MemoryStore, name: str | None, on_bytes: Callable[[int], None]
     """See `MemoryStore.verify`."""
     query = store.manifest.query
     faults = [
-        Fault(None, (), None, "manifest", f"SQLite finds the manifest damaged: {row}. Restore it from a backup.")
+        Fault(None, (), MANIFEST, "manifest", f"SQLite finds the manifest damaged: {row}.")
         for (row,) in query("PRAGMA integrity_check(20)")
         if row != "ok"
     ]
+    with explained(store.folder):
+        compared = compare_in(store.folder, writable=store.writable)
+    if compared.damaged:
+        faults.append(Fault(None, (), MANIFEST, "manifest", f"In the manifest {compared.meaning}."))
+    elif compared.renew and (store.folder / TWIN).exists():
+        faults.append(Fault(None, (), TWIN, "twin", "The manifest's second copy is damaged. Nothing is lost."))
     given = receipts(store.manifest)
     if given and not is_genuine(store.manifest, given[-1]):
         altered = "A receipt was altered or taken out: what they say was forgotten cannot be trusted."
