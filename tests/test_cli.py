@@ -839,6 +839,16 @@ def test_a_missing_optional_package(texts, monkeypatch):
     assert "needs matplotlib" in error and "pip install 'longmem[plot]'" in error
 
 
+def test_segments_lie_elsewhere(work, tiny_model_dir):
+    elsewhere, model = f"file://{work}/elsewhere", ("--model", tiny_model_dir, *CPU)
+    ok("place", elsewhere, "--store", "away")
+    (work / "moon.txt").write_text("The moon is made of rock.", encoding="utf-8")
+    ok("write", "moon.txt", "--bank", "notes", "--store", "away", *model)
+    assert len(list((work / "elsewhere").glob("*.safetensors"))) == 1
+    assert "all is well" in ok("verify", "--store", "away")
+    assert "of another store" in fails("place", elsewhere, "--store", "other")
+
+
 def test_a_bank_is_encrypted_and_its_key_destroyed(notes):
     pytest.importorskip("cryptography")
     assert "memories.keys" in ok("encrypt", "notes", "--store", "memories").replace("\n", "")

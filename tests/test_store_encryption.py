@@ -398,6 +398,7 @@ def test_a_store_of_format_3_can_be_encrypted(store: MemoryStore, folder: Path) 
     with sqlite3.connect(folder / "manifest.sqlite") as database:
         database.execute("DROP TABLE encryption")
         database.execute("DROP TABLE commits")
+        database.execute("DROP TABLE location")
         database.execute("PRAGMA user_version = 3")
     database.close()
     (folder / "twin.sqlite").unlink()

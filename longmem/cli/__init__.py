@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from longmem import __version__
-from longmem.cli import banks, compare, encryption, forgetting, learn, measure, talk, versions
+from longmem.cli import banks, compare, encryption, forgetting, learn, measure, stores, talk, versions
 from longmem.errors import LongMemError
 
 
@@ -97,6 +97,7 @@ for _command in (
     banks.repair,
     banks.consolidate,
     banks.retain,
+    stores.place,
 ):
     app.command(rich_help_panel=_KEEP)(_command)
 app.command("import", rich_help_panel=_KEEP)(versions.import_)

@@ -297,6 +297,11 @@ def verify(store: common.Store, bank: OneOrAll = None, as_json: common.Json = Fa
                 f"The text of {report.without_record:,} pieces has one copy only; `longmem repair` makes a second.",
                 highlight=False,
             )
+        if report.orphans:
+            common.out.print(
+                f"{len(report.orphans):,} files are no part of the store; `longmem repair` removes them.",
+                highlight=False,
+            )
         if report.quarantined:
             common.out.print(f"{report.quarantined:,} pieces are in quarantine.", highlight=False)
     if not report.ok:

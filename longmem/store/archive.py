@@ -254,7 +254,8 @@ def _copy(store: MemoryStore, source: IO[bytes], bank: str) -> tuple[NewSegment,
     file = secrets.token_hex(16) + ".safetensors"
     try:
         data = source.read()
-        said = write_bytes(store.draft(file), seal.data(data, segment_name(file)))
+        said = write_bytes(store.files.draft(file), seal.data(data, segment_name(file)))
+        store.files.finish(file)
         return NewSegment(file, *said, bank, seal.key_id), hashlib.sha256(data).hexdigest()
     except BaseException:
         store.discard(file)

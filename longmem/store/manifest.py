@@ -137,9 +137,17 @@ CREATE TABLE commits (
 )
 """
 
-# Format 4 had no twin, and so no numbers of commits. Format 3 had no encrypted namespaces. Format 1 had one row, in
-# `segment`, for a piece and its file, and no copy of the text outside of that file. Format 2 had pieces of one bank
-# each, and no versions.
+LOCATION = """
+CREATE TABLE location (
+    id   INTEGER PRIMARY KEY CHECK (id = 1),
+    url  TEXT    NOT NULL,
+    mark TEXT    NOT NULL
+)
+"""
+
+# Format 4 had no other location of segments, and no twin, so no numbers of commits. Format 3 had no encrypted
+# namespaces. Format 1 had one row, in `segment`, for a piece and its file, and no copy of the text outside of that
+# file. Format 2 had pieces of one bank each, and no versions.
 _PIECES_OF_1 = """
 CREATE TABLE old_piece AS SELECT id, bank, ordinal, source, char_start, chars, tokens, id AS segment, 0 AS first_token,
     0 AS first_char, created FROM old_segment;
@@ -348,6 +356,7 @@ def _create(database: sqlite3.Connection) -> None:
     _run(database, SCHEMA)
     database.execute(ENCRYPTION)
     database.execute(COMMITS)
+    database.execute(LOCATION)
     database.execute("INSERT INTO commits VALUES (1, 0)")
     database.execute("INSERT INTO secret VALUES (1, randomblob(32))")
     database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -382,6 +391,7 @@ def _migrate(database: sqlite3.Connection) -> None:
         database.execute(ENCRYPTION)
     if version < FORMAT_VERSION:
         database.execute(COMMITS)
+        database.execute(LOCATION)
         database.execute("INSERT INTO commits VALUES (1, 0)")
         database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
     database.execute("COMMIT")

@@ -137,6 +137,10 @@ def repair(
         )
     if compared.renew:
         store.manifest.renew_twin()
+    with store.manifest.transaction():
+        # Under the lock: nobody is about to make them part of the store.
+        left = store.orphans_elsewhere()
+    store.unlink(left)
     if name is not None and store.find(name) is None:
         raise store.not_found(name)
     done = []

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 from longmem.errors import BankError, StoreCorruptError, StoreError, StoreKeyError, StoreNotWritableError
 from longmem.store.encryption import Seal
-from longmem.store.files import new_file, sync_folder, write_bytes
+from longmem.store.files import write_bytes
 from longmem.store.manifest import now
 from longmem.store.receipts import Receipt, add_receipt, new_salt, receipts
 from longmem.store.rows import record_name
-from longmem.store.segments import SEGMENTS, segment_name
+from longmem.store.segments import segment_name
 from longmem.store.thinning import score_name
 
 if TYPE_CHECKING:
@@ -169,14 +169,14 @@ def _seal_segments(
             raise StoreCorruptError(f"{path} is damaged: its sha256 is not {sha256}. {store.mend(namespace)}")
         new = secrets.token_hex(16) + ".safetensors"
         written.append(new)
-        with new_file(store.segment_path(new)) as out:
-            said = write_bytes(out, seal.data(data, segment_name(new)))
+        said = write_bytes(store.files.draft(new), seal.data(data, segment_name(new)))
+        store.files.finish(new)
+        store.files.place(new, said[1])
         # A row of its own: whoever reads the old one meanwhile sees that its pieces have moved.
         row = database.execute("INSERT INTO segment (file, sha256, bytes) VALUES (?, ?, ?)", (new, *said)).lastrowid
         database.execute("UPDATE piece SET segment = ? WHERE segment = ?", (row, segment))
         database.execute("DELETE FROM segment WHERE id = ?", (segment,))
         old.append(file)
-    sync_folder(store.folder / SEGMENTS)
     return old
 
 

@@ -8,13 +8,13 @@ import re
 import secrets
 import sqlite3
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -28,20 +28,23 @@ from longmem.errors import (
     StoreError,
     StoreKeyError,
     StoreNotWritableError,
+    StoreUnreachableError,
 )
 from longmem.store.algebra import Diff, TextEncoder, copy_by, diff, fork, merge
 from longmem.store.archive import export, import_
 from longmem.store.consolidate import SEGMENT_BYTES, Consolidation, consolidate
 from longmem.store.encryption import Keys, Seal
-from longmem.store.files import is_abandoned, new_file, sync_folder
+from longmem.store.files import is_abandoned, sync_folder
 from longmem.store.forgetting import Preview, Stretch, forget, preview, written
 from longmem.store.indexes import INDEXES
 from longmem.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, now
 from longmem.store.rebuild import Rebuilt, rebuild, restore_records
 from longmem.store.receipts import Receipt, is_genuine, receipts
 from longmem.store.release import release
+from longmem.store.remote import Remote
 from longmem.store.repair import Encoder, Repair, repair
 from longmem.store.sealing import destroy_key, encrypt
+from longmem.store.segment_files import SegmentFiles
 from longmem.store.segments import (
     IN_SEGMENT,
     PIECES,
@@ -113,11 +116,11 @@ class MemoryStore:
     Use `MemoryStore.open`; it is a context manager, or call `close`.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, keys: Keys) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, keys: Keys, remote: Remote | None = None) -> None:
         self.folder = folder
+        self.files = SegmentFiles(folder / SEGMENTS, remote)
         self.keys = keys
         self.manifest = manifest
-        self._drafts: dict[str, IO[bytes]] = {}
 
     @property
     def writable(self) -> bool:
@@ -125,7 +128,13 @@ class MemoryStore:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, create: bool = True, keys: str | os.PathLike[str] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = True,
+        keys: str | os.PathLike[str] | None = None,
+        segments: str | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> MemoryStore:
         """Open the store in a folder. Without one, create folder and store, or fail if `create` is False.
 
@@ -134,10 +143,16 @@ class MemoryStore:
         Args:
             keys: folder of the keys of encrypted namespaces; by default beside the store, `<path>.keys`, so that a copy
                 of the store is none of its keys.
+            segments: where a new store keeps its segments, if not in the folder: a location that fsspec knows, such as
+                s3://bucket/folder. The manifest remembers it.
+            storage_options: what fsspec needs to get there (`endpoint_url`, `key`, …), in place of the environment's.
 
         Raises:
             StoreNotWritableError: if there is no store and none can be created.
-            StoreError: if there is no store and `create` is False, or the folder holds something else.
+            StoreError: if there is no store and `create` is False, or the folder holds something else; if its segments
+                are elsewhere than `segments` says.
+            StoreCorruptError: if the manifest is damaged, or missing where there was one; `rebuild` mends it.
+            MissingExtraError: the package for a location of that kind is not installed.
         """
         folder = Path(path)
         manifest = folder / MANIFEST
@@ -148,19 +163,33 @@ class MemoryStore:
                     f"No store in {folder}: it has no {MANIFEST}. "
                     "Give the folder of an existing store, or write to this one first."
                 )
+            if segments is not None:
+                Remote(segments, storage_options).require_free()
             writable = True
         else:
             writable = can_write(folder) and can_write(manifest)
         if writable:
             _create_folder(folder)
         beside = folder.resolve().with_name(f"{folder.resolve().name}.keys")
-        store = cls(folder, Manifest.open(folder, writable=writable), Keys(beside if keys is None else Path(keys)))
+        opened = Manifest.open(folder, writable=writable)
+        try:
+            remote = _remote(opened, segments, storage_options)
+        except BaseException:
+            opened.close()
+            raise
+        store = cls(folder, opened, Keys(beside if keys is None else Path(keys)), remote)
         if writable:
             store._sweep()
         return store
 
     @classmethod
-    def rebuild(cls, path: str | os.PathLike[str], *, keys: str | os.PathLike[str] | None = None) -> Rebuilt | None:
+    def rebuild(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        keys: str | os.PathLike[str] | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Rebuilt | None:
         """Mend the manifest of a store that `open` finds damaged or missing, from its twin; None if nothing is wrong.
 
         Rows that are not what was written are put right where they stand. A manifest that cannot be read is made anew,
@@ -181,7 +210,7 @@ class MemoryStore:
                 f"{folder / MANIFEST} was not mended: {error}. Check the space and the permissions of {folder}."
             ) from error
         if done is not None and done.whole:
-            with cls.open(folder, keys=keys) as store:
+            with cls.open(folder, keys=keys, storage_options=storage_options) as store:
                 restore_records(store)
         return done
 
@@ -666,7 +695,22 @@ class MemoryStore:
         )
 
     def segment_path(self, file: str) -> Path:
-        return self.folder / SEGMENTS / file
+        """Where a segment can be read; there is nothing if it is missing.
+
+        Raises:
+            StoreUnreachableError: it is elsewhere, and cannot be read there.
+        """
+        path = self.files.path(file)
+        try:
+            if self.files.fetch(file) and not self.is_committed(file):
+                # It was forgotten meanwhile.
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreNotWritableError(
+                f"{path} cannot be written, and segments that lie elsewhere are read through copies there: {error}. "
+                f"Check the space and the permissions of {path.parent}."
+            ) from error
+        return path
 
     def index_path(self, bank_id: int) -> Path:
         return self.folder / INDEXES / f"{bank_id}.safetensors"
@@ -700,15 +744,6 @@ class MemoryStore:
             f"--bank {bank}`; or restore the file from a backup. Other banks can be used."
         )
 
-    def draft(self, file: str) -> IO[bytes]:
-        """A new segment file under its temporary name, to be written; `place` or `discard` it.
-
-        Raises:
-            OSError: none can be made.
-        """
-        self._drafts[file] = new_file(self.segment_path(file).with_suffix(".tmp"))
-        return self._drafts[file]
-
     def write_segment(self, entries: Sequence[BankEntry], bank: str) -> NewSegment:
         """Write a segment of a bank under a temporary name, which means nothing until `place` has been committed.
 
@@ -718,7 +753,8 @@ class MemoryStore:
         file = secrets.token_hex(16) + ".safetensors"
         seal = self.seal(bank)
         try:
-            said = write_segment(self.draft(file), file, entries, seal)
+            said = write_segment(self.files.draft(file), file, entries, seal)
+            self.files.finish(file)
             return NewSegment(file, *said, bank, seal.key_id)
         except BaseException:
             self.discard(file)
@@ -727,10 +763,7 @@ class MemoryStore:
     def place(self, database: sqlite3.Connection, new: NewSegment) -> int:
         """Give a new segment its name and its row, inside a transaction; returns the row's id."""
         self.require_same_key(new.bank, new.key_id)
-        path = self.segment_path(new.file)
-        with self._drafts.pop(new.file):
-            os.rename(path.with_suffix(".tmp"), path)
-        sync_folder(path.parent)
+        self.files.place(new.file, new.bytes)
         row = database.execute(
             "INSERT INTO segment (file, sha256, bytes) VALUES (?, ?, ?)", (new.file, new.sha256, new.bytes)
         ).lastrowid
@@ -786,27 +819,20 @@ class MemoryStore:
 
     def discard(self, file: str) -> None:
         """Remove what a failed append may have left."""
-        if file in self._drafts:
-            # What did not fit on the disk does not now.
-            with suppress(OSError):
-                self._drafts.pop(file).close()
         # An interrupt can arrive after the commit: then the file is part of the store. A manifest that cannot be
         # read decides nothing; the next writable open sweeps.
         with suppress(StoreError, OSError):
             if not self.is_committed(file):
-                self.segment_path(file).with_suffix(".tmp").unlink(missing_ok=True)
-                self.segment_path(file).unlink(missing_ok=True)
+                self.files.drop(file)
 
     def unlink(self, files: list[str]) -> None:
         """Unlink segment files that no row names any more."""
         try:
-            for file in files:
-                self.segment_path(file).unlink(missing_ok=True)
-            sync_folder(self.folder / SEGMENTS)
-        except OSError as error:
+            self.files.unlink(files)
+        except (OSError, StoreUnreachableError) as error:
             raise StoreNotWritableError(
-                f"Done, but a file that is no part of the store any more is still in {self.folder / SEGMENTS}: "
-                f"{error}. It goes when the store is next opened and can be written."
+                f"Done, but a file that is no part of the store any more is still there: {error}. It goes when the "
+                "store is next opened and can be written."
             ) from error
 
     def erase(self, files: list[str]) -> None:
@@ -842,13 +868,18 @@ class MemoryStore:
             # Files get their final name under the write lock only: one without a row, seen under that lock, has no
             # owner that could still commit it.
             with self.manifest.transaction() as database:
-                orphans = self.orphans()
+                orphans, known = self.orphans(), self._known_files()
                 # A process that dies inside COMMIT can leave a whole transaction in SQLite's log that nobody sees until
                 # the log is next recovered. Its file looks like a left-over: write over the transaction first.
                 database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
             # Whoever died after it had forgotten something had not come to this. A file that is left says so.
             if any(path.suffix == ".safetensors" for path in orphans):
                 self.manifest.scrub()
+            # What cannot be reached now goes another time.
+            with suppress(StoreUnreachableError):
+                # With it goes what was uploaded of it.
+                here = [path.with_suffix(".safetensors").name for path in orphans if path.parent == self.files.folder]
+                self.files.unlink([file for file in here if file not in known])
             for path in orphans:
                 path.unlink(missing_ok=True)
         except OSError as error:
@@ -857,10 +888,22 @@ class MemoryStore:
     def orphans(self) -> list[Path]:
         """Files that crashed processes left behind, of which nothing is part of the store."""
         paths = [path for part in (SEGMENTS, INDEXES, QUARANTINE) for path in (self.folder / part).glob("*")]
-        known = {file for (file,) in self.manifest.query("SELECT file FROM segment UNION SELECT file FROM quarantine")}
+        known = self._known_files()
         known |= {self.index_path(bank_id).name for (bank_id,) in self.manifest.query("SELECT id FROM bank")}
         orphans = [path for path in paths if path.suffix == ".safetensors" and path.name not in known]
         return orphans + [path for path in paths if path.suffix == ".tmp" and is_abandoned(path)]
+
+    def orphans_elsewhere(self) -> list[str]:
+        """Files at the location of the segments, if that is another, that are no part of the store.
+
+        Raises:
+            StoreUnreachableError: they cannot be listed.
+        """
+        return self.files.elsewhere(self._known_files())
+
+    def _known_files(self) -> set[str]:
+        """Files of segments that are part of the store, or in quarantine."""
+        return {file for (file,) in self.manifest.query("SELECT file FROM segment UNION SELECT file FROM quarantine")}
 
 
 def _mismatch(name: str, *, stored: BankSpec, given: BankSpec) -> str:
@@ -873,6 +916,32 @@ def _mismatch(name: str, *, stored: BankSpec, given: BankSpec) -> str:
         f"Bank {name!r} was written by another model ({'; '.join(different)}). "
         f"Open it with the model that wrote it (backbone {stored.backbone!r}), or use another bank name."
     )
+
+
+def _remote(manifest: Manifest, given: str | None, options: Mapping[str, Any] | None) -> Remote | None:
+    """Where the segments of a store are, if elsewhere; a new store remembers what is given.
+
+    Raises:
+        StoreError: they are elsewhere than given, or another store's are there.
+    """
+    known = next((Remote(*row) for row in _located(manifest, options)), None)
+    if given is None or (known is not None and known.url == given.rstrip("/")):
+        return known
+    new = Remote(given, options)
+    if known is None and not manifest.query("SELECT 1 FROM segment LIMIT 1"):
+        mark = new.claim()
+        with manifest.transaction() as database:
+            # Another process may have been first.
+            database.execute("INSERT OR IGNORE INTO location VALUES (1, ?, ?)", (new.url, mark))
+        return next(Remote(*row) for row in _located(manifest, options))
+    raise StoreError(
+        f"The segments of the store in {manifest.folder} are in {known.url if known else 'its folder'}, not in "
+        f"{new.url}. Open it without a location; to move banks, export them and import them into a new store."
+    )
+
+
+def _located(manifest: Manifest, options: Mapping[str, Any] | None) -> list[tuple[str, Mapping[str, Any] | None, str]]:
+    return [(url, options, mark) for url, mark in manifest.query("SELECT url, mark FROM location")]
 
 
 def _require_empty(folder: Path) -> None:

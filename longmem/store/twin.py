@@ -33,6 +33,7 @@ TABLES = {
     "cap": ("bank",),
     "quarantine": ("id",),
     "encryption": ("namespace",),
+    "location": ("id",),
 }
 _NUMBER = "SELECT number FROM {}commits"
 # How often a reader looks that meets a writer between its two commits.

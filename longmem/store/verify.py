@@ -131,7 +131,8 @@ def verify(store: MemoryStore, name: str | None, on_bytes: Callable[[int], None]
                 bare += len(pieces) - query(recorded, bank_id)[0][0]
                 quarantined += query("SELECT COUNT(reason) FROM quarantine WHERE bank = ?", bank_id)[0][0]
                 break
-    orphans = tuple(sorted(str(path.relative_to(store.folder)) for path in store.orphans()))
+    away = [f"{store.files.remote.url}/{file}" for file in store.orphans_elsewhere()] if store.files.remote else []
+    orphans = tuple(sorted([*(str(path.relative_to(store.folder)) for path in store.orphans()), *away]))
     return Report(len(banks), len(sizes), tokens, sum(sizes.values()), tuple(faults), orphans, bare, quarantined)
 
 
@@ -198,7 +199,8 @@ def index_fault(store: MemoryStore, bank_id: int, name: str, tokens: int) -> Fau
 
 def segment_fault(store: MemoryStore, bank: str, spec: BankSpec, pieces: Sequence[Piece], size: int) -> Fault | None:
     """What is wrong with the file that holds these pieces, all that lies in it, if anything."""
-    path = store.segment_path(pieces[0].file)
+    file, remote = pieces[0].file, store.files.remote
+    path = store.segment_path(file)
 
     def fault(kind: Kind, meaning: str) -> Fault:
         sources = tuple(dict.fromkeys(piece.source for piece in pieces))
@@ -207,10 +209,16 @@ def segment_fault(store: MemoryStore, bank: str, spec: BankSpec, pieces: Sequenc
         return Fault(bank, sources, _inside(store, path), kind, f"{meaning} {lost}")
 
     try:
-        length = os.stat(path).st_size
+        if remote is not None and remote.size(file) is not None and digest(path) != pieces[0].sha256:
+            # It is the copy that is damaged, or both are.
+            path.unlink()
+            path = store.segment_path(file)
+        length = os.stat(path).st_size if remote is None else remote.size(file)
+        if length is None:
+            return fault("missing", f"The file is gone from {remote.url if remote else ''}.")
         if length != size:
             return fault("size", f"The file has {length:,} bytes, the manifest says {size:,}.")
-        sha256 = digest(path)
+        sha256 = digest(path) if remote is None else remote.digest(file)
         if sha256 != pieces[0].sha256:
             return fault("checksum", f"Its bytes have changed: sha256 {sha256}, the manifest says {pieces[0].sha256}.")
         header = [(source, start, chars, tokens) for source, start, chars, tokens in header_of(path, store.keys)]
