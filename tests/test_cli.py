@@ -849,15 +849,26 @@ def test_segments_lie_elsewhere(work, tiny_model_dir):
     assert "of another store" in fails("place", elsewhere, "--store", "other")
 
 
-def test_a_bank_is_encrypted_and_its_key_destroyed(notes):
+def test_a_bank_is_encrypted_and_its_key_destroyed(notes, monkeypatch):
     pytest.importorskip("cryptography")
     assert "memories.keys" in ok("encrypt", "notes", "--store", "memories").replace("\n", "")
     assert "encrypted already" in fails("encrypt", "notes", "--store", "memories")
     assert "plain=True" in fails("export", "notes.longmem", *at("notes"))
     assert "notes.longmem is not" in ok("export", "notes.longmem", *at("notes"), "--plain")
     assert "notes.txt" in ok("sources", *at("notes"))
+    assert "yes" in ok("banks", "--store", "memories")
+    Path("memories.keys").rename("elsewhere")
+    assert "key missing" in ok("banks", "--store", "memories")
+    assert "is not in" in fails("sources", *at("notes"))
+    monkeypatch.setenv("LONGMEM_KEYS", "elsewhere")
+    ok("sources", *at("notes"))
+    monkeypatch.delenv("LONGMEM_KEYS")
+    ok("sources", *at("notes"), "--keys", "elsewhere")
+    Path("elsewhere").rename("memories.keys")
     assert cli("destroy-key", "notes", "--store", "memories", input="n\n").exit_code == 1
     ok("sources", *at("notes"))
-    ok("destroy-key", "notes", "--store", "memories", "--yes")
+    assert "Receipt 1: " in ok("destroy-key", "notes", "--store", "memories", "--yes")
+    assert "all: its key" in ok("receipts", "--store", "memories")
+    assert json.loads(ok("banks", "--store", "memories", "--json"))[0]["key"] == "destroyed"
     assert "was destroyed" in fails("sources", *at("notes"))
     assert "no key" in fails("destroy-key", "other", "--store", "memories", "--yes")

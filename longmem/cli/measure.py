@@ -122,6 +122,7 @@ def bench(
     ] = None,
     device: common.Device = "auto",
     dtype: common.Precision = "auto",
+    keys: common.Keys = None,
 ) -> None:
     """Measure what memory costs on this machine: writing, and generating with larger and larger banks."""
     common.check_bank(store, bank, search)
@@ -135,7 +136,7 @@ def bench(
     if sizes:
         settings["sizes"] = tuple(sizes)
     config = BenchConfig(**settings)
-    with common.open_bank(store, bank, device, search) as remembered:
+    with common.open_bank(store, bank, device, search, keys=keys) as remembered:
         loaded = common.load_model(model, device, dtype, compile=compile)
         banks = [] if remembered is None else [(f"{bank}, {search}", remembered)]
         with common.counting("measuring", steps(config, banks), "steps") as advance:

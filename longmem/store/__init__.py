@@ -13,6 +13,7 @@ from __future__ import annotations
 from longmem.store.algebra import ChangedSource, Diff
 from longmem.store.consolidate import Consolidation
 from longmem.store.forgetting import Generated, Preview, Stretch
+from longmem.store.keys import KeyFolder, KeyProvider
 from longmem.store.rebuild import Rebuilt
 from longmem.store.receipts import Receipt
 from longmem.store.repair import Quarantined, Repair
@@ -28,6 +29,8 @@ __all__ = [
     "Diff",
     "Fault",
     "Generated",
+    "KeyFolder",
+    "KeyProvider",
     "MemoryStore",
     "Preview",
     "Quarantined",

@@ -69,8 +69,8 @@ def destroy_key(store: MemoryStore, namespace: str) -> Receipt:
     try:
         if not store.keys.destroy(key_id) and begun is None:
             raise StoreKeyError(
-                f"The key of {namespace!r}, {key_id}, is not in {store.keys.folder}, so it was not destroyed. Give the "
-                "folder that holds it (`MemoryStore.open(…, keys=…)`). If it is gone for good, delete the banks."
+                f"The key of {namespace!r}, {key_id}, is not in {store.keys.provider}, so it was not destroyed. Say "
+                "where it is (--keys, `MemoryStore.open(…, keys=…)`). If it is gone for good, delete the banks."
             )
     except BaseException:
         if begun is None and store.keys.has(key_id):

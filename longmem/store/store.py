@@ -37,6 +37,7 @@ from longmem.store.encryption import Keys, Seal
 from longmem.store.files import is_abandoned, sync_folder
 from longmem.store.forgetting import Preview, Stretch, forget, preview, written
 from longmem.store.indexes import INDEXES
+from longmem.store.keys import KeyFolder, KeyProvider
 from longmem.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, now
 from longmem.store.rebuild import Rebuilt, rebuild, restore_records
 from longmem.store.receipts import Receipt, is_genuine, receipts
@@ -81,6 +82,7 @@ class BankInfo:
         namespace: the bank that it is a fork of, or its own name: banks of one namespace share segment files, and what
             one of them forgets is forgotten by all.
         version: the latest; 0 if nothing was ever written.
+        key: "none" if it is not encrypted; whether the key of its namespace is "there", "missing", or was "destroyed".
     """
 
     name: str
@@ -94,6 +96,7 @@ class BankInfo:
     updated: datetime
     namespace: str
     version: int
+    key: Literal["none", "there", "missing", "destroyed"]
 
     @property
     def bytes_per_token(self) -> float:
@@ -132,7 +135,7 @@ class MemoryStore:
         path: str | os.PathLike[str],
         *,
         create: bool = True,
-        keys: str | os.PathLike[str] | None = None,
+        keys: str | os.PathLike[str] | KeyProvider | None = None,
         segments: str | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> MemoryStore:
@@ -141,8 +144,8 @@ class MemoryStore:
         A store that cannot be written is opened for reading; `append` and `forget` then raise.
 
         Args:
-            keys: folder of the keys of encrypted namespaces; by default beside the store, `<path>.keys`, so that a copy
-                of the store is none of its keys.
+            keys: folder of the keys of encrypted namespaces, or who else keeps them; by default a folder beside the
+                store, `<path>.keys`, so that a copy of the store is none of its keys.
             segments: where a new store keeps its segments, if not in the folder: a location that fsspec knows, such as
                 s3://bucket/folder. The manifest remembers it.
             storage_options: what fsspec needs to get there (`endpoint_url`, `key`, …), in place of the environment's.
@@ -170,14 +173,16 @@ class MemoryStore:
             writable = can_write(folder) and can_write(manifest)
         if writable:
             _create_folder(folder)
-        beside = folder.resolve().with_name(f"{folder.resolve().name}.keys")
+        if keys is None:
+            keys = folder.resolve().with_name(f"{folder.resolve().name}.keys")
+        provider = KeyFolder(Path(keys)) if isinstance(keys, str | os.PathLike) else keys
         opened = Manifest.open(folder, writable=writable)
         try:
             remote = _remote(opened, segments, storage_options)
         except BaseException:
             opened.close()
             raise
-        store = cls(folder, opened, Keys(beside if keys is None else Path(keys)), remote)
+        store = cls(folder, opened, Keys(provider), remote)
         if writable:
             store._sweep()
         return store
@@ -187,7 +192,7 @@ class MemoryStore:
         cls,
         path: str | os.PathLike[str],
         *,
-        keys: str | os.PathLike[str] | None = None,
+        keys: str | os.PathLike[str] | KeyProvider | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> Rebuilt | None:
         """Mend the manifest of a store that `open` finds damaged or missing, from its twin; None if nothing is wrong.
@@ -256,9 +261,19 @@ class MemoryStore:
                 datetime.fromisoformat(updated),
                 namespace,
                 version,
+                self._key_of(namespace),
             )
             for name, tokens, rows, sources, size, spec, created, updated, namespace, version in found
         ]
+
+    def _key_of(self, namespace: str) -> Literal["none", "there", "missing", "destroyed"]:
+        rows = self.manifest.query("SELECT key, destroyed FROM encryption WHERE namespace = ?", namespace)
+        if not rows:
+            return "none"
+        ((key_id, destroyed),) = rows
+        if destroyed is not None:
+            return "destroyed"
+        return "there" if self.keys.has(key_id) else "missing"
 
     def bank(
         self,
@@ -532,7 +547,8 @@ class MemoryStore:
         """Keep a namespace encrypted from now on, with a new key of its own; what it holds is written anew.
 
         Texts, token ids, keys, values, names of sources and indexes are ciphertext on the disk then. Names of banks,
-        tags, times and sizes are not. `keys.folder` gets the key: keep it apart from copies of the store.
+        tags, times and sizes are not. The key goes to the folder of keys, or to who else keeps them: apart from copies
+        of the store.
 
         Args:
             namespace: name of a bank that is no fork below another, whether there is one yet or not.
