@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import re
 import secrets
 import sqlite3
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +15,11 @@ from typing import Any, Literal, Self
 import torch
 
 from longmem.bank import BankEntry
-from longmem.config import BankSpec, Precision
+from longmem.config import BankSpec
 from longmem.errors import (
     BankError,
     BankMismatchError,
     BankNotFoundError,
-    StoreCorruptError,
     StoreError,
     StoreKeyError,
     StoreNotWritableError,
@@ -32,13 +27,15 @@ from longmem.errors import (
 )
 from longmem.store.algebra import Diff, TextEncoder, copy_by, diff, fork, merge
 from longmem.store.archive import export, import_
+from longmem.store.bank_info import BankInfo, bank_infos, check_bank_name, mismatch
 from longmem.store.consolidate import SEGMENT_BYTES, Consolidation, consolidate
 from longmem.store.encryption import Keys, Seal
-from longmem.store.files import is_abandoned, sync_folder
+from longmem.store.files import sync_folder
 from longmem.store.forgetting import Preview, Stretch, forget, preview, written
 from longmem.store.indexes import INDEXES
 from longmem.store.keys import KeyFolder, KeyProvider
-from longmem.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, now
+from longmem.store.manifest import MANIFEST, Manifest, now
+from longmem.store.opening import can_write, create_folder, remote_of, require_empty
 from longmem.store.rebuild import Rebuilt, rebuild, restore_records
 from longmem.store.receipts import Receipt, is_genuine, receipts
 from longmem.store.release import release
@@ -49,7 +46,6 @@ from longmem.store.segment_files import SegmentFiles
 from longmem.store.segments import (
     IN_SEGMENT,
     PIECES,
-    QUARANTINE,
     SEGMENTS,
     NewSegment,
     Piece,
@@ -57,6 +53,7 @@ from longmem.store.segments import (
     write_segment,
 )
 from longmem.store.stored_bank import StoredBank
+from longmem.store.sweeping import erase, known_files, orphans, sweep
 from longmem.store.twin import TWIN
 from longmem.store.verify import Report, verify
 from longmem.store.versions import Version, log, resolve, tag, tags, untag
@@ -64,53 +61,6 @@ from longmem.store.versions import Version, log, resolve, tag, tags, untag
 # Later than any version.
 _NEVER = 2**62
 _REVISION = "SELECT revision FROM bank WHERE id = ?"
-_NAME_PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]+"
-_NAME = re.compile(rf"{_NAME_PART}(?:/{_NAME_PART})*")
-
-
-@dataclass(frozen=True)
-class BankInfo:
-    """What the manifest knows of a bank.
-
-    Attributes:
-        tokens, sources: how many are remembered.
-        rows: how many of the tokens have keys and values: all, unless the bank was thinned.
-        bytes: size of its segment files.
-        backbone: name of the backbone that wrote it.
-        precision: how keys and values are kept: "full", "int8" or "int4".
-        created, updated: UTC; `updated` is the last append or forget.
-        namespace: the bank that it is a fork of, or its own name: banks of one namespace share segment files, and what
-            one of them forgets is forgotten by all.
-        version: the latest; 0 if nothing was ever written.
-        key: "none" if it is not encrypted; whether the key of its namespace is "there", "missing", or was "destroyed".
-    """
-
-    name: str
-    tokens: int
-    rows: int
-    sources: int
-    bytes: int
-    backbone: str
-    precision: Precision
-    created: datetime
-    updated: datetime
-    namespace: str
-    version: int
-    key: Literal["none", "there", "missing", "destroyed"]
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Of segment files, for each row; 0 if there are none."""
-        return self.bytes / self.rows if self.rows else 0.0
-
-
-def check_bank_name(name: str) -> None:
-    """Raise `BankError` unless `name` can name a bank."""
-    if _NAME.fullmatch(name) is None:
-        raise BankError(
-            f"{name!r} cannot name a bank. Use letters, digits, '.', '_' and '-', in parts joined by '/', "
-            "such as 'notes' or 'user/1234'."
-        )
 
 
 class MemoryStore:
@@ -160,7 +110,7 @@ class MemoryStore:
         folder = Path(path)
         manifest = folder / MANIFEST
         if not os.path.exists(manifest):
-            _require_empty(folder)
+            require_empty(folder)
             if not create:
                 raise StoreError(
                     f"No store in {folder}: it has no {MANIFEST}. "
@@ -172,19 +122,19 @@ class MemoryStore:
         else:
             writable = can_write(folder) and can_write(manifest)
         if writable:
-            _create_folder(folder)
+            create_folder(folder)
         if keys is None:
             keys = folder.resolve().with_name(f"{folder.resolve().name}.keys")
         provider = KeyFolder(Path(keys)) if isinstance(keys, str | os.PathLike) else keys
         opened = Manifest.open(folder, writable=writable)
         try:
-            remote = _remote(opened, segments, storage_options)
+            remote = remote_of(opened, segments, storage_options)
         except BaseException:
             opened.close()
             raise
         store = cls(folder, opened, Keys(provider), remote)
         if writable:
-            store._sweep()
+            sweep(store)
         return store
 
     @classmethod
@@ -236,44 +186,7 @@ class MemoryStore:
 
     def banks(self) -> list[BankInfo]:
         """Every bank of the store, by name."""
-        found = self.manifest.query(
-            """
-            SELECT name, COALESCE(SUM(tokens), 0), COALESCE(SUM(COALESCE(rows, tokens)), 0), COUNT(DISTINCT source),
-                   (SELECT COALESCE(SUM(bytes), 0) FROM segment WHERE id IN
-                    (SELECT segment FROM held JOIN piece ON piece.id = held.piece WHERE held.bank = bank.id)),
-                   spec, bank.created, updated, namespace,
-                   (SELECT COALESCE(MAX(number), 0) FROM version WHERE version.bank = bank.id)
-            FROM bank LEFT JOIN held ON held.bank = bank.id LEFT JOIN piece ON piece.id = held.piece
-            LEFT JOIN thinned ON thinned.piece = piece.id
-            GROUP BY bank.id ORDER BY name
-            """
-        )
-        return [
-            BankInfo(
-                name,
-                tokens,
-                rows,
-                sources,
-                size,
-                BankSpec.from_json(spec).backbone,
-                BankSpec.from_json(spec).precision,
-                datetime.fromisoformat(created),
-                datetime.fromisoformat(updated),
-                namespace,
-                version,
-                self._key_of(namespace),
-            )
-            for name, tokens, rows, sources, size, spec, created, updated, namespace, version in found
-        ]
-
-    def _key_of(self, namespace: str) -> Literal["none", "there", "missing", "destroyed"]:
-        rows = self.manifest.query("SELECT key, destroyed FROM encryption WHERE namespace = ?", namespace)
-        if not rows:
-            return "none"
-        ((key_id, destroyed),) = rows
-        if destroyed is not None:
-            return "destroyed"
-        return "there" if self.keys.has(key_id) else "missing"
+        return bank_infos(self)
 
     def bank(
         self,
@@ -313,7 +226,7 @@ class MemoryStore:
             row = self._create_bank(name, spec)
         bank_id, stored = row
         if spec is not None and spec != stored:
-            raise BankMismatchError(_mismatch(name, stored=stored, given=spec))
+            raise BankMismatchError(mismatch(name, stored=stored, given=spec))
         if spec is not None and spec.precision not in ("full", stored.precision):
             raise BankMismatchError(
                 f"Bank {name!r} keeps keys and values in {stored.precision}, and was to be opened in {spec.precision}. "
@@ -853,61 +766,11 @@ class MemoryStore:
 
     def erase(self, files: list[str]) -> None:
         """Unlink segment files of something forgotten, those in quarantine too, and what deleted rows have left."""
-        # First: as long as the files are there, the next to open the store knows that this is to be done. On a full
-        # disk it is possible only afterwards.
-        scrubbed = self.manifest.scrub()
-        self.unlink(files)
-        folder = self.folder / QUARANTINE
-        try:
-            for file in files:
-                (folder / file).unlink(missing_ok=True)
-            if folder.exists():
-                sync_folder(folder)
-        except OSError as error:
-            raise StoreNotWritableError(
-                f"Forgotten, but a file is still in {folder}: {error}. Remove it by hand."
-            ) from error
-        # Those who were killed while they wrote something else may have left it as well.
-        self._sweep()
-        if not (scrubbed or self.manifest.scrub()):
-            warnings.warn(
-                f"Forgotten, but deleted rows are still in {self.folder / MANIFEST}-wal, since another process reads "
-                "the store or the disk is full. They go when the last process closes it.",
-                stacklevel=3,
-            )
-
-    def _sweep(self) -> None:
-        """Remove files that crashed processes left behind."""
-        try:
-            if not self.orphans():
-                return
-            # Files get their final name under the write lock only: one without a row, seen under that lock, has no
-            # owner that could still commit it.
-            with self.manifest.transaction() as database:
-                orphans, known = self.orphans(), self._known_files()
-                # A process that dies inside COMMIT can leave a whole transaction in SQLite's log that nobody sees until
-                # the log is next recovered. Its file looks like a left-over: write over the transaction first.
-                database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-            # Whoever died after it had forgotten something had not come to this. A file that is left says so.
-            if any(path.suffix == ".safetensors" for path in orphans):
-                self.manifest.scrub()
-            # What cannot be reached now goes another time.
-            with suppress(StoreUnreachableError):
-                # With it goes what was uploaded of it.
-                here = [path.with_suffix(".safetensors").name for path in orphans if path.parent == self.files.folder]
-                self.files.unlink([file for file in here if file not in known])
-            for path in orphans:
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StoreNotWritableError(f"{self.folder / SEGMENTS} cannot be written: {error}.") from error
+        erase(self, files)
 
     def orphans(self) -> list[Path]:
         """Files that crashed processes left behind, of which nothing is part of the store."""
-        paths = [path for part in (SEGMENTS, INDEXES, QUARANTINE) for path in (self.folder / part).glob("*")]
-        known = self._known_files()
-        known |= {self.index_path(bank_id).name for (bank_id,) in self.manifest.query("SELECT id FROM bank")}
-        orphans = [path for path in paths if path.suffix == ".safetensors" and path.name not in known]
-        return orphans + [path for path in paths if path.suffix == ".tmp" and is_abandoned(path)]
+        return orphans(self)
 
     def orphans_elsewhere(self) -> list[str]:
         """Files at the location of the segments, if that is another, that are no part of the store.
@@ -915,75 +778,4 @@ class MemoryStore:
         Raises:
             StoreUnreachableError: they cannot be listed.
         """
-        return self.files.elsewhere(self._known_files())
-
-    def _known_files(self) -> set[str]:
-        """Files of segments that are part of the store, or in quarantine."""
-        return {file for (file,) in self.manifest.query("SELECT file FROM segment UNION SELECT file FROM quarantine")}
-
-
-def _mismatch(name: str, *, stored: BankSpec, given: BankSpec) -> str:
-    different = [
-        f"{field.name}: given {getattr(given, field.name)!r}, expected {getattr(stored, field.name)!r}"
-        for field in dataclasses.fields(BankSpec)
-        if getattr(given, field.name) != getattr(stored, field.name)
-    ]
-    return (
-        f"Bank {name!r} was written by another model ({'; '.join(different)}). "
-        f"Open it with the model that wrote it (backbone {stored.backbone!r}), or use another bank name."
-    )
-
-
-def _remote(manifest: Manifest, given: str | None, options: Mapping[str, Any] | None) -> Remote | None:
-    """Where the segments of a store are, if elsewhere; a new store remembers what is given.
-
-    Raises:
-        StoreError: they are elsewhere than given, or another store's are there.
-    """
-    known = next((Remote(*row) for row in _located(manifest, options)), None)
-    if given is None or (known is not None and known.url == given.rstrip("/")):
-        return known
-    new = Remote(given, options)
-    if known is None and not manifest.query("SELECT 1 FROM segment LIMIT 1"):
-        mark = new.claim()
-        with manifest.transaction() as database:
-            # Another process may have been first.
-            database.execute("INSERT OR IGNORE INTO location VALUES (1, ?, ?)", (new.url, mark))
-        return next(Remote(*row) for row in _located(manifest, options))
-    raise StoreError(
-        f"The segments of the store in {manifest.folder} are in {known.url if known else 'its folder'}, not in "
-        f"{new.url}. Open it without a location; to move banks, export them and import them into a new store."
-    )
-
-
-def _located(manifest: Manifest, options: Mapping[str, Any] | None) -> list[tuple[str, Mapping[str, Any] | None, str]]:
-    return [(url, options, mark) for url, mark in manifest.query("SELECT url, mark FROM location")]
-
-
-def _require_empty(folder: Path) -> None:
-    """Raise `StoreCorruptError` if a folder without a manifest has had one: what it names must not be swept."""
-    if (folder / TWIN).exists() or any((folder / SEGMENTS).glob("*.safetensors")):
-        raise StoreCorruptError(
-            f"{folder / MANIFEST} is missing, and {folder} holds a store. Nothing was changed. Mend it from its second "
-            f"copy: `longmem repair --store {folder}`; or restore it from a backup."
-        )
-
-
-def _create_folder(folder: Path) -> None:
-    try:
-        (folder / SEGMENTS).mkdir(parents=True, exist_ok=True)
-        sync_folder(folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise StoreNotWritableError(
-            f"No store can be created in {folder}: {error}. Give a folder that can be written."
-        ) from error
-    if not can_write(folder):
-        raise StoreNotWritableError(
-            f"No store can be created in {folder}: the folder cannot be written. "
-            "Change its permissions, or give another."
-        )
-
-
-def can_write(path: Path) -> bool:
-    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+        return self.files.elsewhere(known_files(self))

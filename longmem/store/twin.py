@@ -39,6 +39,7 @@ _NUMBER = "SELECT number FROM {}commits"
 # How often a reader looks that meets a writer between its two commits.
 _TRIES = 20
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_CANNOT_BE_READ = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_ERROR)
 
 
 class Twin:
@@ -254,7 +255,8 @@ def compare(manifest: str, twin: str, tables: dict[str, list[str]]) -> Compariso
             # One that stays a transaction ahead is that of a writer that died; one that is behind is of another time.
             return Comparison({}, {}) if ahead else renew
         except sqlite3.DatabaseError as error:
-            if error.sqlite_errorcode & 0xFF not in (*_DAMAGED, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_ERROR):
+            # Where nothing can be written, its log cannot be recovered.
+            if error.sqlite_errorcode & 0xFF not in (*_DAMAGED, *_CANNOT_BE_READ):
                 raise
             # Whose damage is it?
             for table in tables:
