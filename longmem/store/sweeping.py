@@ -12,6 +12,7 @@ from longmem.store.files import is_abandoned, sync_folder
 from longmem.store.indexes import INDEXES
 from longmem.store.manifest import FORMAT_VERSION, MANIFEST
 from longmem.store.segments import QUARANTINE, SEGMENTS
+from longmem.store.twin import TWIN
 
 if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
@@ -37,8 +38,8 @@ def erase(store: MemoryStore, files: list[str]) -> None:
     sweep(store)
     if not (scrubbed or store.manifest.scrub()):
         warnings.warn(
-            f"Forgotten, but deleted rows are still in {store.folder / MANIFEST}-wal, since another process reads "
-            "the store or the disk is full. They go when the last process closes it.",
+            f"Forgotten, but deleted rows are still in {store.folder / MANIFEST}-wal or {TWIN}-wal, since another "
+            "process reads the store or the disk is full. They go when the last process closes it.",
             stacklevel=4,
         )
 
