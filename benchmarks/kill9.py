@@ -16,12 +16,15 @@ H memory heads, N tokens, E head size.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import multiprocessing
 import os
+import platform
 import random
 import secrets
 import struct
+import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -262,7 +265,15 @@ def main() -> None:
     parser.add_argument("--writers", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    total: dict[str, Any] = {"stores": 0}
+    packages = ("torch", "safetensors", "cryptography")
+    total: dict[str, Any] = {
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "device": platform.processor() or platform.machine(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "stores": 0,
+    }
     for seed in range(-(-arguments.kills // arguments.kills_per_store)):
         kills = min(arguments.kills_per_store, arguments.kills - seed * arguments.kills_per_store)
         with tempfile.TemporaryDirectory() as folder:
