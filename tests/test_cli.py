@@ -128,7 +128,7 @@ def test_banks_loads_no_model(notes):
         (learn.train, "longmem.train.TrainConfig", set()),
         (learn.histories, "longmem.histories.HistoryConfig", set()),
         (measure.perplexity, "longmem.evals.perplexity.PerplexityConfig", {"conditions", "context"}),
-        (measure.recall, "longmem.evals.recall.RecallConfig", {"remembered", "tasks"}),
+        (measure.recall, "longmem.evals.recall.RecallConfig", {"remembered", "tasks", "context"}),
         (measure.facts, "longmem.evals.facts.FactsConfig", set()),
         (measure.bench, "longmem.bench.BenchConfig", {"sizes"}),
         (measure.probe, "longmem.probe.ProbeConfig", {"top_k", "max_pair", "max_current"}),

@@ -186,8 +186,9 @@ def perplexity(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Of backbone_local, backbone_window, bank_off, bank_on, bank_wrong, bank_crowded; with commas. "
-            "By default all but the last, in which a document's memory is among that of all --rows."
+            help="Of backbone_local, backbone_window, bank_off, bank_on, bank_wrong, sidenet_window, bank_crowded; with"
+            " commas. By default all but the last two: no bank but the whole window, and a document's memory among"
+            " that of all --rows."
         ),
     ] = None,
     rows: Annotated[int, typer.Option(help="Documents side by side; 0 chooses.")] = 0,
@@ -228,6 +229,7 @@ def perplexity_table(result: PerplexityResult) -> Table:
         "bank_off": "bank empty",
         "bank_on": "bank on",
         "bank_wrong": "bank wrong",
+        "sidenet_window": "bank empty, whole window",
         "bank_crowded": "bank among others",
     }
     for name, value in result.perplexity.items():
@@ -235,6 +237,8 @@ def perplexity_table(result: PerplexityResult) -> Table:
         table.add_row(labels[name], shown, _interval(result.intervals.get(name), ".3f"))
     if result.gain_percent is not None:
         table.add_row("gain from memory", f"{result.gain_percent:.2f} %", _interval(result.gain_interval, ".2f"))
+    if result.recovered is not None:
+        table.add_row("of what the whole window gains", f"{100 * result.recovered:.0f} %")
     return table
 
 
@@ -254,6 +258,9 @@ def recall(
     cases: Annotated[int, typer.Option(help="Questions a task and size.")] = 100,
     pairs: Annotated[int, typer.Option(help="Keys with values side by side, one of which is asked for.")] = 4,
     passage: Annotated[int, typer.Option(help="Tokens of a piece of filler, each a source of its own.")] = 512,
+    context_tokens: Annotated[
+        int, typer.Option("--context", help="Tokens of other text that stand before the question in the window.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     as_json: Figures = None,
     device: common.Device = "auto",
@@ -263,7 +270,7 @@ def recall(
     from longmem.evals import recall as evaluation
 
     names = {field.name for field in dataclasses.fields(evaluation.RecallConfig)} & set(context.params)
-    settings = {name: context.params[name] for name in names}
+    settings = {name: context.params[name] for name in names} | {"context": context_tokens}
     for name in ("remembered", "tasks"):
         given = settings.pop(name)
         if given:
