@@ -270,7 +270,7 @@ def recall(
     from longmem.evals import recall as evaluation
 
     names = {field.name for field in dataclasses.fields(evaluation.RecallConfig)} & set(context.params)
-    settings = {name: context.params[name] for name in names} | {"context": context_tokens}
+    settings: dict[str, Any] = {name: context.params[name] for name in names} | {"context": context_tokens}
     for name in ("remembered", "tasks"):
         given = settings.pop(name)
         if given:
