@@ -110,7 +110,12 @@ for _command in (
     measure.bench,
 ):
     app.command(rich_help_panel=_TRAIN)(_command)
-for _name, _command in (("compare", compare.compare), ("all", compare.every), ("qa", compare.qa)):
+for _name, _command in (
+    ("compare", compare.compare),
+    ("all", compare.every),
+    ("qa", compare.qa),
+    ("merge", compare.merge),
+):
     measure.evaluations.command(_name)(_command)
 app.add_typer(measure.evaluations, name="eval", rich_help_panel=_TRAIN)
 
