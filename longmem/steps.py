@@ -11,11 +11,12 @@ B texts, T tokens, N tokens of a stretch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from longmem.attention import MemoryRead
 from longmem.bank import MemoryBank
@@ -114,14 +115,41 @@ class BatchDecoder:
             raise ConfigError(f"A text of {len(tokens_N)} tokens does not fit a window of {self.capacity}.")
         cache = self.model.new_cache()
         result = read_on(self.model, tokens_N, bank, cache, self.memory)
+        self._take(row, 0, len(tokens_N), cache)
+        return result
+
+    @torch.no_grad()
+    def fill(self, texts: Mapping[int, Tensor], banks: Sequence[Readable | None]) -> None:
+        """Read several texts into rows, side by side, in place of what these held. Nothing is said about what follows:
+        give the last token of a text to `step`.
+
+        Args:
+            texts: row → token ids, prefix included; at most `capacity`.
+            banks: one a row of the decoder.
+
+        Raises:
+            ConfigError: a text is empty or longer than the window.
+        """
+        for tokens_N in texts.values():
+            if not 1 <= len(tokens_N) <= self.capacity:
+                raise ConfigError(f"A text of {len(tokens_N)} tokens does not fit a window of {self.capacity}.")
+        # Shorter texts are padded behind their end, where no token looks.
+        ids_BT = pad_sequence([tokens_N.cpu() for tokens_N in texts.values()], batch_first=True)
+        cache = self.model.new_cache()
+        reader = self.model.reader([banks[row] for row in texts], len(texts)) if self.memory else None
+        self.model.read(ids_BT.to(self.model.device), reader, memory=self.memory, cache=cache)
+        for at, (row, tokens_N) in enumerate(texts.items()):
+            self._take(row, at, len(tokens_N), cache)
+
+    def _take(self, row: int, at: int, length: int, cache: ModelCache) -> None:
+        """The first tokens of batch row `at` are a row's text from now on."""
         for layer, buffer in enumerate(cache.backbone.layers):
             assert isinstance(buffer, KeyValueBuffer)
-            _fill(self._cache.backbone.of(layer), row, buffer)
+            _fill(self._cache.backbone.of(layer), row, buffer, at, length)
         for (layer, stream), buffer in cache.sidenet.items():
-            _fill(self._cache.sidenet.of(layer, stream), row, buffer)
-        self._lengths[row] = len(tokens_N)
-        self._cache.length_B[row] = len(tokens_N)
-        return result
+            _fill(self._cache.sidenet.of(layer, stream), row, buffer, at, length)
+        self._lengths[row] = length
+        self._cache.length_B[row] = length
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int | None], banks: Sequence[Readable | None]) -> tuple[Tensor, list[MemoryRead]]:
@@ -216,6 +244,6 @@ class _Recorded:
         return self._logits_BV, [replace(read) for read in self._reads]
 
 
-def _fill(to: WindowBuffer, row: int, buffer: KeyValueBuffer) -> None:
+def _fill(to: WindowBuffer, row: int, buffer: KeyValueBuffer, at: int, length: int) -> None:
     assert buffer.keys is not None and buffer.values is not None
-    to.fill(row, buffer.keys[0], buffer.values[0])
+    to.fill(row, buffer.keys[at, :, :length], buffer.values[at, :, :length])

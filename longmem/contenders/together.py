@@ -83,21 +83,22 @@ def say(
     # A row that is done keeps its bank, so that a recorded step need not be recorded again without it.
     banks = [each.bank for each in posed[:rows]]
     while waiting or of_row:
+        new: dict[int, int] = {}
         for row in range(rows):
-            while row not in of_row and waiting:
-                number = waiting.popleft()
-                each, banks[row] = posed[number], posed[number].bank
-                ids_T = torch.tensor([model.backbone.prefix_token_id, *each.token_ids])
-                logits_V, reads = decoder.begin(row, ids_T, each.bank)
-                drawn[number] = drawn_on(reads, each.bank) + each.seen
-                answers[number].add(int(logits_V.argmax()))
-                if not answers[number].done:
-                    of_row[row] = number
-        if of_row:
-            tokens = [answers[of_row[row]].token_ids[-1] if row in of_row else None for row in range(rows)]
-            next_B = decoder.step(tokens, banks)[0].argmax(-1).tolist()
-            for row, number in list(of_row.items()):
-                answers[number].add(next_B[row])
-                if answers[number].done:
-                    del of_row[row]
+            if row not in of_row and waiting:
+                new[row] = of_row[row] = waiting.popleft()
+                banks[row] = posed[new[row]].bank
+        # All but the last token, which takes the first step.
+        texts = {row: [model.backbone.prefix_token_id, *posed[number].token_ids][:-1] for row, number in new.items()}
+        for batch in batches(model, list(texts.items()), lambda each: len(each[1])):
+            decoder.fill({row: torch.tensor(ids) for row, ids in batch}, banks)
+        tokens = {row: (posed[n].token_ids if row in new else answers[n].token_ids)[-1] for row, n in of_row.items()}
+        logits_BV, reads = decoder.step([tokens.get(row) for row in range(rows)], banks)
+        for row, number in new.items():
+            drawn[number] = drawn_on(reads, banks[row], row) + drawn[number]
+        next_B = logits_BV.argmax(-1).tolist()
+        for row, number in list(of_row.items()):
+            answers[number].add(next_B[row])
+            if answers[number].done:
+                del of_row[row]
     return [(said.text, some) for said, some in zip(answers, drawn, strict=True)]
