@@ -27,6 +27,7 @@ from longmem.comparison.run import RunConfig, compare
 from longmem.contenders.contender import Contender, ContenderConfig, Prompt
 from longmem.contenders.longmem import LongMemContender
 from longmem.contenders.longmem_wrong import LongMemWrong
+from longmem.contenders.memgpt import MemGpt
 from longmem.contenders.oracle import Oracle
 from longmem.contenders.window import Window
 from longmem.data import Document, TokenizedDocuments
@@ -179,10 +180,8 @@ def test_the_page_stands_alone(model: LongMem, own: tuple[type[Task], type[Conte
 
 def test_side_by_side_the_same_is_answered(model: LongMem, own: tuple[type[Task], type[Contender]]) -> None:
     def run(rows: int) -> Comparison:
-        config = TaskConfig(cases=6, told=64)
-        return compare(
-            model, [own[0], PassKey], [LongMemContender, Oracle], config, ContenderConfig(window=800), RunConfig(rows)
-        )
+        config, rivals = TaskConfig(cases=6, told=64), [LongMemContender, MemGpt, Oracle]
+        return compare(model, [own[0], PassKey], rivals, config, ContenderConfig(window=800), RunConfig(rows))
 
     one, many = run(1), run(4)
     for place, cell in one.cells.items():

@@ -5,11 +5,13 @@ The first cases of a cell are asked one by one, which is what its costs are of; 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,16 @@ import longmem
 from longmem.bench import machine
 from longmem.comparison.result import Cell, Comparison, Named, Price, figures
 from longmem.contenders.contender import Contender, ContenderConfig, Cost, Posed
+from longmem.contenders.lockstep import Lockstep
 from longmem.contenders.together import log_likelihoods, say
 from longmem.errors import ConfigError, LongMemError, UnavailableError
 from longmem.model import LongMem
 from longmem.tasks.task import Answer, Case, Round, Task, TaskConfig
 
-# Cases that are asked one by one where others are asked side by side.
-_TIMED = 3
+# Cases that are asked one by one where others are asked side by side; of those who converse, which takes long.
+_TIMED, _TALKED = 3, 1
+# Cases of those at once.
+_TALKS = 64
 # Remembered tokens of all banks that wait with their questions, and how many questions wait.
 _BANKS, _WAITING = 1 << 22, 256
 
@@ -152,27 +157,41 @@ def run_cell(
             note(case, answer)
         waiting.clear()
 
+    timed = (_TALKED if contender.converses else _TIMED) if config.rows > 1 else count
+    talks: list[tuple[Round, Case]] = []
     try:
         for number, each in enumerate(rounds):
             if _late(start, config) and seen:
                 break
-            other = task.other(rounds, number)
-            contender.prepare(each.documents, other.documents if other else ())
+            talking = contender.converses and len(rows) >= timed
+            if not talking:
+                other = task.other(rounds, number)
+                contender.prepare(each.documents, other.documents if other else ())
             for case in each.cases:
                 if _late(start, config) and rows:
                     break
                 seen += 1
                 try:
-                    if config.rows > 1 and len(rows) >= _TIMED:
-                        waiting.append((case, contender.pose(case.prompt)))
-                    else:
+                    if len(rows) < timed:
                         note(case, ask(contender, case))
                         price = Price.of(contender.cost, number + 1)
+                    elif contender.converses:
+                        talks.append((each, case))
+                    else:
+                        waiting.append((case, contender.pose(case.prompt)))
                 except UnavailableError as error:
                     reason = str(error)
             banks = {id(posed.bank): posed.bank for _, posed in waiting if posed.bank is not None}
             if len(waiting) >= _WAITING or sum(bank.capacity for bank in banks.values()) >= _BANKS:
                 answer_waiting()
+        for first in range(0, len(talks), _TALKS):
+            some = talks[first : first + _TALKS]
+            if _late(start, config):
+                seen -= len(some)
+                continue
+            posed = pose_in_lockstep(contender, some, config.rows)
+            waiting += zip((case for _, case in some), posed, strict=True)
+            answer_waiting()
         answer_waiting()
     except LongMemError as error:
         return Cell(task.name, contender.name, reason=str(error))
@@ -201,6 +220,21 @@ def ask(contender: Contender, case: Case) -> Answer:
         return scored(case, losses)
     said = contender.generate(case.prompt, case.stop, case.most)
     return scored(case, losses, said, contender.drawn_on())
+
+
+def pose_in_lockstep(contender: Contender, asked: Sequence[tuple[Round, Case]], rows: int) -> list[Posed]:
+    """The windows of a contender that converses, many side by side: of each round a twin is told, and asked by twins of
+    its own."""
+    lockstep = Lockstep(contender.model, contender.memory, rows)
+
+    def twin(of: Contender) -> Contender:
+        made = copy.copy(of)
+        made.reader, made.cost = lockstep.reader(), Cost()
+        return made
+
+    told = {id(each): (each, twin(contender)) for each, _ in asked}
+    lockstep.run([partial(one.prepare, each.documents) for each, one in told.values()])
+    return lockstep.run([partial(twin(told[id(each)][1]).pose, case.prompt) for each, case in asked])
 
 
 def ask_together(contender: Contender, waiting: Sequence[tuple[Case, Posed]], rows: int) -> list[Answer]:

@@ -129,6 +129,9 @@ class Contender(ABC):
     Args:
         model: whose backbone every contender uses; `memory` says whether its SideNet is used too.
 
+    Attributes:
+        converses: it asks the model while it learns or before it answers.
+
     Raises:
         UnavailableError: it cannot be used here; says why.
     """
@@ -137,6 +140,7 @@ class Contender(ABC):
     title: ClassVar[str]
     order: ClassVar[int] = 1000
     memory: ClassVar[float] = 0.0
+    converses: ClassVar[bool] = False
 
     def __init__(self, model: LongMem, config: ContenderConfig) -> None:
         self.model, self.config, self.cost = model, config, Cost()

@@ -125,6 +125,10 @@ class Reader:
         self._keep(len(self._ids))
         return found, greedy
 
+    def options(self, continuations: Sequence[Sequence[int]]) -> list[list[float]]:
+        """`log_likelihoods` of several texts that might follow."""
+        return [self.log_likelihoods(each)[0] for each in continuations]
+
     @torch.no_grad()
     def say(self, most: int, stop: Sequence[str] = ()) -> tuple[str, int]:
         """What most likely follows the window, token by token, up to a stop string (left out) or the end of the text;
