@@ -187,6 +187,13 @@ class BatchDecoder:
         self._lengths = [length + one for length, one in zip(self._lengths, taken, strict=True)]
         return logits_BV, reads
 
+    def release(self) -> None:
+        """Give back the memory of windows and recording now: not before a garbage collection would it be free."""
+        self._recorded = None
+        self._cache.backbone.clear()
+        self._cache.sidenet.clear()
+        self._lengths = [0] * self.rows
+
     def run(self, reader: Retrieve | None) -> tuple[Tensor, list[MemoryRead]]:
         """What is recorded: the tokens that wait, through everything, to logits (B, V)."""
         hidden_B1D, reads = self.model.read(self._token_B1, reader, memory=self.memory, cache=self._cache)

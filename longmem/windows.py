@@ -114,6 +114,10 @@ class Windows:
         """What `layer` holds of a stream (see `SideNetCache`)."""
         return self._kept[layer, stream]
 
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._kept.clear()
+
 
 def window_step(
     family: Family,

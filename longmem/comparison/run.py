@@ -195,6 +195,8 @@ def run_cell(
         answer_waiting()
     except LongMemError as error:
         return Cell(task.name, contender.name, reason=str(error))
+    except torch.OutOfMemoryError:
+        return Cell(task.name, contender.name, reason=f"memory of {contender.model.device} was too small")
     if not rows:
         return Cell(task.name, contender.name, reason=reason)
 
@@ -297,6 +299,7 @@ def settings_of(
 ) -> dict[str, Any]:
     return {
         "backbone": model.backbone.name,
+        "precision": str(model.backbone.dtype).removeprefix("torch."),
         "weights": model.backbone.weights_hash[:12],
         "memory heads": len(model.config.memory_heads),
         **{name: _shown(value) for name, value in dataclasses.asdict(task_config).items()},

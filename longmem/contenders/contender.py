@@ -218,13 +218,16 @@ class Contender(ABC):
     def _read(self, prompt: Prompt) -> None:
         if prompt == self._prompt:
             return  # read already
+        self.reader.wait()
         start = time.perf_counter()
         view = self.view(prompt)
         seconds = time.perf_counter() - start
         if view.told:
             self.cost.told_tokens += self.reader.read(view.told)
+            self.reader.wait()
         start = time.perf_counter()
         self.cost.asked_tokens += self.reader.read(view.told + view.asked)
+        self.reader.wait()
         self.cost.first_seconds.append(seconds + time.perf_counter() - start)
         self.cost.kept_bytes = max(self.cost.kept_bytes, self.kept_bytes())
         self._prompt = prompt

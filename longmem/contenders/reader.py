@@ -103,6 +103,11 @@ class Reader:
         self._ids = ids
         return len(ids) - same
 
+    def wait(self) -> None:
+        """Until the device has done what it was given, so that a clock tells what that took."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
     def read_on(self, token_ids: Sequence[int]) -> int:
         """Read more behind what was read; returns how many tokens that took."""
         return self.read([*self._ids[1:], *token_ids])

@@ -101,4 +101,5 @@ def say(
             answers[number].add(next_B[row])
             if answers[number].done:
                 del of_row[row]
+    decoder.release()
     return [(said.text, some) for said, some in zip(answers, drawn, strict=True)]
