@@ -805,6 +805,22 @@ def test_histories_are_written_tokenised_and_trained_on(texts):
     assert "is a file" in fails("histories", "texts", "--out", "texts/a.txt", *lengths, *texts)
 
 
+def test_replies_are_written_and_stand_in_histories(texts):
+    from longmem.histories import read_replies
+
+    said = ok("replies", "--out", "talk/replies.jsonl", "--count", 12, "--longest", 60, *texts, *CPU)
+    replies = read_replies(Path("talk/replies.jsonl"))
+    assert f"{len(replies)} replies to 12 prompts" in said
+    lengths = ("--tokens", 3000, "--shortest", 1500, "--longest", 1600, "--distance", 100)
+    share = ("--reply-share", 0.9)
+    ok("histories", "texts", "--out", "told.jsonl", *lengths, "--replies", "talk/replies.jsonl", *share, *texts)
+    written = [json.loads(line)["text"] for line in Path("told.jsonl").read_text("utf-8").splitlines()]
+    assert any(f"{reply.prompt}<|end|>" in text for reply in replies for text in written)
+    Path("bad.jsonl").write_text("{}\n")
+    wrong = fails("histories", "texts", "--out", "x", *lengths, "--replies", "bad.jsonl", *texts)
+    assert "bad.jsonl, line 1: expected" in wrong and "longmem replies" in wrong
+
+
 def test_training_refuses_what_cannot_work(texts, notes):
     heads = ("--heads", "1.0")
 
