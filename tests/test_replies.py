@@ -13,7 +13,7 @@ from test_histories import flat, unseen
 
 from longmem.errors import ConfigError, SourceError
 from longmem.evals import ordinary
-from longmem.evals.facts import opening_and_turn
+from longmem.evals.ordinary import conversation_ids
 from longmem.histories import PROMPTS, Prompts, Reply, generate_replies, read_replies
 from longmem.histories.replies import finished, unrepeated
 from longmem.model import LongMem
@@ -69,8 +69,7 @@ def test_replies_are_those_of_the_backbone_alone(model: LongMem) -> None:
     found = dict(generate_replies(model, prompts, longest=20, rows=2))
     assert found.keys() == {0, 1, 2}
     for number, prompt in enumerate(prompts):
-        text = "".join(opening_and_turn(model.tokenizer, prompt))
-        pieces = list(model.generate(text, max_new_tokens=20, memory=0.0))
+        pieces = list(model.generate(conversation_ids(model, prompt), max_new_tokens=20, memory=0.0))
         said = "".join(piece.text for piece in pieces).strip()
         ended = pieces[-1].token_id == model.tokenizer.eos_token_id
         expected = unrepeated(said if ended else finished(said))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from longmem.batch import generate_batch
 from longmem.errors import SourceError
-from longmem.evals.facts import opening_and_turn
+from longmem.evals.ordinary import conversation_ids
 from longmem.generation import GenerationConfig
 from longmem.model import LongMem
 
@@ -41,7 +41,7 @@ def generate_replies(
     Yields:
         Number of the prompt, and the reply; None if it has no finished sentence, or is the prompt again.
     """
-    texts = ["".join(opening_and_turn(model.tokenizer, prompt)) for prompt in prompts]
+    texts = [conversation_ids(model, prompt) for prompt in prompts]
     ends = model.tokenizer.eos_token_id
     window = min(_WINDOW, model.backbone.max_positions)
     config = GenerationConfig(max_new_tokens=longest, memory=0.0, window=window, remember=False)
