@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections import Counter
@@ -158,6 +159,30 @@ def test_ordinary_talk_stands_in_the_template(talking: list[History], tokenizer:
         history.text.startswith(f"<|endoftext|>user\n{reply.prompt}") for history in talking for reply in REPLIES
     ]
     assert any(everywhere)  # before anything was told
+
+
+# As SmolLM2's: a system prompt nobody gave, and the end of a turn stands in front of the next one where both are split.
+SYSTEM_TEMPLATE = (
+    "{% for m in messages %}{% if loop.first %}<|endoftext|>system\nBe kind.<|end|>\n{% endif %}"
+    "<|endoftext|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|endoftext|>assistant\n{% endif %}"
+)
+
+
+def test_every_reply_is_ended_whatever_follows(filler: TokenizedDocuments, tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = SYSTEM_TEMPLATE
+    for history in generate_histories(filler, tokenizer, dataclasses.replace(CONFIG, tokens=30_000), REPLIES):
+        turns = history.text.split("<|endoftext|>assistant\n")[1:]
+        assert len(turns) > 20
+        assert all("<|end|>\n" in turn and "<|endoftext|>" not in turn.partition("<|end|>\n")[0] for turn in turns)
+        assert "<|end|>\n<|end|>" not in history.text and "Be kind.<|end|>\n<|endoftext|>user" in history.text
+        for asked in history.asked:
+            assert history.text[asked.start :].startswith(asked.answer or "")
+        for each in history.replied:
+            assert history.text[each.start :].startswith(f"{each.reply}<|end|>\n")
+        for told in history.told:
+            assert words(history.text[told.start :]).startswith(words(told.value))
 
 
 def test_what_begins_replies_is_marked_half_the_time(talking: list[History], histories: list[History]) -> None:

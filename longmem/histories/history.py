@@ -229,6 +229,14 @@ class _Template:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.opening = opening_and_turn(tokenizer, "-")[0]
+        # Some templates end a reply with what `session_text` leaves to the next turn.
+        self.end = ""
+        if getattr(tokenizer, "chat_template", None):
+            turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _TURN}]
+            _, _, end = tokenizer.apply_chat_template(turns, tokenize=False).partition(_TURN)
+            self.end = end.removeprefix(
+                session_text(tokenizer, [Turn("user", "-"), Turn("assistant", _TURN)]).partition(_TURN)[2]
+            )
         self.rendered: dict[int, list[_Said]] = {}
 
     def around(self, count: int) -> list[_Said]:
@@ -689,7 +697,12 @@ class _Writer:
             text += _Said(self.template.opening)
         for frame, each in zip_longest(self.template.around(len(said)), said, fillvalue=_Said("")):
             text += frame + each
-        self._write(text)
+        # Every reply is ended, whatever follows; a session that goes on with the same text need not begin with it.
+        end = self.template.end
+        if end and not opened and self.pieces and self.pieces[-1].endswith(end) and text.text.startswith(end):
+            moved = tuple(_Mark(mark.start - len(end), mark.record) for mark in text.marks)
+            text = _Said(text.text.removeprefix(end), moved)
+        self._write(text + _Said(end))
         self.session += 1
 
     def _write_plain(self, said: _Said) -> None:
