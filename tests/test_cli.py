@@ -101,7 +101,7 @@ def disk() -> tuple:
 def test_help_and_version_import_nothing_heavy():
     code = (
         "import sys; from longmem.cli import app\n"
-        "evaluations = [['eval', name, '--help'] for name in ('perplexity', 'recall', 'facts')]\n"
+        "evaluations = [['eval', name, '--help'] for name in ('perplexity', 'recall', 'facts', 'ordinary')]\n"
         "for words in (['--help'], ['train', '--help'], *evaluations, ['--version']):\n"
         "    app(words, standalone_mode=False)\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
@@ -130,6 +130,7 @@ def test_banks_loads_no_model(notes):
         (measure.perplexity, "longmem.evals.perplexity.PerplexityConfig", {"conditions", "context"}),
         (measure.recall, "longmem.evals.recall.RecallConfig", {"remembered", "tasks"}),
         (measure.facts, "longmem.evals.facts.FactsConfig", set()),
+        (measure.ordinary, "longmem.evals.ordinary.OrdinaryConfig", set()),
         (measure.bench, "longmem.bench.BenchConfig", {"sizes"}),
         (measure.probe, "longmem.probe.ProbeConfig", {"top_k", "max_pair", "max_current"}),
     ],
@@ -750,6 +751,14 @@ def test_recall_of_hidden_things(notes, tiny_model_dir):
     assert "some of passkey, pairs; got passkeys" in fails(*words, "--task", "passkeys")
     assert "at least one passage" in fails(*words, "--remembered", 8)
     assert "expected a file" in fails(*words, "--json", ".", code=2)
+
+
+def test_replies_to_ordinary_prompts(notes, tiny_model_dir):
+    words = ("eval", "ordinary", "--model", tiny_model_dir, "--prompts", 2, "--tokens", 3, *CPU)
+    shown = ok(*words, "--filler", "notes.txt", "--passage", 32, "--remembered", 64, "--json", "figures.json")
+    assert all(title in shown for title in ("of 2", "first 3 tokens", "bank on", "bank empty"))
+    assert len(json.loads(Path("figures.json").read_text())["cases"]) == 2
+    assert json.loads(ok(*words, "--remembered", 0, "--chats", 0, "--json", "-"))["bank_tokens"] == 0
 
 
 def test_recall_of_facts(notes, tiny_model_dir):
