@@ -103,6 +103,7 @@ app.command("import", rich_help_panel=_KEEP)(versions.import_)
 for _command in (
     learn.setup,
     learn.tokenize,
+    learn.replies,
     learn.histories,
     measure.probe,
     learn.train,

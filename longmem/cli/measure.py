@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from longmem.data import TokenizedDocuments
     from longmem.evals.answers import Group
     from longmem.evals.facts import FactsResult
+    from longmem.evals.ordinary import OrdinaryResult
     from longmem.evals.perplexity import PerplexityResult
     from longmem.evals.recall import RecallResult
     from longmem.model import LongMem
@@ -342,6 +343,48 @@ def facts(
         common.out.print(answers_table(titles[kind], group, evaluation.LABELS))
 
 
+@evaluations.command()
+def ordinary(
+    context: typer.Context,
+    model: common.Model = common.DEFAULT_MODEL,
+    prompts: Annotated[int, typer.Option(help="Ordinary prompts, as many of them as there are.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Of each reply that are compared with the backbone's own.")] = 8,
+    chats: Annotated[int, typer.Option(help="Users whose conversations are remembered.")] = 1,
+    remembered: Annotated[int, typer.Option(help="Tokens of other text in the bank.")] = 16384,
+    filler: Filler = None,
+    passage: Annotated[int, typer.Option(help="Tokens of a piece of other text, each a source of its own.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    as_json: Figures = None,
+    device: common.Device = "auto",
+    dtype: common.Precision = "auto",
+) -> None:
+    """Prompts that ask for nothing remembered: is the reply still the backbone's own?"""
+    from longmem.evals import ordinary as evaluation
+
+    names = {field.name for field in dataclasses.fields(evaluation.OrdinaryConfig)}
+    config = evaluation.OrdinaryConfig(**{name: context.params[name] for name in names})
+    _check_file(as_json)
+    loaded = common.load_model(model, device, dtype)
+    read = _filler(filler, loaded) if remembered else None
+    with common.counting("asking", evaluation.steps(config), "passages and prompts") as advance:
+        result = evaluation.ordinary(loaded, read, config, on_case=advance)
+    if _is_told(result, as_json):
+        return
+    title = f"the backbone's own, of {prompts}"
+    columns = (f"first {tokens} tokens", "95 % interval", "first token", "tokens")
+    table = Table(title, *columns, box=None, header_style="dim")
+    for name, same in result.agreement.items():
+        low, high = same.whole_interval
+        table.add_row(
+            {"bank_on": "bank on", "bank_off": "bank empty"}[name],
+            f"{100 * same.whole:.1f} %",
+            f"{100 * low:.1f} – {100 * high:.1f}",
+            f"{100 * same.first:.1f} %",
+            f"{same.tokens:.1f}",
+        )
+    common.out.print(table)
+
+
 def answers_table(title: str, group: Group, labels: tuple[str, ...]) -> Table:
     """Rates of each answer under each condition, and 95 % intervals of the right one."""
     conditions = {
@@ -372,7 +415,9 @@ def _check_plot(plot: Path | None) -> None:
         raise MissingExtraError("--plot needs matplotlib, which is not installed. Run: pip install 'longmem[plot]'.")
 
 
-def _is_told(result: PerplexityResult | RecallResult | FactsResult | BenchResult, as_json: Path | None) -> bool:
+def _is_told(
+    result: PerplexityResult | RecallResult | FactsResult | OrdinaryResult | BenchResult, as_json: Path | None
+) -> bool:
     """Write figures to where --json says; True if that was standard output, which takes nothing else."""
     if as_json is None:
         return False
