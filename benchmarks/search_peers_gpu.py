@@ -54,7 +54,7 @@ def directions() -> Tensor:
 
 def import_faiss() -> Any:
     import faiss
-    import faiss.contrib.torch_utils  # noqa: F401 — from here on faiss takes tensors
+    import faiss.contrib.torch_utils
 
     return faiss
 
