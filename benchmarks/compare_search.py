@@ -132,7 +132,7 @@ def main() -> None:
                 print("      µs: " + ", ".join(parts), flush=True)
             if not args.settings:
                 continue
-            tries = itertools.product((1, 2, 4), (4, 6), (16, 32, 64))
+            tries = itertools.product((1, 2, 4), (4, 6), (8, 16, 32))
             for at_once, stages, programs in [(2, 3, 16)] if args.tiny else tries:
                 if at_once * search.TILE.value * stages * bytes_ // (3 * keys) > 200_000:
                     continue

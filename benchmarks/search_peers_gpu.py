@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import importlib
 import os
 import subprocess
 from collections.abc import Callable, Iterator
@@ -134,9 +135,7 @@ def inverted_files(
 def by_jax(keys_XNE: Tensor, approximate: bool) -> Search:
     """XLA's own `approx_max_k` or `top_k` over a product in bfloat16."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    import jax
-    from jax import dlpack, lax
-
+    jax, dlpack, lax = map(importlib.import_module, ("jax", "jax.dlpack", "jax.lax"))
     keys = dlpack.from_dlpack(keys_XNE)
 
     @jax.jit
