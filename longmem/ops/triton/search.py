@@ -232,7 +232,7 @@ class _Keys:
             "TILES": at_once,
             "PRECISION": self._precision,
             "num_warps": 1,
-            "num_stages": 4 if self._key_bytes <= 128 else 3,
+            "num_stages": 4 if self._key_bytes <= 128 else 3 if self._key_bytes <= 512 else 2,
         }
         return (triton.cdiv(self.tiles, chunk_tiles), searches), chunk_tiles * TILE.value, settings
 
