@@ -225,8 +225,9 @@ def test_search_by_codes(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("coded", [False, True])
 def test_groups_are_chosen_from_in_as_many_rounds_as_it_takes(coded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of hundreds of millions of keys: 8 parts, of which two at a time are chosen from."""
+    """As of hundreds of millions of keys: 8 parts of tiles, of which two at a time are chosen from; then groups."""
     monkeypatch.setattr(search, "MOST_GROUPS", 256)
+    monkeypatch.setattr(search, "MOST_TILES", 32)
     keys, length_X, pool_X = 8 * 256 * 16 - 100, torch.tensor([8 * 256 * 16 - 333]), torch.tensor([0])
     query_XQE, keys_PNE = (normal(1, rows, 16, seed=rows) * 9 for rows in (2, keys))
     query_XQE, keys_PNE = query_XQE.round(), keys_PNE.round()
