@@ -277,8 +277,8 @@ class GpuLists:
 
 
 def default_lists(num_keys: int) -> int:
-    """4 · √N, but lists of four tiles at least, and no more than can be chosen from once long ones are cut."""
-    return max(1, min(round(4 * num_keys**0.5), num_keys // (4 * TILE), 3 * MOST_LISTS // 4))
+    """4 · √N, but lists of two tiles at least, and no more than can be chosen from once long ones are cut."""
+    return max(1, min(round(4 * num_keys**0.5), num_keys // (2 * TILE), 3 * MOST_LISTS // 4))
 
 
 def _some(query_TGE: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def test_there_are_no_more_lists_than_can_be_chosen_from() -> None:
         longest = -(-lists._LONGEST * num_keys // (usual * TILE))
         # Lists that are cut, when all tiles but one of each lie in long ones.
         assert usual + (-(-num_keys // TILE) + usual) // longest <= MOST_LISTS or num_keys < 1 << 20
-    assert default_lists(1 << 20) == 2048 and default_lists(1 << 24) == 12_288
+    assert default_lists(1 << 20) == 4096 and default_lists(1 << 24) == 12_288
 
 
 def test_what_cannot_be_built_says_why() -> None:

@@ -202,18 +202,24 @@ def topk_listed(
 def _places_read(lists: Lists, pool: int, code_QS: Tensor) -> Tensor:
     """Places (M,) of the lists that any of a search's queries reads, in whole tiles."""
     first_L, tiles_L = lists.first_PL1[pool, :-1], lists.first_PL1[pool].diff()
-    score_QL = code_QS.float() @ lists.centroid_PLS[pool].float().T
-    sorted_QL, order_QL = score_QL.sort(dim=-1, descending=True)
-    wanted = tiles_L.sum().minimum(lists.reads_P[pool])
-    # The list that makes the tiles enough, and all others that score as much.
-    last_Q1 = (tiles_L[order_QL].cumsum(-1) < wanted).sum(-1, keepdim=True)
-    read_L = (score_QL >= sorted_QL.gather(-1, last_Q1)).any(0)
+    read_L = lists_read(lists, pool, code_QS)
     tile_M = torch.arange(TILE, device=first_L.device)
     runs = [
         (torch.arange(first, first + tiles, device=first_L.device)[:, None] * TILE + tile_M).flatten()
         for first, tiles in zip(first_L[read_L].tolist(), tiles_L[read_L].tolist(), strict=True)
     ]
     return torch.cat([tile_M[:0], *runs])
+
+
+def lists_read(lists: Lists, pool: int, code_QS: Tensor) -> Tensor:
+    """Which lists (L,) queries that are asked at once read, given their codes: bool."""
+    tiles_L = lists.first_PL1[pool].diff()
+    score_QL = code_QS.float() @ lists.centroid_PLS[pool].float().T
+    sorted_QL, order_QL = score_QL.sort(dim=-1, descending=True)
+    wanted = tiles_L.sum().minimum(lists.reads_P[pool])
+    # The list that makes the tiles enough, and all others that score as much.
+    last_Q1 = (tiles_L[order_QL].cumsum(-1) < wanted).sum(-1, keepdim=True)
+    return (score_QL >= sorted_QL.gather(-1, last_Q1)).any(0)
 
 
 def code_queries(query_XQE: Tensor, coder_XES: Tensor) -> tuple[Tensor, Tensor]:
