@@ -1,7 +1,7 @@
 """Decoding with 16 million remembered tokens on one GPU: an inverted file against exact search, recall and speed.
 
     python benchmarks/ivf_gpu.py --tokens HELDOUT [TRAIN …] [--out FILE.csv] [--real TOKENS] [--size TOKENS]
-        [--no-compile] [--check-only] [--model NAME]
+        [--no-compile] [--two-streams] [--check-only] [--model NAME]
 
 HELDOUT and TRAIN are folders of `longmem tokenize`. Keys are real: SmolLM2-135M encodes documents, on the device, until
 there are `--real` tokens; up to `--size` tokens they are repeated with noise of 2 % of a channel's spread, where
@@ -312,6 +312,7 @@ class Table:
         self.about = about
         columns = (
             "what", "bank", "search", "p20_ms", "p50_ms", "p80_ms", "share_of_backbone", "same_tokens", "logits_error",
+            "recorded_differs",
             "recall_least", "recall_mean", "recall_by_head", "read_share", "coordinates", "tokens", "real_tokens",
             "GB_on_card",
         )  # fmt: skip
@@ -341,6 +342,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="what the rows say; asked of git by default")
     parser.add_argument("--no-compile", action="store_true", help="layers as they are, for comparison")
+    parser.add_argument("--two-streams", action="store_true", help="the SideNet beside the backbone")
     parser.add_argument("--check-only", action="store_true")
     args = parser.parse_args()
     if args.tokens is None and not args.check_only:
@@ -358,8 +360,8 @@ def main() -> None:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()  # fmt: skip
     about = {
-        "copy_TB_per_s": copy_bandwidth() / 1e12, "compile": not args.no_compile, "commit": commit,
-        "date": datetime.date.today().isoformat(),
+        "copy_TB_per_s": copy_bandwidth() / 1e12, "compile": not args.no_compile, "two_streams": args.two_streams,
+        "commit": commit, "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", "torch": torch.__version__,
         "triton": importlib.metadata.version("triton"),
     }  # fmt: skip
@@ -399,7 +401,8 @@ def main() -> None:
     del ways["int8 of 48"]
     say("searches timed")
 
-    steps(model, bank, ways, prompt_T, table, tokens, compile=not args.no_compile and DEVICE == "cuda")
+    settings = {"compile": not args.no_compile and DEVICE == "cuda", "two_streams": args.two_streams}
+    steps(model, bank, ways, prompt_T, table, tokens, **settings)
     say("done")
 
 
@@ -410,8 +413,7 @@ def steps(
     prompt_T: Tensor,
     table: Table,
     tokens: dict[str, int],
-    *,
-    compile: bool,
+    **settings: Any,
 ) -> None:
     """A step of one text, in each way."""
     prompt_N = model.with_prefix(prompt_T)
@@ -423,7 +425,7 @@ def steps(
     alone, chosen, expected = None, [], []
     for name, read, index, memory in plan:
         bank._index = index
-        decoder = begin(model, 1, [], memory=memory, compile=compile)
+        decoder = begin(model, 1, [], memory=memory, **settings)
         logits_V, _ = decoder.begin(0, prompt_N, read)
         token, same, logits = int(logits_V.argmax()), 0, []
         exact = name == "exact"
@@ -439,11 +441,18 @@ def steps(
             expected = logits
         if expected:
             same = sum(int(mine.argmax()) == int(its.argmax()) for mine, its in zip(logits, expected, strict=True))
+        # The same step as it is recorded, and as it is called: each head by itself, then.
+        decoder._token_B1.fill_(token)
+        decoder._cache.look_at(decoder.capacity)
+        called_BV = decoder.run(model.reader([read], 1))[0].clone()
+        differs = error(decoder.step([token], [read])[0], called_BV)
+        assert differs < 0.05, f"{name}: a recorded step differs by {differs} from the one that was called"
         times = quantiles(
             lambda d=decoder, b=read: d.step([5], [b])[0].argmax(-1).tolist(), DEVICE, 200 if DEVICE == "cuda" else 3
         )
         alone = alone or times[1]
         row: dict[str, Any] = dict(zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True))
+        row["recorded_differs"] = differs
         if expected and read is not None:
             wrong = error(torch.stack(logits), torch.stack(expected))
             row |= {"same_tokens": f"{same} of {len(logits)}", "logits_error": wrong}

@@ -199,7 +199,8 @@ class _Search:
         chosen_XQ = self.new(self.queries, dtype=torch.int32)
         _best_groups[(self.rows,)](
             best_XQT, *chosen, best_XQM, tile_XQC, group_XQC, chosen_XQ, parts, self.tiles,
-            GROUP=self.group, M=width, COUNT=count, num_warps=_warps(width),
+            GROUP=self.group, M=width, COUNT=count,
+            num_warps=_warps(max(width, WIDTH.value * TILE.value // self.group)),
         )  # fmt: skip
         return group_XQC, chosen_XQ
 
