@@ -122,8 +122,8 @@ class _Search:
 
     @property
     def late_tiles(self) -> int:
-        """Tiles of later keys that there may be."""
-        return triton.cdiv(max(0, self.most - self.lists.known), TILE.value)
+        """Tiles of later keys that there may be, as many as let rows of maxima begin at multiples of 64 bytes."""
+        return triton.cdiv(max(0, self.most - self.lists.known), 16 * TILE.value) * 16
 
     @property
     def tiles(self) -> int:
