@@ -125,6 +125,18 @@ def check() -> None:
         print(f"checked {pools} × {keys:,} keys, {queries} queries, {size} coordinates: {share:.4f}", flush=True)
 
 
+def check_index() -> None:
+    """What `make_index` makes of a large bank on a GPU, and that it can be kept."""
+    keys_HNE, query_HQE = clumps(2, 40_000, seed=3), asked(2, 600, seed=4).float()
+    index = BankIndex.choose(keys_HNE, query_HQE, top_k=TOP_K, target=0.9, lists=True, together=3)
+    assert all(isinstance(head, KeyLists) for head in index.heads), index.kinds
+    kept = BankIndex.from_state(*index.state()).to(keys_HNE.device)
+    given = slice(0, 2), query_HQE[:, :3], keys_HNE, TOP_K
+    for mine, its in zip(index.search(*given), kept.search(*given), strict=True):
+        assert torch.equal(mine, its)
+    print(f"an index asked for .9: {', '.join(index.kinds)}; recall {index.recall}", flush=True)
+
+
 def recorded(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
     """A replay, and what it overwrites; on a CPU a call."""
     if DEVICE == "cpu":
@@ -366,6 +378,8 @@ def main() -> None:
         print(f"[{time.perf_counter() - start:6.1f} s] {what}", flush=True)
 
     check()
+    if DEVICE == "cuda":
+        check_index()
     say("checked")
     if args.check_only:
         return
