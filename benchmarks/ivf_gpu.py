@@ -1,7 +1,7 @@
 """Decoding with 16 million remembered tokens on one GPU: an inverted file against exact search, recall and speed.
 
     python benchmarks/ivf_gpu.py --tokens HELDOUT [TRAIN …] [--out FILE.csv] [--real TOKENS] [--size TOKENS]
-        [--no-compile] [--two-streams] [--check-only] [--search-only] [--model NAME]
+        [--no-compile] [--two-streams] [--check-only] [--search-only] [--profile] [--model NAME]
 
 HELDOUT and TRAIN are folders of `longmem tokenize`. Keys are real: SmolLM2-135M encodes documents, on the device, until
 there are `--real` tokens; up to `--size` tokens they are repeated with noise of 2 % of a channel's spread, where
@@ -36,6 +36,7 @@ from torch import Tensor
 from longmem.approximate import BankIndex
 from longmem.bank import MemoryBank
 from longmem.data import TokenizedDocuments
+from longmem.errors import ConfigError
 from longmem.index import BankReader, PlacedReader, Retrieved
 from longmem.lists import GpuLists, KeyLists
 from longmem.model import LongMem
@@ -272,13 +273,20 @@ def make_lists(keys_HNE: Tensor, query_HTGE: Tensor) -> tuple[dict[float, BankIn
         some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // (1 << 17))]
         size = Sketch.choose(some_1nE, query_1QE, top_k=TOP_K, target=(1 + max(TARGETS)) / 2).size
         now = lap("size", now)
-        whole = KeyLists.build(keys_1NE, Basis.fit(keys_1NE, query_1QE), size, 1)
-        now = lap("lists", now)
-        for target in TARGETS:
-            reads = whole._fewest_reads(query_TGE, keys_1NE, TOP_K, target)
-            heads[target].append(replace(whole, reads=reads))
-        lap("reads", now)
-    # Parts of a mirror: lists are the same, only what is read of them differs.
+        for more in range(size, keys_1NE.shape[-1] + 1, 16):
+            whole = KeyLists.build(keys_1NE, Basis.fit(keys_1NE, query_1QE), more, 1)
+            now = lap("lists", now)
+            try:
+                reads = [whole._fewest_reads(query_TGE, keys_1NE, TOP_K, target) for target in TARGETS]
+            except ConfigError as error:
+                print(f"{more} coordinates are too few: {error}", flush=True)
+                continue
+            finally:
+                now = lap("reads", now)
+            for target, least in zip(TARGETS, reads, strict=True):
+                heads[target].append(replace(whole, reads=least))
+            break
+    # Lists are the same for all targets, only how much is read of them differs.
     return {target: BankIndex(tuple(heads[target]), TOP_K, target, "") for target in TARGETS}, seconds
 
 
@@ -290,7 +298,9 @@ def make_sketch(keys_HNE: Tensor, query_HTGE: Tensor) -> BankIndex:
     return BankIndex(tuple(heads), TOP_K, 0.99, "")
 
 
-def search_times(model: LongMem, bank: MemoryBank, query_HTGE: Tensor, repeats: int) -> list[float]:
+def search_times(
+    model: LongMem, bank: MemoryBank, query_HTGE: Tensor, repeats: int, *, profile: bool = False
+) -> list[float]:
     """p20, p50, p80 in milliseconds of what a step searches, with another token's queries each time."""
     placed = PlacedReader([bank], model.config, torch.device(model.device))
     heads = {layer: model.config.heads_of(layer) for layer in model.config.memory_layers}
@@ -319,7 +329,20 @@ def search_times(model: LongMem, bank: MemoryBank, query_HTGE: Tensor, repeats: 
             start = time.perf_counter()
             replay()
             times.append(1000 * (time.perf_counter() - start))
+    if profile and DEVICE == "cuda":
+        kernels_of(replay)
     return torch.tensor(times[3:]).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+
+
+def kernels_of(replay: Callable[[], None], runs: int = 20) -> None:
+    """Prints what a step's searches are made of."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(runs):
+            replay()
+        torch.cuda.synchronize()
+    found = [event for event in profiler.key_averages() if event.device_time_total]
+    for event in sorted(found, key=lambda event: -event.device_time_total)[:16]:
+        print(f"    {event.device_time_total / runs:8.1f} µs {event.count / runs:6.1f} × {event.key[:80]}")
 
 
 def copy_bandwidth() -> float:
@@ -368,6 +391,7 @@ def main() -> None:
     parser.add_argument("--no-compile", action="store_true", help="layers as they are, for comparison")
     parser.add_argument("--two-streams", action="store_true", help="the SideNet beside the backbone")
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of a step's searches")
     parser.add_argument("--search-only", action="store_true", help="no steps of decoding")
     args = parser.parse_args()
     if args.tokens is None and not args.check_only:
@@ -423,7 +447,8 @@ def main() -> None:
             row |= {"recall_least": min(found), "recall_mean": sum(found) / len(found)}
             row |= {"recall_by_head": " ".join(f"{one:.4f}" for one in found), "read_share": sum(share) / len(share)}
             row |= {"coordinates": " ".join(str(head.size) for head in index.heads)}
-        times = search_times(model, bank, measuring_HTGE, 100 if DEVICE == "cuda" else 3)
+        repeats = 100 if DEVICE == "cuda" else 3
+        times = search_times(model, bank, measuring_HTGE, repeats, profile=args.profile)
         table.add(**row, **dict(zip(("p20_ms", "p50_ms", "p80_ms"), times, strict=True)))
     del ways["int8 of 48"]
     say("searches timed")

@@ -227,13 +227,17 @@ def _choose(
     # coordinates it takes depends little on how many keys there are, and trying them on all takes minutes.
     some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // _TRIED)]
     size = Sketch.choose(some_1nE, query_1QE, top_k=top_k, target=(1 + target) / 2).size
-    wanted = {"top_k": top_k, "target": target, "size": size}
-    try:
-        if keys_1NE.device.type == "cpu":
-            return InvertedFile.choose(keys_1NE, query_1QE, **wanted)
-        return KeyLists.choose(keys_1NE, query_1QE, **wanted, together=together)
-    except ConfigError:
-        return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
+    wanted = {"top_k": top_k, "target": target}
+    on_cpu = keys_1NE.device.type == "cpu"
+    # On a GPU more coordinates can be tried in seconds.
+    for more in range(size, size + 1 if on_cpu else keys_1NE.shape[-1] + 1, 16):
+        try:
+            if on_cpu:
+                return InvertedFile.choose(keys_1NE, query_1QE, **wanted, size=more)
+            return KeyLists.choose(keys_1NE, query_1QE, **wanted, size=more, together=together)
+        except ConfigError:
+            continue
+    return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
 
 
 def check(num_tokens: int, top_k: int, target: float) -> None:
