@@ -29,6 +29,7 @@ from train_speed import ALL, LOOK_UP, build
 
 from longmem.approximate import BankIndex
 from longmem.bank import MemoryBank
+from longmem.lists import KeyLists
 from longmem.model import LongMem
 from longmem.sketch import Basis, Sketch
 from longmem.steps import BatchDecoder
@@ -81,6 +82,16 @@ def index_of(bank: MemoryBank, size: int) -> BankIndex:
         Sketch.build(keys_1NE, Basis.fit(keys_1NE, query_1QE), size)
         for keys_1NE, query_1QE in zip(bank.keys_HNE.split(1), asked.split(1), strict=True)
     ]
+    return BankIndex(tuple(heads), 64, 0.99, "")
+
+
+def lists_of(bank: MemoryBank, size: int, share: float = 0.05) -> BankIndex:
+    """An index of lists, of which a query reads a share."""
+    asked = torch.randn(len(bank.keys_HNE), 512, bank.spec.head_dim, device=bank.device)
+    heads = []
+    for keys_1NE, query_1QE in zip(bank.keys_HNE.split(1), asked.split(1), strict=True):
+        head = KeyLists.build(keys_1NE, Basis.fit(keys_1NE, query_1QE), size, 1)
+        heads.append(dataclasses.replace(head, reads=max(1, int(share * head.tiles))))
     return BankIndex(tuple(heads), 64, 0.99, "")
 
 
