@@ -1,14 +1,13 @@
 """Decoding on a GPU: recorded steps, first checked against plain reading, then timed against the backbone alone.
 
     python benchmarks/decode_gpu.py [--out FILE.csv] [--no-compile] [--check-only] [--rows 1 32] [--largest TOKENS]
-        [--two-streams | --both] [--no-check] [--profile]
+        [--both] [--no-check] [--profile]
 
 The backbone has SmolLM2-135M's shape and random weights, banks hold random keys and values: neither changes what has
 to be computed. Of every step p20, p50 and p80. `share` is the speed against the backbone alone (`memory=0`) in the same
 runtime with the same batch. `--profile` prints the kernels of a step with their times, and how long the host is busy
-with banks before the step is launched; `--two-streams` runs the SideNet beside the backbone instead of behind it,
-`--both` times the two in turn over the same banks. The file is written anew after every figure, so that a time limit
-loses none. On a CPU a small model stands in, to see that the script runs.
+with banks before the step is launched; `--both` runs the SideNet behind the backbone as well as beside it, in turn over
+the same banks. The file is written anew after every figure, so that a time limit loses none. On a CPU a small model stands in, to see that the script runs.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from longmem.lists import KeyLists
 from longmem.model import LongMem
 from longmem.sketch import Basis, Sketch
 from longmem.steps import BatchDecoder
-from longmem.windows import SideBranch
+from longmem.windows import Branch
 
 CAPACITY = 1536
 
@@ -101,11 +100,11 @@ def with_index(bank: MemoryBank) -> MemoryBank:
 
 
 def begin(
-    model: LongMem, rows: int, banks: Sequence[MemoryBank | None], *, two_streams: bool = False, **settings: Any
+    model: LongMem, rows: int, banks: Sequence[MemoryBank | None], *, two_streams: bool = True, **settings: Any
 ) -> BatchDecoder:
     decoder = BatchDecoder(model, rows, CAPACITY, **settings)
-    if two_streams:
-        decoder._cache.backbone.branch = decoder._cache.sidenet.branch = SideBranch(model.device)
+    if not two_streams:
+        decoder._cache.backbone.branch = decoder._cache.sidenet.branch = Branch()
     for row, bank in enumerate(banks):
         decoder.begin(row, text_of(model, row), bank)
     return decoder
@@ -215,8 +214,7 @@ def main() -> None:
         "--look-up-only", action="store_true", help="the three look-up heads, without those of layer 23"
     )
     parser.add_argument("--largest", type=int, default=1 << 24, help="tokens of the largest bank")
-    parser.add_argument("--two-streams", action="store_true", help="the SideNet beside the backbone")
-    parser.add_argument("--both", action="store_true", help="behind the backbone, and beside it")
+    parser.add_argument("--both", action="store_true", help="the SideNet behind the backbone as well as beside it")
     parser.add_argument("--no-check", action="store_true", help="where the same commit has been checked")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step (on a GPU)")
     parser.add_argument("--rows", type=int, nargs="*", help="texts side by side, 1 and 32 by default")
@@ -226,7 +224,7 @@ def main() -> None:
     # In bfloat16 the same sums in another order differ by some per cent, which would hide a fault.
     heads = LOOK_UP if args.look_up_only else ALL
     began = time.perf_counter()
-    beside = (False, True) if args.both else (args.two_streams,)
+    beside = (False, True) if args.both else (True,)
     if not args.no_check:
         checked = model_for(device, heads, torch.float32)
         for two_streams in beside:
@@ -276,7 +274,7 @@ def main() -> None:
         for what, make, memory in plan:
             banks = make()
             # The backbone alone has nothing that could run beside it.
-            for two_streams in beside if memory else (False,):
+            for two_streams in beside if memory else (True,):
                 row = timed(model, rows, banks, memory, compile, two_streams, args.profile)
                 alone.setdefault(rows, row["p50_ms"])
                 share = alone[rows] / row["p50_ms"]
@@ -317,7 +315,7 @@ def timed(
 
 
 def described(row: dict[str, Any]) -> str:
-    what = row["bank"] + (", two streams" if row["two_streams"] else "")
+    what = row["bank"] + ("" if row["two_streams"] else ", one stream")
     return (
         f"{row['rows']:3} rows, {what:45} {row['p50_ms']:8.3f} ms ({row['p20_ms']:.3f} – {row['p80_ms']:.3f}), "
         f"{row['tokens_per_second']:8.0f} tokens/s, {row['share']:.2f} of the backbone alone"

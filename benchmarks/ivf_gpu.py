@@ -1,7 +1,7 @@
 """Decoding with 16 million remembered tokens on one GPU: an inverted file against exact search, recall and speed.
 
     python benchmarks/ivf_gpu.py --tokens HELDOUT [TRAIN …] [--out FILE.csv] [--real TOKENS] [--size TOKENS]
-        [--no-compile] [--two-streams] [--check-only] [--search-only] [--profile] [--model NAME]
+        [--no-compile] [--check-only] [--search-only] [--profile] [--model NAME]
 
 HELDOUT and TRAIN are folders of `longmem tokenize`. Keys are real: SmolLM2-135M encodes documents, on the device, until
 there are `--real` tokens; up to `--size` tokens they are repeated with noise of 2 % of a channel's spread, where
@@ -389,7 +389,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="what the rows say; asked of git by default")
     parser.add_argument("--no-compile", action="store_true", help="layers as they are, for comparison")
-    parser.add_argument("--two-streams", action="store_true", help="the SideNet beside the backbone")
     parser.add_argument("--check-only", action="store_true")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step's searches")
     parser.add_argument("--search-only", action="store_true", help="no steps of decoding")
@@ -411,7 +410,7 @@ def main() -> None:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()  # fmt: skip
     about = {
-        "copy_TB_per_s": copy_bandwidth() / 1e12, "compile": not args.no_compile, "two_streams": args.two_streams,
+        "copy_TB_per_s": copy_bandwidth() / 1e12, "compile": not args.no_compile,
         "commit": commit, "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", "torch": torch.__version__,
         "triton": importlib.metadata.version("triton"),
@@ -454,7 +453,7 @@ def main() -> None:
     say("searches timed")
     if args.search_only:
         return
-    settings = {"compile": not args.no_compile and DEVICE == "cuda", "two_streams": args.two_streams}
+    settings = {"compile": not args.no_compile and DEVICE == "cuda"}
     steps(model, bank, ways, prompt_T, table, tokens, **settings)
     say("done")
 

@@ -11,7 +11,9 @@ B texts, T tokens, N tokens of a stretch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -27,7 +29,7 @@ from longmem.errors import ConfigError
 from longmem.group import BankGroup, Readable
 from longmem.index import PlacedReader, Retrieve
 from longmem.model import LongMem, ModelCache
-from longmem.windows import WindowBuffer, Windows, window_step
+from longmem.windows import Branch, SideBranch, WindowBuffer, Windows, window_step
 
 # Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces. So it is by
 # the backbone alone, whose pieces need only a mask of T times all tokens.
@@ -55,9 +57,9 @@ class BatchCache:
     def __init__(self, rows: int, capacity: int, device: torch.device, *, compile: bool) -> None:
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)
         run = torch.compile(window_step, dynamic=False) if compile else window_step
-        # A `SideBranch` of both would let the two overlap on a GPU; it has not yet been run on one.
-        self.backbone = Windows(self.length_B, capacity, run)
-        self.sidenet = Windows(self.length_B, capacity, run)
+        branch = SideBranch(device) if device.type == "cuda" else Branch()
+        self.backbone = Windows(self.length_B, capacity, run, branch)
+        self.sidenet = Windows(self.length_B, capacity, run, branch)
 
     def look_at(self, room: int) -> None:
         """Steps look at the first `room` tokens of each window from now on."""
@@ -221,6 +223,19 @@ class BatchDecoder:
                 self._specs[row] = bank.spec
 
 
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Nothing is collected meanwhile: an earlier recording that is freed during the next one spoils it."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class _Recorded:
     """A step as a CUDA graph."""
 
@@ -236,7 +251,7 @@ class _Recorded:
                 decoder.run(self._reader)
         torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with _no_garbage(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._logits_BV, self._reads = decoder.run(self._reader)
 
     def fits(self, banks: Sequence[MemoryBank | None]) -> bool:
