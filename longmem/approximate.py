@@ -21,16 +21,19 @@ from torch import Tensor
 
 from longmem.errors import ConfigError
 from longmem.ivf import InvertedFile
+from longmem.lists import GpuLists, KeyLists
 from longmem.ops import Pools, reads_apart
 from longmem.sketch import GpuSketch, Sketch
 
 # From so many tokens on, reading some lists is faster than reading a few numbers of every key (docs/search.md).
-LISTS_FROM = 1 << 17
+LISTS_FROM = {"cpu": 1 << 17, "cuda": 1 << 20}
+# How many coordinates inverted files need is tried on so many tokens.
+_TRIED = 1 << 17
 # An index of fewer tokens for each retrieved one would save nothing.
 LEAST = 16
 # The part of a bank that its index does not know may grow to this share of what it knows.
 TAIL = 0.25
-KINDS = {"sketch": Sketch, "lists": InvertedFile}
+KINDS = {"sketch": Sketch, "lists": InvertedFile, "key lists": KeyLists}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class BankIndex:
         fingerprint: of the keys that it was made from (`fingerprint`).
     """
 
-    heads: tuple[Sketch | InvertedFile, ...]
+    heads: tuple[Sketch | InvertedFile | KeyLists, ...]
     top_k: int
     target: float
     fingerprint: str
@@ -62,6 +65,7 @@ class BankIndex:
         top_k: int,
         target: float = 0.99,
         lists: bool | None = None,
+        together: int = 1,
         on_head: Callable[[int], None] | None = None,
     ) -> BankIndex:
         """The least index of each head that reaches a target recall.
@@ -72,8 +76,8 @@ class BankIndex:
             top_k: R, what recall is measured at.
             target: recall among the R true nearest, of the queries that choose. What is then measured may fall short by
                 a per cent: ask for more than you need.
-            lists: inverted files or sketches; by default what is faster for so many keys, and installed. On a GPU
-                sketches.
+            lists: inverted files or sketches; by default what is faster for so many keys, and installed.
+            together: queries that follow each other and are asked at once, as the query heads of a memory head are.
             on_head: called with 1 for each head that is done.
 
         Raises:
@@ -83,12 +87,12 @@ class BankIndex:
         check(keys_HNE.shape[1], top_k, target)
         require_searchable(keys_HNE.device, top_k)
         if lists is None:
-            large = keys_HNE.shape[1] >= LISTS_FROM and keys_HNE.device.type == "cpu"
-            lists = large and importlib.util.find_spec("faiss") is not None
+            large = keys_HNE.shape[1] >= LISTS_FROM[keys_HNE.device.type]
+            lists = large and (keys_HNE.is_cuda or importlib.util.find_spec("faiss") is not None)
         heads = []
         for head in range(len(keys_HNE)):
             one = slice(head, head + 1)
-            heads.append(_choose(keys_HNE[one], query_HQE[one], top_k, target, lists))
+            heads.append(_choose(keys_HNE[one], query_HQE[one], top_k, target, lists, together))
             if on_head is not None:
                 on_head(1)
         return cls(tuple(heads), top_k, target, fingerprint(keys_HNE))
@@ -104,6 +108,8 @@ class BankIndex:
         return tuple(
             f"{head.size} coordinates"
             if isinstance(head, Sketch)
+            else f"{head.size} coordinates, {head.share:.1%} of {len(head.centroid_LS):,} lists"
+            if isinstance(head, KeyLists)
             else f"{head.size} coordinates, {head.probes[0]:,} of {head.lists[0].nlist:,} lists"
             for head in self.heads
         )
@@ -111,24 +117,23 @@ class BankIndex:
     @property
     def device(self) -> torch.device:
         """Where it is searched."""
-        return next(
-            (head.basis.centre_XE.device for head in self.heads if isinstance(head, Sketch)), torch.device("cpu")
-        )
+        movable = (head for head in self.heads if not isinstance(head, InvertedFile))
+        return next((head.basis.centre_XE.device for head in movable), torch.device("cpu"))
 
     def to(self, device: torch.device) -> BankIndex:
         """The index on a device; itself if it is there.
 
         Raises:
-            ConfigError: it cannot be searched there, or has inverted files, which are searched on a CPU.
+            ConfigError: it cannot be searched there, or has inverted files of faiss, which are searched on a CPU.
         """
         if device.type == self.device.type:
             return self
         require_searchable(device, self.top_k)
-        heads = [head.to(device) for head in self.heads if isinstance(head, Sketch)]
+        heads = [head.to(device) for head in self.heads if not isinstance(head, InvertedFile)]
         if len(heads) < len(self.heads):
             raise ConfigError(
-                f"This index has inverted files, which are searched on a CPU; the bank is on {device}. Make an index "
-                "for the bank where it is, open it with device='cpu' (--device cpu), or search it exactly."
+                f"This index has inverted files of faiss, which are searched on a CPU; the bank is on {device}. Make "
+                "an index for the bank where it is, open it with device='cpu' (--device cpu), or search it exactly."
             )
         return replace(self, heads=tuple(heads))
 
@@ -168,20 +173,23 @@ class BankIndex:
         index_KQR, score_KQR = (torch.cat(parts) for parts in zip(*found, strict=True))
         return index_KQR, score_KQR
 
-    def _at_once(self, heads: slice) -> list[tuple[slice, GpuSketch]]:
-        """Some heads on a GPU: neighbours whose sketches have one size are searched at once. Made once, since where
-        codes lie has to be told to the device."""
+    def _at_once(self, heads: slice) -> list[tuple[slice, GpuSketch | GpuLists]]:
+        """Some heads on a GPU: neighbours whose indexes are of one kind and size are searched at once. Made once, since
+        where codes lie has to be told to the device."""
         if (heads.start, heads.stop) not in self._made:
             made, first = [], 0
-            for _, sketches in groupby(self.heads[heads], key=lambda head: head.size):
-                alike = [sketch for sketch in sketches if isinstance(sketch, Sketch)]
-                made.append((slice(first, first + len(alike)), GpuSketch.of(alike)))
+            for _, group in groupby(self.heads[heads], key=lambda head: (type(head), head.size)):
+                alike = list(group)
+                sketches = [head for head in alike if isinstance(head, Sketch)]
+                lists = [head for head in alike if isinstance(head, KeyLists)]
+                at_once = GpuSketch.of(sketches) if sketches else GpuLists.of(lists)
+                made.append((slice(first, first + len(alike)), at_once))
                 first += len(alike)
             self._made[heads.start, heads.stop] = made
         return self._made[heads.start, heads.stop]
 
     @cached_property
-    def _made(self) -> dict[tuple[int, int], list[tuple[slice, GpuSketch]]]:
+    def _made(self) -> dict[tuple[int, int], list[tuple[slice, GpuSketch | GpuLists]]]:
         return {}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -191,7 +199,7 @@ class BankIndex:
         for head, index in enumerate(self.heads):
             parts, settings = index.state()
             tensors |= {f"{head}.{name}": part.cpu() for name, part in parts.items()}
-            heads.append({"kind": "sketch" if isinstance(index, Sketch) else "lists", **settings})
+            heads.append({"kind": next(kind for kind in KINDS if isinstance(index, KINDS[kind])), **settings})
         settings = {"top_k": self.top_k, "target": self.target, "fingerprint": self.fingerprint, "heads": heads}
         return tensors, settings
 
@@ -200,7 +208,7 @@ class BankIndex:
         """An index as `state` gave it; KeyError if something is missing.
 
         Raises:
-            MissingExtraError: it has inverted files, and faiss is not installed.
+            MissingExtraError: it has inverted files of faiss, and faiss is not installed.
         """
         heads = []
         for head, its in enumerate(settings["heads"]):
@@ -210,17 +218,26 @@ class BankIndex:
         return cls(tuple(heads), settings["top_k"], settings["target"], settings["fingerprint"])
 
 
-def _choose(keys_1NE: Tensor, query_1QE: Tensor, top_k: int, target: float, lists: bool) -> Sketch | InvertedFile:
+def _choose(
+    keys_1NE: Tensor, query_1QE: Tensor, top_k: int, target: float, lists: bool, together: int
+) -> Sketch | InvertedFile | KeyLists:
     if not lists:
         return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
     # With every list read, an inverted file finds what a sketch does: that must be more than the target. How many
     # coordinates it takes depends little on how many keys there are, and trying them on all takes minutes.
-    some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // LISTS_FROM)]
+    some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // _TRIED)]
     size = Sketch.choose(some_1nE, query_1QE, top_k=top_k, target=(1 + target) / 2).size
-    try:
-        return InvertedFile.choose(keys_1NE, query_1QE, top_k=top_k, target=target, size=size)
-    except ConfigError:
-        return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
+    wanted = {"top_k": top_k, "target": target}
+    on_cpu = keys_1NE.device.type == "cpu"
+    # On a GPU more coordinates can be tried in seconds.
+    for more in range(size, size + 1 if on_cpu else keys_1NE.shape[-1] + 1, 16):
+        try:
+            if on_cpu:
+                return InvertedFile.choose(keys_1NE, query_1QE, **wanted, size=more)
+            return KeyLists.choose(keys_1NE, query_1QE, **wanted, size=more, together=together)
+        except ConfigError:
+            continue
+    return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
 
 
 def check(num_tokens: int, top_k: int, target: float) -> None:

@@ -266,6 +266,16 @@ def _index(banks: Sequence[MemoryBank | None]) -> BankIndex | None:
     return banks[0].index if banks[0] is not None and _shared(banks) else None
 
 
+def _late(banks: Sequence[MemoryBank | None], index: BankIndex | None) -> int:
+    """Tokens of the bank that all rows read which its index does not know."""
+    return 0 if index is None or banks[0] is None else len(banks[0]) - len(index)
+
+
+def _room(tokens: int) -> int:
+    """Room for so many tokens in powers of two: a few more are no reason to record a step again."""
+    return max(_LEAST_ROOM, 1 << (tokens - 1).bit_length())
+
+
 def _dtype(banks: Sequence[MemoryBank | None]) -> torch.dtype | None:
     """Of the keys; None if there is no bank."""
     return next((bank.buffers_HCE[0].dtype for bank in banks if bank is not None), None)
@@ -364,20 +374,21 @@ class PlacedReader:
     holds, lies on the device itself.
 
     So a step that is recorded over some banks can be replayed over others (`read`), as long as `fits` says so: none of
-    them has room for more than the largest had, and all rows read the same bank or they do not, as they did.
+    them has room for more than the largest had, all rows read the same bank or they do not, as they did, and of a bank
+    with an index few tokens are newer than that.
 
     Args:
         banks: on `device`, or None.
 
     Attributes:
         room: tokens that a bank may have room for.
+        late: tokens that a bank may hold beyond those that its index knows.
     """
 
     def __init__(self, banks: Sequence[MemoryBank | None], config: SideNetConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.shared, self.dtype, self.index = _shared(banks), _dtype(banks), _index(banks)
-        # In powers of two: a bank that is a little larger than the one before it is no reason to record again.
-        self.room = max(_LEAST_ROOM, 1 << (_capacity(banks) - 1).bit_length())
+        self.room, self.late = _room(_capacity(banks)), _room(_late(banks, self.index))
         # Where the keys of each head and bank begin, where its values do, and its length; once if all read one bank.
         heads, self._searched = len(config.memory_heads), 1 if self.shared else len(banks)
         self._place_3HB = torch.zeros(3, heads, self._searched, dtype=torch.int64, device=device)
@@ -403,7 +414,8 @@ class PlacedReader:
     def fits(self, banks: Sequence[MemoryBank | None]) -> bool:
         """Whether a step that was recorded with this reader can be replayed over these banks."""
         alike = self.shared == _shared(banks) and self.index is _index(banks) and _dtype(banks) in (None, self.dtype)
-        return alike and len(banks) == len(self._length_B) and _capacity(banks) <= self.room
+        enough = _capacity(banks) <= self.room and _late(banks, self.index) <= self.late
+        return alike and enough and len(banks) == len(self._length_B)
 
     def read(self, banks: Sequence[MemoryBank | None]) -> None:
         """From now on read these banks, which `fits` has agreed to."""
@@ -442,7 +454,8 @@ class PlacedReader:
         if self.index is None:
             found = topk_scan(query_XQE, keys, top_k, length_X)
         else:
-            found = self.index.search(heads, query_XQE, keys, top_k, length_X)
+            known_and_late = keys.between(0, min(self.room, len(self.index) + self.late))
+            found = self.index.search(heads, query_XQE, known_and_late, top_k, length_X)
         index, score = (part_XQR.view(kv_heads, batch, group, tokens, top_k).transpose(0, 1) for part_XQR in found)
         pool_BK = self._pool_BH[:, :kv_heads]
         return RetrievedRows(keys, values, pool_BK, index, score, index, self._length_B, index)

@@ -56,7 +56,8 @@ def make_index(
     check(len(bank), top_k, recall)
     require_searchable(bank.device, top_k)
     query_HQE = recorded_queries(model, bank, text, on_step).to(bank.device)
-    return BankIndex.choose(bank.keys_HNE, query_HQE, top_k=top_k, target=recall, on_head=on_step)
+    together = model.backbone.num_heads // model.backbone.num_key_value_heads
+    return BankIndex.choose(bank.keys_HNE, query_HQE, top_k=top_k, target=recall, together=together, on_head=on_step)
 
 
 def steps(model: LongMem) -> int:

@@ -103,9 +103,9 @@ class Windows:
     """
 
     def __init__(
-        self, length_B: Tensor, capacity: int, run: Callable[..., LayerStep], branch: Branch | None = None
+        self, length_B: Tensor, capacity: int, run: Callable[..., LayerStep], branch: Branch
     ) -> None:
-        self.length_B, self.capacity, self.run, self.branch = length_B, capacity, run, branch or Branch()
+        self.length_B, self.capacity, self.run, self.branch = length_B, capacity, run, branch
         self.rows = length_B.shape[0]
         self.room = capacity
         self._kept: defaultdict[tuple[int, str], WindowBuffer] = defaultdict(lambda: WindowBuffer(self))
@@ -113,6 +113,10 @@ class Windows:
     def of(self, layer: int, stream: str = "x") -> WindowBuffer:
         """What `layer` holds of a stream (see `SideNetCache`)."""
         return self._kept[layer, stream]
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._kept.clear()
 
 
 def window_step(

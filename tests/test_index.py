@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longmem import index, sketch
-from longmem.approximate import BankIndex
+from longmem import index, lists, sketch
+from longmem.approximate import BankIndex, fingerprint
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead, SideNetConfig
 from longmem.index import BankReader, PlacedReader, RetrievedRows, StreamBanks, search_tokens
+from longmem.lists import KeyLists
+from longmem.sketch import Basis
 
 HEADS = (MemoryHead(1, 0), MemoryHead(1, 1), MemoryHead(2, 1))
 SPEC = BankSpec("tiny", "0" * 64, HEADS, 4, "float32")
@@ -270,6 +272,56 @@ def test_a_reader_of_places_reads_by_an_index(monkeypatch: pytest.MonkeyPatch) -
         asked.clear()
         grow(bank, 9)
         placed.read([bank] * 3)
+
+
+def use_lists(bank: MemoryBank) -> None:
+    """An index as one is made on a GPU, which reads all lists: then it finds what exact search does."""
+    asked_HQE = normal(3, 200, 4, seed=7)
+    heads = [
+        KeyLists.build(keys_1NE, Basis.fit(keys_1NE, query_1QE), 4, 1000, num_lists=9)
+        for keys_1NE, query_1QE in zip(bank.keys_HNE.split(1), asked_HQE.split(1), strict=True)
+    ]
+    bank.use_index(BankIndex(tuple(heads), 4, 1.0, fingerprint(bank.keys_HNE)))
+
+
+def test_a_reader_of_places_reads_by_lists(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both heads of a layer at once; tokens appended since are found as well."""
+    asked, search_by_lists = [], lists.topk_listed
+    if by == "addresses":
+        search_by_lists = pytest.importorskip("longmem.ops.triton").topk_listed
+    monkeypatch.setattr(lists, "topk_listed", lambda *given: asked.append(given) or search_by_lists(*given))
+    bank, query_BKGTE = make_bank(400), normal(3, 2, 2, 1, 4)
+    use_lists(bank)
+    placed = PlacedReader([bank] * 3, config(), torch.device("cpu"))
+    for _ in range(2):
+        found, made = placed(1, query_BKGTE), bank.index
+        assert len(asked) == 1
+        bank.use_index(None)
+        exact = BankReader([bank] * 3, config())(1, query_BKGTE)
+        bank.use_index(made)
+        assert torch.equal(found.index_BKGTR, exact.index_BKGTR) and torch.equal(found.valid_BKGTR, exact.valid_BKGTR)
+        asked.clear()
+        grow(bank, 9)
+        placed.read([bank] * 3)
+
+
+def test_a_reader_has_room_for_some_tokens_that_an_index_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "_LEAST_ROOM", 16)
+    bank = make_bank(400)
+    bank._reserve(1000)
+    use_lists(bank)
+    placed = PlacedReader([bank], config(), torch.device("cpu"))
+    assert (placed.room, placed.late) == (1024, 16)
+    grow(bank, 16)
+    assert placed.fits([bank])
+    grow(bank, 1)
+    assert not placed.fits([bank])
+    assert PlacedReader([bank], config(), torch.device("cpu")).late == 32
+    # Without an index, room for the bank is enough.
+    bank.use_index(None)
+    placed = PlacedReader([bank], config(), torch.device("cpu"))
+    grow(bank, 500)
+    assert placed.fits([bank])
 
 
 def test_the_device_is_told_about_banks_only_what_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from longmem.approximate import BankIndex
+from longmem.approximate import BankIndex, fingerprint
 from longmem.bank import BankEntry, MemoryBank, centre_text, packed, unpacked
 from longmem.config import BankSpec, MemoryHead, Precision
 from longmem.errors import (
@@ -39,6 +39,7 @@ from longmem.errors import (
     StoreError,
     StoreNotWritableError,
 )
+from longmem.lists import KeyLists
 from longmem.store import MemoryStore, StoredBank, segments
 from longmem.store.files import new_file
 
@@ -770,13 +771,21 @@ def indexed(store: MemoryStore) -> StoredBank:
     return bank
 
 
-@pytest.mark.parametrize("lists", [False, True])
-def test_a_reopened_index_finds_the_same(store: MemoryStore, folder: Path, lists: bool) -> None:
-    if lists:
+def make_key_lists(bank: MemoryBank) -> BankIndex:
+    """As an index is made on a GPU."""
+    query_HQE = torch.randn(2, 100, 8, generator=torch.Generator().manual_seed(7))
+    pairs = zip(bank.keys_HNE.split(1), query_HQE.split(1), strict=True)
+    heads = tuple(KeyLists.choose(*pair, top_k=4, target=0.8, size=8, num_lists=9) for pair in pairs)
+    return BankIndex(heads, 4, 0.8, fingerprint(bank.keys_HNE))
+
+
+@pytest.mark.parametrize("kind", ["sketches", "lists", "key lists"])
+def test_a_reopened_index_finds_the_same(store: MemoryStore, folder: Path, kind: str) -> None:
+    if kind == "lists":
         pytest.importorskip("faiss")
     bank = store.bank("notes", SPEC)
     bank.append(make_entry("a", "x" * 300))
-    index = make_index(bank, lists)
+    index = make_key_lists(bank) if kind == "key lists" else make_index(bank, kind == "lists")
     bank.save_index(index)
     assert bank.index is index
     bank.append(make_entry("b", "x" * 20, seed=1))

@@ -104,6 +104,7 @@ app.command("import", rich_help_panel=_KEEP)(versions.import_)
 for _command in (
     learn.setup,
     learn.tokenize,
+    learn.replies,
     learn.histories,
     measure.probe,
     learn.train,
@@ -111,7 +112,12 @@ for _command in (
     measure.bench,
 ):
     app.command(rich_help_panel=_TRAIN)(_command)
-for _name, _command in (("compare", compare.compare), ("all", compare.every), ("qa", compare.qa)):
+for _name, _command in (
+    ("compare", compare.compare),
+    ("all", compare.every),
+    ("qa", compare.qa),
+    ("merge", compare.merge),
+):
     measure.evaluations.command(_name)(_command)
 app.add_typer(measure.evaluations, name="eval", rich_help_panel=_TRAIN)
 

@@ -10,15 +10,18 @@ from longmem.ops.dispatch import (
     gather_rows,
     reads_apart,
     topk_coded,
+    topk_listed,
     topk_scan,
 )
 from longmem.ops.joint import JointHeads, joins_at_once, joint_rows
+from longmem.ops.lists import Lists
 from longmem.ops.loss import linear_cross_entropy, linear_divergence, linear_nll
 from longmem.ops.pools import Pools
 from longmem.ops.reference import causal_mask, row_scores
 
 __all__ = [
     "JointHeads",
+    "Lists",
     "Pools",
     "attend_rows",
     "causal_logsumexp",
@@ -33,5 +36,6 @@ __all__ = [
     "reads_apart",
     "row_scores",
     "topk_coded",
+    "topk_listed",
     "topk_scan",
 ]
