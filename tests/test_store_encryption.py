@@ -425,6 +425,18 @@ def test_keys_can_be_kept_by_a_service(folder: Path) -> None:
             store.bank("user/1")
 
 
+def test_a_service_that_refuses_has_destroyed_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service()
+    with MemoryStore.open(folder, keys=service) as store:
+        bank = encrypted(store)
+        with monkeypatch.context() as patch, pytest.raises(NotADirectoryError):
+            patch.setattr(service, "destroy", lambda key_id: Path(__file__, key_id).unlink())
+            store.destroy_key("user/1")
+        assert store.receipts() == [] and [info.key for info in store.banks()] == ["there"]
+        bank.append(make_entry("later", TEXT))
+        store.destroy_key("user/1")
+
+
 def test_a_destroyed_key_gives_a_receipt(store: MemoryStore) -> None:
     bank = encrypted(store)
     store.tag("user/1", "first", 1)
@@ -446,6 +458,7 @@ def test_a_key_that_is_not_there_is_not_destroyed(store: MemoryStore) -> None:
     away.rename(key)
     with MemoryStore.open(store.folder) as other:
         assert_same(other.bank("user/1"), bank)
+        other.bank("user/1").append(make_entry("later", TEXT))
         other.destroy_key("user/1")
 
 

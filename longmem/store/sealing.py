@@ -67,16 +67,19 @@ def destroy_key(store: MemoryStore, namespace: str) -> Receipt:
         # From here on nobody writes with this key, whoever still has it. Whatever happens now, it can be done again.
         _note(database, namespace, begun or now())
     try:
-        if not store.keys.destroy(key_id) and begun is None:
-            raise StoreKeyError(
-                f"The key of {namespace!r}, {key_id}, is not in {store.keys.provider}, so it was not destroyed. Say "
-                "where it is (--keys, `MemoryStore.open(…, keys=…)`). If it is gone for good, delete the banks."
-            )
+        found = store.keys.destroy(key_id)
     except BaseException:
         if begun is None and store.keys.has(key_id):
             with store.manifest.transaction() as database:
                 _note(database, namespace, None)
         raise
+    if not found and begun is None:
+        with store.manifest.transaction() as database:
+            _note(database, namespace, None)
+        raise StoreKeyError(
+            f"The key of {namespace!r}, {key_id}, is not in {store.keys.provider}, so it was not destroyed. Say where "
+            "it is (--keys, `MemoryStore.open(…, keys=…)`). If it is gone for good, delete the banks."
+        )
     with store.manifest.transaction() as database:
         for given in receipts(store.manifest, namespace):
             if given.destroyed_key == key_id:

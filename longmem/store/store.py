@@ -127,6 +127,9 @@ class MemoryStore:
             keys = folder.resolve().with_name(f"{folder.resolve().name}.keys")
         provider = KeyFolder(Path(keys)) if isinstance(keys, str | os.PathLike) else keys
         opened = Manifest.open(folder, writable=writable)
+        if writable:
+            # The names of files that were made just now.
+            sync_folder(folder)
         try:
             remote = remote_of(opened, segments, storage_options)
         except BaseException:
