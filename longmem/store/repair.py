@@ -35,7 +35,7 @@ from longmem.store.segments import (
     segment_name,
 )
 from longmem.store.tensors import open_tensors
-from longmem.store.thinning import PIECE_TABLES, as_thinned
+from longmem.store.thinning import PIECE_TABLES, as_thinned, damaged_scores
 from longmem.store.verify import Fault, index_fault, record_of, segment_fault
 
 if TYPE_CHECKING:
@@ -143,6 +143,10 @@ def repair(
     store.unlink(left)
     if name is not None and store.find(name) is None:
         raise store.not_found(name)
+    for bank_id, bank in store.manifest.query("SELECT id, name FROM bank"):
+        if name in (None, bank) and (bad := damaged_scores(store, bank_id)):
+            with store.manifest.transaction() as database:
+                database.executemany("DELETE FROM score WHERE piece = ? AND name = ?", bad)
     done = []
     for (namespace,) in store.manifest.query("SELECT DISTINCT namespace FROM bank ORDER BY namespace"):
         # A namespace is mended as a whole: its banks share segments.

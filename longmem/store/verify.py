@@ -21,6 +21,7 @@ from longmem.store.receipts import is_genuine, receipts
 from longmem.store.rows import record_name
 from longmem.store.segments import Piece, Record, by_segment, header_of, segment_name
 from longmem.store.tensors import open_tensors
+from longmem.store.thinning import damaged_scores
 from longmem.store.twin import TWIN
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ Kind = Literal[
     "header",
     "gap",
     "record",
+    "score",
     "index",
     "receipt",
     "manifest",
@@ -178,6 +180,10 @@ def bank_faults(
         except StoreCorruptError as error:
             meaning = f"{error} It is a copy; as long as the segment is whole, nothing is lost."
             yield Fault(name, (piece.source,), None, "record", meaning)
+    sources = {piece.id: piece.source for piece in pieces}
+    for piece, kind in damaged_scores(store, bank_id):
+        meaning = f"Numbers that caps go by ({kind}) have changed. They count as none; nothing else is lost."
+        yield Fault(name, (sources[piece],), None, "score", meaning)
     fault = index_fault(store, bank_id, name, sum(piece.rows for piece in pieces))
     if fault is not None:
         yield fault
