@@ -523,8 +523,8 @@ class StreamBanks:
         """A retrieve callable in which row b reads the bank of row `source_B[b]`; its own if None.
 
         Args:
-            crowded: rows that read their own bank together with those of the other rows of their crowd.
-            crowd: rows of a crowd: the first so many are one, the next so many another.
+            crowded: rows that read their bank together with the others of its crowd.
+            crowd: banks of a crowd: the first so many are one, the next so many another.
             filled: tokens that every ring holds, at least; all its capacity if None. Crowds are read so far.
         """
         return StreamReader(self, source_B, crowded, crowd, self.capacity if filled is None else filled)
@@ -564,7 +564,7 @@ class StreamReader:
         if self.crowded_M is not None:
             # Rows of a crowd lie side by side: to a search they are one long pool.
             crowds_KCNE = keys_KBNE[:, :, : self.filled].unflatten(1, (-1, self.crowd)).flatten(2, 3)
-            crowd_M = self.crowded_M // self.crowd
+            crowd_M = self.source_B[self.crowded_M] // self.crowd
             at, best = self._search(query_BKGTE[self.crowded_M], crowds_KCNE, crowd_M, None)
             first = (crowd_M * self.crowd).view(-1, 1, 1, 1, 1)
             at = (first + at // self.filled) * streams.capacity + at % self.filled
