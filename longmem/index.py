@@ -67,6 +67,8 @@ class Retrieved:
         heads: JointHeads,
         scaling: float,
         reference_size: float,
+        sharpening: float,
+        sharpened_from: float,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """All of joint attention in one launch (`ops.joint_rows`); None where it takes more than one."""
         return None
@@ -121,12 +123,15 @@ class RetrievedRows(Retrieved):
         heads: JointHeads,
         scaling: float,
         reference_size: float,
+        sharpening: float,
+        sharpened_from: float,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         if not joins_at_once(query_BKGTE.device):
             return None
         rows = self.keys_PNE, self.values_PNE, self.pool_BK, self.slot_BKGTR, self.score_BKGTR, self.order_BKGTR
+        sizes = reference_size, sharpening, sharpened_from
         return joint_rows(
-            query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows, self.bank_size_B, heads, scaling, reference_size
+            query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows, self.bank_size_B, heads, scaling, *sizes
         )
 
     def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:

@@ -282,7 +282,14 @@ def test_crowded_rows_are_as_many_as_asked_once_every_ring_is_full() -> None:
 
 def test_starved_steps_crowd_all_windows_of_a_stream_if_asked(tmp_path: Path) -> None:
     config = dataclasses.replace(
-        SMALL, wrong_fraction=1.0, crowded_fraction=0.5, crowd=2, starved_fraction=0.5, starved=4, rows=4, bank_tokens=16
+        SMALL,
+        wrong_fraction=1.0,
+        crowded_fraction=0.5,
+        crowd=2,
+        starved_fraction=0.5,
+        starved=4,
+        rows=4,
+        bank_tokens=16,
     )
     for starved_crowd in (1, 4):
         trainer = Trainer(fresh(), tiny.documents(*[400] * 4), dataclasses.replace(config, starved_crowd=starved_crowd))
