@@ -67,6 +67,8 @@ class Retrieved:
         heads: JointHeads,
         scaling: float,
         reference_size: float,
+        sharpening: float,
+        sharpened_from: float,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """All of joint attention in one launch (`ops.joint_rows`); None where it takes more than one."""
         return None
@@ -121,12 +123,15 @@ class RetrievedRows(Retrieved):
         heads: JointHeads,
         scaling: float,
         reference_size: float,
+        sharpening: float,
+        sharpened_from: float,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         if not joins_at_once(query_BKGTE.device):
             return None
         rows = self.keys_PNE, self.values_PNE, self.pool_BK, self.slot_BKGTR, self.score_BKGTR, self.order_BKGTR
+        sizes = reference_size, sharpening, sharpened_from
         return joint_rows(
-            query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows, self.bank_size_B, heads, scaling, reference_size
+            query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows, self.bank_size_B, heads, scaling, *sizes
         )
 
     def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
@@ -523,8 +528,8 @@ class StreamBanks:
         """A retrieve callable in which row b reads the bank of row `source_B[b]`; its own if None.
 
         Args:
-            crowded: rows that read their own bank together with those of the other rows of their crowd.
-            crowd: rows of a crowd: the first so many are one, the next so many another.
+            crowded: rows that read their bank together with the others of its crowd.
+            crowd: banks of a crowd: the first so many are one, the next so many another.
             filled: tokens that every ring holds, at least; all its capacity if None. Crowds are read so far.
         """
         return StreamReader(self, source_B, crowded, crowd, self.capacity if filled is None else filled)
@@ -564,7 +569,7 @@ class StreamReader:
         if self.crowded_M is not None:
             # Rows of a crowd lie side by side: to a search they are one long pool.
             crowds_KCNE = keys_KBNE[:, :, : self.filled].unflatten(1, (-1, self.crowd)).flatten(2, 3)
-            crowd_M = self.crowded_M // self.crowd
+            crowd_M = self.source_B[self.crowded_M] // self.crowd
             at, best = self._search(query_BKGTE[self.crowded_M], crowds_KCNE, crowd_M, None)
             first = (crowd_M * self.crowd).view(-1, 1, 1, 1, 1)
             at = (first + at // self.filled) * streams.capacity + at % self.filled

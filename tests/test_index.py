@@ -171,18 +171,24 @@ def test_rows_may_read_each_others_banks(source: list[int]) -> None:
         assert torch.equal(found.rows(found.values_PNE)[row], plain.rows(plain.values_PNE)[other])
 
 
-@given(st.lists(st.integers(0, 3), unique=True), st.sampled_from([1, 2, 4]), st.sampled_from([4, 6, 8]))
-def test_a_crowd_is_read_as_one_bank(crowded: list[int], crowd: int, filled: int) -> None:
+@given(
+    st.lists(st.integers(0, 7), unique=True),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([4, 6, 8]),
+    st.lists(st.integers(0, 3), min_size=8, max_size=8),
+)
+def test_a_crowd_is_read_as_one_bank(crowded: list[int], crowd: int, filled: int, source: list[int]) -> None:
     rings = StreamBanks(4, 8, config(4), 4, dtype=torch.float32, device=torch.device("cpu"))
     ids_BT = torch.arange(4 * filled).view(4, filled)
     keys_HBTE, values_HBTE = normal(3, 4, filled, 4), normal(3, 4, filled, 4, seed=1)
     rings.append(keys_HBTE, values_HBTE, ids_BT)
-    query_BKGTE = normal(4, 2, 2, 3, 4, seed=2)
-    reader = rings.reader(None, crowded, crowd, filled)
+    # Several rows may read one bank: windows of a stream do.
+    query_BKGTE = normal(8, 2, 2, 3, 4, seed=2)
+    reader = rings.reader(torch.tensor(source), crowded, crowd, filled)
     found = reader(1, query_BKGTE)
     ids_BKGTR = reader.token_ids(found.index_BKGTR)
-    for row in range(4):
-        first = row // crowd * crowd if row in crowded else row
+    for row, own in enumerate(source):
+        first = own // crowd * crowd if row in crowded else own
         others = slice(first, first + (crowd if row in crowded else 1))
         assert found.bank_size_B[row] == filled * (others.stop - others.start)
         for k, g, t in ((0, 0, 0), (1, 1, 2), (0, 1, 1)):

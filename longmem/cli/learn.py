@@ -198,6 +198,7 @@ def train(
     crowd: Annotated[int, _setting("Streams whose banks are one to those that are crowded.")] = 4,
     starved_fraction: Annotated[float, _setting("Share of steps that read segments in short windows.")] = 0.0,
     starved: Annotated[int, _setting("Tokens of the shortest of them; or two or four times as many.")] = 64,
+    starved_crowd: Annotated[int, _setting("Streams of a crowd in those steps; 1 crowds nobody then.")] = 1,
     harmless_weight: Annotated[float, _setting("Of what a wrong bank changes.")] = 0.0,
     lookup_weight: Annotated[float, _setting("Of the memory regulariser.")] = 0.0,
     answer_weight: Annotated[float, _setting("Of tokens that documents mark as answers; of all others 1.")] = 1.0,
