@@ -1,13 +1,13 @@
 """Decoding on a GPU: recorded steps, first checked against plain reading, then timed against the backbone alone.
 
     python benchmarks/decode_gpu.py [--out FILE.csv] [--no-compile] [--check-only] [--rows 1 32] [--largest TOKENS]
-        [--two-streams] [--profile]
+        [--both] [--no-check] [--profile]
 
 The backbone has SmolLM2-135M's shape and random weights, banks hold random keys and values: neither changes what has
 to be computed. Of every step p20, p50 and p80. `share` is the speed against the backbone alone (`memory=0`) in the same
 runtime with the same batch. `--profile` prints the kernels of a step with their times, and how long the host is busy
-with banks before the step is launched; `--two-streams` runs the SideNet beside the backbone instead of behind it. On a
-CPU a small model stands in, to see that the script runs.
+with banks before the step is launched; `--both` runs the SideNet behind the backbone as well as beside it, in turn over
+the same banks. The file is written anew after every figure, so that a time limit loses none. On a CPU a small model stands in, to see that the script runs.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from train_speed import ALL, LOOK_UP, build
 
 from longmem.approximate import BankIndex
 from longmem.bank import MemoryBank
+from longmem.lists import KeyLists
 from longmem.model import LongMem
 from longmem.sketch import Basis, Sketch
 from longmem.steps import BatchDecoder
-from longmem.windows import SideBranch
+from longmem.windows import Branch
 
 CAPACITY = 1536
 
@@ -83,17 +84,27 @@ def index_of(bank: MemoryBank, size: int) -> BankIndex:
     return BankIndex(tuple(heads), 64, 0.99, "")
 
 
+def lists_of(bank: MemoryBank, size: int, share: float = 0.05) -> BankIndex:
+    """An index of lists, of which a query reads a share."""
+    asked = torch.randn(len(bank.keys_HNE), 512, bank.spec.head_dim, device=bank.device)
+    heads = []
+    for keys_1NE, query_1QE in zip(bank.keys_HNE.split(1), asked.split(1), strict=True):
+        head = KeyLists.build(keys_1NE, Basis.fit(keys_1NE, query_1QE), size, 1)
+        heads.append(dataclasses.replace(head, reads=max(1, int(share * head.tiles))))
+    return BankIndex(tuple(heads), 64, 0.99, "")
+
+
 def with_index(bank: MemoryBank) -> MemoryBank:
     bank._index = index_of(bank, 48)
     return bank
 
 
 def begin(
-    model: LongMem, rows: int, banks: Sequence[MemoryBank | None], *, two_streams: bool = False, **settings: Any
+    model: LongMem, rows: int, banks: Sequence[MemoryBank | None], *, two_streams: bool = True, **settings: Any
 ) -> BatchDecoder:
     decoder = BatchDecoder(model, rows, CAPACITY, **settings)
-    if two_streams:
-        decoder._cache.backbone.branch = decoder._cache.sidenet.branch = SideBranch(model.device)
+    if not two_streams:
+        decoder._cache.backbone.branch = decoder._cache.sidenet.branch = Branch()
     for row, bank in enumerate(banks):
         decoder.begin(row, text_of(model, row), bank)
     return decoder
@@ -203,7 +214,8 @@ def main() -> None:
         "--look-up-only", action="store_true", help="the three look-up heads, without those of layer 23"
     )
     parser.add_argument("--largest", type=int, default=1 << 24, help="tokens of the largest bank")
-    parser.add_argument("--two-streams", action="store_true", help="the SideNet beside the backbone")
+    parser.add_argument("--both", action="store_true", help="the SideNet behind the backbone as well as beside it")
+    parser.add_argument("--no-check", action="store_true", help="where the same commit has been checked")
     parser.add_argument("--profile", action="store_true", help="print the kernels of a step (on a GPU)")
     parser.add_argument("--rows", type=int, nargs="*", help="texts side by side, 1 and 32 by default")
     args = parser.parse_args()
@@ -211,7 +223,14 @@ def main() -> None:
     compile = device == "cuda" and not args.no_compile
     # In bfloat16 the same sums in another order differ by some per cent, which would hide a fault.
     heads = LOOK_UP if args.look_up_only else ALL
-    check(model_for(device, heads, torch.float32), compile, args.two_streams)
+    began = time.perf_counter()
+    beside = (False, True) if args.both else (True,)
+    if not args.no_check:
+        checked = model_for(device, heads, torch.float32)
+        for two_streams in beside:
+            check(checked, compile, two_streams)
+            print(f"checked, two_streams={two_streams}, after {time.perf_counter() - began:.0f} s", flush=True)
+        del checked
     if args.check_only:
         return
     model = model_for(device, heads, torch.bfloat16 if device == "cuda" else torch.float32)
@@ -224,7 +243,6 @@ def main() -> None:
         "torch": torch.__version__,
         "compile": compile,
         "heads": len(heads),
-        "two_streams": args.two_streams,
     }
     alone: dict[int, float] = {}
     results = []
@@ -255,39 +273,51 @@ def main() -> None:
             )
         for what, make, memory in plan:
             banks = make()
-            decoder = begin(model, rows, banks, memory=memory, compile=compile, two_streams=args.two_streams)
-            tokens = [5] * rows
-            for _ in range(3):
-                decoder.step(tokens, banks)
-            # As generation does: the next token has to be known before the next step.
-            p20, p50, p80 = quantiles(
-                lambda d=decoder, t=tokens, b=banks: d.step(t, b)[0].argmax(-1).tolist(), device, 60
-            )
-            alone.setdefault(rows, p50)
-            row = {
-                "rows": rows, "bank": what, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80,
-                "tokens_per_second": 1000 * rows / p50, "share": alone[rows] / p50,
-            }  # fmt: skip
-            results.append({**row, **about})
-            print(described(results[-1]), flush=True)
-            if args.profile and device == "cuda":
-                profile(decoder, banks)
-            del decoder, banks
+            # The backbone alone has nothing that could run beside it.
+            for two_streams in beside if memory else (True,):
+                row = timed(model, rows, banks, memory, compile, two_streams, args.profile)
+                alone.setdefault(rows, row["p50_ms"])
+                share = alone[rows] / row["p50_ms"]
+                results.append({"rows": rows, "bank": what, "two_streams": two_streams, **row, "share": share, **about})
+                print(f"{described(results[-1])}  ({time.perf_counter() - began:.0f} s)", flush=True)
+                if args.out is not None:
+                    with args.out.open("w", newline="") as file:
+                        writer = csv.DictWriter(file, list(results[0]))
+                        writer.writeheader()
+                        writer.writerows(results)
+            del banks
             if device == "cuda":
                 torch.cuda.empty_cache()
-    if args.out is not None:
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(results[0]))
-            writer.writeheader()
-            writer.writerows(results)
     print()
     for row in results:
         print(described(row))
 
 
+def timed(
+    model: LongMem,
+    rows: int,
+    banks: Sequence[MemoryBank | None],
+    memory: float,
+    compile: bool,
+    two_streams: bool,
+    profiled: bool,
+) -> dict[str, float]:
+    device = model.device.type
+    decoder = begin(model, rows, banks, memory=memory, compile=compile, two_streams=two_streams)
+    tokens = [5] * rows
+    for _ in range(3):
+        decoder.step(tokens, banks)
+    # As generation does: the next token has to be known before the next step.
+    p20, p50, p80 = quantiles(lambda: decoder.step(tokens, banks)[0].argmax(-1).tolist(), device, 60)
+    if profiled and device == "cuda":
+        profile(decoder, banks)
+    return {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "tokens_per_second": 1000 * rows / p50}
+
+
 def described(row: dict[str, Any]) -> str:
+    what = row["bank"] + ("" if row["two_streams"] else ", one stream")
     return (
-        f"{row['rows']:3} rows, {row['bank']:32} {row['p50_ms']:8.3f} ms ({row['p20_ms']:.3f} – {row['p80_ms']:.3f}), "
+        f"{row['rows']:3} rows, {what:45} {row['p50_ms']:8.3f} ms ({row['p20_ms']:.3f} – {row['p80_ms']:.3f}), "
         f"{row['tokens_per_second']:8.0f} tokens/s, {row['share']:.2f} of the backbone alone"
     )
 

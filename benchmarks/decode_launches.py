@@ -24,19 +24,20 @@ from unittest import mock
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
-from decode_gpu import bank_of, begin, grown, model_for, with_index
+from decode_gpu import bank_of, begin, grown, index_of, lists_of, model_for
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_speed import ALL
 
 import longmem.attention
 import longmem.index
+import longmem.lists
 import longmem.sketch
 from longmem.bank import MemoryBank
 from longmem.index import PlacedReader
 
 PACKAGE = str(Path(longmem.__file__).parent)
 # Launches of each kernel's Python function; where a bank has room for more than 32,768 tokens a search takes one more.
-KERNELS = {"topk_scan": 4, "topk_coded": 4, "code_queries": 1, "attend_rows": 1, "joint_rows": 1}
+KERNELS = {"topk_scan": 4, "topk_coded": 4, "topk_listed": 10, "code_queries": 1, "attend_rows": 1, "joint_rows": 1}
 # What takes or names memory, and launches nothing.
 NOTHING = (
     "empty",
@@ -96,7 +97,7 @@ def kernels_as_launches(launches: Launches) -> Iterator[None]:
     patches = [
         mock.patch.object(module, name, launches.as_one(getattr(module, name), count))
         for name, count in KERNELS.items()
-        for module in (longmem.index, longmem.attention, longmem.sketch)
+        for module in (longmem.index, longmem.attention, longmem.sketch, longmem.lists)
         if hasattr(module, name)
     ]
     for patch in patches:
@@ -117,8 +118,9 @@ def launches_of(rows: int, banks: str) -> Counter[str]:
         held = [bank_of(model, 4096, seed=row) for row in range(rows)]
     elif banks == "one":
         held = [bank_of(model, 4096)] * rows
-    elif banks == "index":
-        bank = with_index(bank_of(model, 8192))
+    elif banks in ("index", "lists"):
+        bank = bank_of(model, 8192)
+        bank._index = index_of(bank, 48) if banks == "index" else lists_of(bank, 48)
         grown(bank, 9000)
         held = [bank] * rows
     decoder = begin(model, rows, [None] * rows)
@@ -140,7 +142,7 @@ def launches_of(rows: int, banks: str) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 32])
-    parser.add_argument("--banks", nargs="*", choices=["one", "each", "index"], default=["one", "each"])
+    parser.add_argument("--banks", nargs="*", choices=["one", "each", "index", "lists"], default=["one", "each"])
     args = parser.parse_args()
     for rows in args.rows:
         empty = launches_of(rows, "none")

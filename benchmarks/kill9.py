@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/kill9.py --kills 1000           # results/kill9.json
 
 Several processes append to one bank of one store, each to a source of its own; one consolidates; one forks, merges and
-forgets; one reads, opening the bank anew and checking every token. Again and again one of them is killed at a random
-instant and started again. In the end the store is verified, and every token compared. Keys and values follow from
-source and place, so that any process can tell what they must be.
+forgets; one encrypts a bank and destroys its key; one reads, opening the bank anew and checking every token. Again and
+again one of them is killed at a random instant and started again. In the end the store is verified, and every token
+compared. Keys and values follow from source and place, so that any process can tell what they must be.
 
 A killed process loses nothing that the kernel has taken over, so this says nothing about power loss: there the store
 relies on fsync and on SQLite's own guarantees (WAL with synchronous = FULL).
@@ -16,11 +16,15 @@ H memory heads, N tokens, E head size.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import multiprocessing
 import os
+import platform
 import random
+import secrets
 import struct
+import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -33,6 +37,7 @@ import torch
 
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead
+from longmem.errors import StoreKeyError
 from longmem.store import MemoryStore, Stretch
 
 RESULTS = Path(__file__).parent / "results" / "kill9.json"
@@ -87,7 +92,7 @@ def branch(folder: str, source: str, pipe: Connection) -> None:
     with MemoryStore.open(folder) as store:
         while True:
             for info in store.banks():
-                if info.name != "notes":
+                if info.name in ("notes/draft", "copy"):
                     store.delete(info.name)
             store.fork("notes", "notes/draft")
             store.fork("notes", "copy")
@@ -97,6 +102,55 @@ def branch(folder: str, source: str, pipe: Connection) -> None:
             store.merge("notes", "notes/draft")
             store.forget("notes", [Stretch(source)])
             _tell(pipe, -len(wrong) if wrong else 1)
+
+
+def seal(folder: str, source: str, pipe: Connection) -> None:
+    """Encrypt a bank, destroy its key, delete it. What a kill leaves of it is whole, or its key was being destroyed."""
+    with MemoryStore.open(folder) as store:
+        while True:
+            wrong = damaged(store)
+            for name in sealed(store):
+                store.delete(name)
+            name = f"sealed-{secrets.token_hex(4)}"
+            bank = store.bank(name, SPEC)
+            bank.append(entry(source, 0))
+            bank.append(entry(source, PIECE))
+            store.encrypt(name)
+            wrong += [f"{file} can be read" for file in Path(folder, "segments").iterdir() if holds(file, source)]
+            bank.append(entry(source, 2 * PIECE))
+            wrong += torn(store.bank(name))
+            store.destroy_key(name)
+            try:
+                store.bank(name)
+                wrong.append(f"{name} can be opened without its key")
+            except StoreKeyError:
+                pass
+            _tell(pipe, -len(wrong) if wrong else 1)
+
+
+def sealed(store: MemoryStore) -> list[str]:
+    """Banks that are, or were to be, encrypted."""
+    return [info.name for info in store.banks() if info.name.startswith("sealed-")]
+
+
+def damaged(store: MemoryStore) -> list[str]:
+    """Those that are damaged, or whose key is lost without having been destroyed."""
+    wrong = []
+    for name in sealed(store):
+        try:
+            wrong += torn(store.bank(name))
+        except StoreKeyError:
+            if not store.manifest.query("SELECT 1 FROM encryption WHERE namespace = ? AND destroyed > ''", name):
+                wrong.append(f"the key of {name} is lost")
+    return wrong
+
+
+def holds(file: Path, source: str) -> bool:
+    """Whether a file says the name of a source; one that is gone meanwhile does not."""
+    try:
+        return source.encode() in file.read_bytes()
+    except FileNotFoundError:
+        return False
 
 
 def read(folder: str, source: str, pipe: Connection) -> None:
@@ -156,6 +210,7 @@ def run(folder: Path, kills: int, writers: int = 3, seed: int = 0, longest: floa
         store.bank("notes", SPEC)
     workers = [Worker(append, f"writer {n}") for n in range(writers)]
     workers += [Worker(consolidate, "consolidate"), Worker(branch, "branch"), Worker(read, "read")]
+    workers.append(Worker(seal, "the sealed source"))
     for worker in workers:
         worker.start(processes, folder)
     for _ in range(kills):
@@ -173,9 +228,11 @@ def run(folder: Path, kills: int, writers: int = 3, seed: int = 0, longest: floa
         worker.kill()
     lost, extra = 0, 0
     with MemoryStore.open(folder) as store:
-        report = store.verify()
         bank = store.bank("notes")
-        wrong = torn(bank)
+        wrong = torn(bank) + damaged(store)
+        for name in sealed(store):
+            store.delete(name)
+        report = store.verify()
         for worker in workers[:writers]:
             acknowledged = max(worker.said, default=0)
             lost += max(0, acknowledged - bank.length_of(worker.source))
@@ -194,7 +251,8 @@ def run(folder: Path, kills: int, writers: int = 3, seed: int = 0, longest: floa
         "segments": report.segments,
         "reads": sum(said > 0 for said in by_name["read"].said),
         "forked_merged_and_forgotten": sum(said > 0 for said in by_name["branch"].said),
-        "torn_reads": sum(said < 0 for name in ("read", "branch") for said in by_name[name].said) + len(wrong),
+        "encrypted_and_destroyed": sum(said > 0 for said in by_name["the sealed source"].said),
+        "torn_reads": sum(said < 0 for worker in workers[writers:] for said in worker.said) + len(wrong),
         "processes_that_failed": {worker.source: worker.failed for worker in workers if worker.failed},
         "faults": [fault.meaning for fault in report.faults],
     }
@@ -207,7 +265,15 @@ def main() -> None:
     parser.add_argument("--writers", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    total: dict[str, Any] = {"stores": 0}
+    packages = ("torch", "safetensors", "cryptography")
+    total: dict[str, Any] = {
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
+        "device": platform.processor() or platform.machine(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "stores": 0,
+    }
     for seed in range(-(-arguments.kills // arguments.kills_per_store)):
         kills = min(arguments.kills_per_store, arguments.kills - seed * arguments.kills_per_store)
         with tempfile.TemporaryDirectory() as folder:

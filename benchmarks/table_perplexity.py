@@ -20,6 +20,7 @@ LABELS = {
     "bank_off": "bank empty",
     "bank_on": "bank on",
     "bank_wrong": "bank wrong",
+    "sidenet_window": "bank empty, whole window",
     "bank_crowded": "bank among others",
 }
 

@@ -20,20 +20,21 @@ from torch import Tensor
 
 from longmem.errors import ConfigError
 from longmem.ivf import InvertedFile
+from longmem.lists import GpuLists, KeyLists
 from longmem.ops import Pools, reads_apart
 from longmem.sketch import GpuSketch, Sketch
 
 # From so many tokens on, reading some lists is faster than reading a few numbers of every key (docs/search.md).
-LISTS_FROM = 1 << 17
-# Keys that numbers of coordinates are tried on.
-_TRIED = 1 << 20
-# Coordinates that lists need beyond those of a sketch.
+LISTS_FROM = {"cpu": 1 << 17, "cuda": 1 << 20}
+# Keys that numbers of coordinates are tried on. (On a CPU, among few keys fewer would seem enough.)
+_TRIED = {"cpu": 1 << 20, "cuda": 1 << 17}
+# Coordinates that lists on a CPU need beyond those of a sketch.
 _MORE = 8
 # An index of fewer tokens for each retrieved one would save nothing.
 LEAST = 16
 # The part of a bank that its index does not know may grow to this share of what it knows.
 TAIL = 0.25
-KINDS = {"sketch": Sketch, "lists": InvertedFile}
+KINDS = {"sketch": Sketch, "lists": InvertedFile, "key lists": KeyLists}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class BankIndex:
         fingerprint: of the keys that it was made from (`fingerprint`).
     """
 
-    heads: tuple[Sketch | InvertedFile, ...]
+    heads: tuple[Sketch | InvertedFile | KeyLists, ...]
     top_k: int
     target: float
     fingerprint: str
@@ -76,7 +77,7 @@ class BankIndex:
             top_k: R, what recall is measured at.
             target: recall among the R true nearest, of the queries that choose. What is then measured may fall short by
                 a per cent: ask for more than you need.
-            lists: inverted files or sketches; by default what is faster for so many keys. On a GPU sketches.
+            lists: inverted files or sketches; by default what is faster for so many keys.
             together: queries that follow each other and are asked at once, as the query heads of a memory head are.
             on_head: called with 1 for each head that is done.
 
@@ -86,7 +87,7 @@ class BankIndex:
         check(keys_HNE.shape[1], top_k, target)
         require_searchable(keys_HNE.device, top_k)
         if lists is None:
-            lists = keys_HNE.shape[1] >= LISTS_FROM and keys_HNE.device.type == "cpu"
+            lists = keys_HNE.shape[1] >= LISTS_FROM[keys_HNE.device.type]
         heads = []
         for head in range(len(keys_HNE)):
             one = slice(head, head + 1)
@@ -106,6 +107,8 @@ class BankIndex:
         return tuple(
             f"{head.size} coordinates"
             if isinstance(head, Sketch)
+            else f"{head.size} coordinates, {head.share:.1%} of {len(head.centroid_LS):,} lists"
+            if isinstance(head, KeyLists)
             else f"{head.size} coordinates, {head.probes[0]:,} of {len(head.lists[0]):,} lists"
             for head in self.heads
         )
@@ -113,9 +116,8 @@ class BankIndex:
     @property
     def device(self) -> torch.device:
         """Where it is searched."""
-        return next(
-            (head.basis.centre_XE.device for head in self.heads if isinstance(head, Sketch)), torch.device("cpu")
-        )
+        movable = (head for head in self.heads if not isinstance(head, InvertedFile))
+        return next((head.basis.centre_XE.device for head in movable), torch.device("cpu"))
 
     def to(self, device: torch.device) -> BankIndex:
         """The index on a device; itself if it is there.
@@ -126,11 +128,11 @@ class BankIndex:
         if device.type == self.device.type:
             return self
         require_searchable(device, self.top_k)
-        heads = [head.to(device) for head in self.heads if isinstance(head, Sketch)]
+        heads = [head.to(device) for head in self.heads if not isinstance(head, InvertedFile)]
         if len(heads) < len(self.heads):
             raise ConfigError(
-                f"This index has inverted files, which are searched on a CPU; the bank is on {device}. Make an index "
-                "for the bank where it is, open it with device='cpu' (--device cpu), or search it exactly."
+                f"This index has inverted files, which are searched on a CPU; the bank is on {device}. Make "
+                "an index for the bank where it is, open it with device='cpu' (--device cpu), or search it exactly."
             )
         return replace(self, heads=tuple(heads))
 
@@ -170,20 +172,23 @@ class BankIndex:
         index_KQR, score_KQR = (torch.cat(parts) for parts in zip(*found, strict=True))
         return index_KQR, score_KQR
 
-    def _at_once(self, heads: slice) -> list[tuple[slice, GpuSketch]]:
-        """Some heads on a GPU: neighbours whose sketches have one size are searched at once. Made once, since where
-        codes lie has to be told to the device."""
+    def _at_once(self, heads: slice) -> list[tuple[slice, GpuSketch | GpuLists]]:
+        """Some heads on a GPU: neighbours whose indexes are of one kind and size are searched at once. Made once, since
+        where codes lie has to be told to the device."""
         if (heads.start, heads.stop) not in self._made:
             made, first = [], 0
-            for _, sketches in groupby(self.heads[heads], key=lambda head: head.size):
-                alike = [sketch for sketch in sketches if isinstance(sketch, Sketch)]
-                made.append((slice(first, first + len(alike)), GpuSketch.of(alike)))
+            for _, group in groupby(self.heads[heads], key=lambda head: (type(head), head.size)):
+                alike = list(group)
+                sketches = [head for head in alike if isinstance(head, Sketch)]
+                lists = [head for head in alike if isinstance(head, KeyLists)]
+                at_once = GpuSketch.of(sketches) if sketches else GpuLists.of(lists)
+                made.append((slice(first, first + len(alike)), at_once))
                 first += len(alike)
             self._made[heads.start, heads.stop] = made
         return self._made[heads.start, heads.stop]
 
     @cached_property
-    def _made(self) -> dict[tuple[int, int], list[tuple[slice, GpuSketch]]]:
+    def _made(self) -> dict[tuple[int, int], list[tuple[slice, GpuSketch | GpuLists]]]:
         return {}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -193,7 +198,7 @@ class BankIndex:
         for head, index in enumerate(self.heads):
             parts, settings = index.state()
             tensors |= {f"{head}.{name}": part.cpu() for name, part in parts.items()}
-            heads.append({"kind": "sketch" if isinstance(index, Sketch) else "lists", **settings})
+            heads.append({"kind": next(kind for kind in KINDS if isinstance(index, KINDS[kind])), **settings})
         settings = {"top_k": self.top_k, "target": self.target, "fingerprint": self.fingerprint, "heads": heads}
         return tensors, settings
 
@@ -210,16 +215,22 @@ class BankIndex:
 
 def _choose(
     keys_1NE: Tensor, query_1QE: Tensor, top_k: int, target: float, lists: bool, together: int
-) -> Sketch | InvertedFile:
+) -> Sketch | InvertedFile | KeyLists:
     if not lists:
         return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
-    # With every list read, an inverted file finds what a sketch does. That must be well above the target: what too few
+    kind, head_dim = keys_1NE.device.type, keys_1NE.shape[-1]
+    # With every list read, lists find what a sketch does. On a CPU that must be well above the target: what too few
     # coordinates miss has to be made up for by lists, and those are made and chosen by the same coordinates.
-    some_1nE, head_dim = keys_1NE[:, :: -(-keys_1NE.shape[1] // _TRIED)], keys_1NE.shape[-1]
-    least = Sketch.choose(some_1nE, query_1QE, top_k=top_k, target=(3 + target) / 4).size
-    for size in (*range(least + _MORE, head_dim, 8), head_dim):
+    above = (3 + target) / 4 if kind == "cpu" else (1 + target) / 2
+    some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // _TRIED[kind])]
+    least = Sketch.choose(some_1nE, query_1QE, top_k=top_k, target=above).size
+    if kind == "cpu":
+        lists_of, sizes = InvertedFile.choose, (*range(least + _MORE, head_dim, 8), head_dim)
+    else:
+        lists_of, sizes = KeyLists.choose, range(least, head_dim + 1, 16)
+    for size in sizes:
         try:
-            return InvertedFile.choose(keys_1NE, query_1QE, top_k=top_k, target=target, size=size, together=together)
+            return lists_of(keys_1NE, query_1QE, top_k=top_k, target=target, size=size, together=together)
         except ConfigError:
             continue  # out of reach with so few
     return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)

@@ -27,6 +27,8 @@ from longmem.ops import JointHeads, causal_mask
 
 # Bank size at which the size bias is 0, so that it and the plain bias can be learned apart.
 REFERENCE_SIZE = 16384
+# Bank size up to which nothing is sharpened: that of most banks in training.
+SHARPENED_FROM = 32768
 
 
 def local_attention(
@@ -102,8 +104,10 @@ class MemoryAttention(nn.Module):
     log of the bank's size b₁ (0; the size is counted in units of 16,384 tokens); and a null key with its bias, which
     takes attention that would otherwise go to useless memories. With `newest_wins` also what being older costs
     (`longmem.ops.reference.discounted`), as a number and a vector that the query is multiplied by: a question may ask
-    for the newest of several memories, or for the one before. With `fusion="gate"` the paper's static gate σ(g) instead
-    of all (equation 5).
+    for the newest of several memories, or for the one before. With `sharpening` β > 0 what was found among N > 32,768
+    tokens counts as the p-norm of exponentiated scores, not as their sum, p = 1 + β · ln(N / 32,768): the best counts
+    as before, while many that match worse, of which a larger bank has more, add up to less. With `fusion="gate"` the
+    paper's static gate σ(g) instead of all (equation 5).
 
     Args:
         layer: backbone layer whose keys are queried.
@@ -122,12 +126,14 @@ class MemoryAttention(nn.Module):
         scaling: float,
         fusion: Literal["joint", "gate"],
         newest_wins: bool = False,
+        sharpening: float = 0.0,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.scaling = scaling
         self.fusion = fusion
         self.newest_wins = newest_wins
+        self.sharpening = sharpening
         if fusion == "gate":
             # σ(−4) ≈ 0.02: close to the backbone at the start, with a gradient.
             self.gate_KG = nn.Parameter(torch.full((kv_heads, group), -4.0))
@@ -154,7 +160,9 @@ class MemoryAttention(nn.Module):
         """
         if self.fusion == "joint":
             inputs = query_BKGTE, local_BKGTE, local_logsumexp_BKGT
-            joined = found.join(*inputs, self._joint_heads, self.scaling, REFERENCE_SIZE)
+            joined = found.join(
+                *inputs, self._joint_heads, self.scaling, REFERENCE_SIZE, self.sharpening, SHARPENED_FROM
+            )
             if joined is not None:
                 difference_BKGTE, mass_BKGT, log_weight_BKGTR = joined
                 return difference_BKGTE, MemoryRead(
@@ -162,22 +170,28 @@ class MemoryAttention(nn.Module):
                     mass_BKGT,
                     found,
                     weigh=lambda: log_weight_BKGTR,
-                    match=lambda: found.log_weights(self._scaled(query_BKGTE), self.scaling),
+                    match=lambda: found.log_weights(
+                        self._scaled(query_BKGTE) * self._power(found)[..., None], self.scaling
+                    ),
                 )
         discount_BKGT = None
         if self.newest_wins:
             asked_BKGT = (query_BKGTE * self.newest_query_KGE[..., None, :]).sum(-1).float() * self.scaling
             discount_BKGT = self.newest_KG[..., None] + asked_BKGT
+        power_B111 = self._power(found)
         if self.fusion == "joint":
             null_BKGT = (query_BKGTE * self.null_key_KGE[..., None, :]).sum(-1).float() * self.scaling
-            query_BKGTE = self._scaled(query_BKGTE)
+            query_BKGTE = self._scaled(query_BKGTE) * power_B111[..., None]
+            discount_BKGT = None if discount_BKGT is None else discount_BKGT * power_B111
         memory_BKGTE, memory_BKGT = found.attend(query_BKGTE, self.scaling, discount_BKGT)
         if self.fusion == "gate":
             mass_BKGT = self.gate_KG.sigmoid()[..., None].expand(memory_BKGT.shape)
             mass_BKGT = mass_BKGT.masked_fill(memory_BKGT == -torch.inf, 0.0)
         else:
             log_size_B111 = (found.bank_size_B.clamp(min=1) / REFERENCE_SIZE).log()[:, None, None, None]
-            memory_BKGT = memory_BKGT + self.bias_KG[..., None] + self.size_bias_KG[..., None] * log_size_B111
+            memory_BKGT = (
+                memory_BKGT / power_B111 + self.bias_KG[..., None] + self.size_bias_KG[..., None] * log_size_B111
+            )
             rest_BKGT = torch.logaddexp(local_logsumexp_BKGT, null_BKGT + self.null_bias_KG[..., None])
             # Where nothing was found the log-sum-exp is −inf and the mass exactly 0.
             mass_BKGT = torch.sigmoid(memory_BKGT - rest_BKGT)
@@ -191,6 +205,11 @@ class MemoryAttention(nn.Module):
 
     def _scaled(self, query_BKGTE: Tensor) -> Tensor:
         return query_BKGTE.float() * self.scale_KG[..., None, None].float()
+
+    def _power(self, found: Retrieved) -> Tensor:
+        """p of each row, (B, 1, 1, 1) float32: exactly 1 in banks that are not large."""
+        larger_B = (found.bank_size_B / SHARPENED_FROM).clamp(min=1)
+        return (1 + self.sharpening * larger_B.log())[:, None, None, None]
 
     @property
     def _joint_heads(self) -> JointHeads:

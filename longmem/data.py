@@ -297,8 +297,11 @@ class Segments:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on the CPU, copied to a device without waiting for what the device has still to do."""
-    # Only from pinned memory: from elsewhere a copy waits for all that was begun before it.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # Only from pinned memory: from elsewhere a copy waits for all that was begun before it. (A row that was expanded to
+    # many is one row of memory, which cannot be pinned as it is.)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 class Streams:

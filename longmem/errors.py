@@ -14,6 +14,7 @@
     ├── StoreError                the folder that holds banks
     │   ├── StoreNotWritableError      it cannot be written
     │   ├── StoreCorruptError          a file is missing or does not match its checksum
+    │   ├── StoreUnreachableError      segments that lie elsewhere cannot be read or written there
     │   └── StoreKeyError              the key of an encrypted namespace is missing, or another
     ├── SourceError               a text handed in: missing, empty, binary, malformed
     ├── ConfigError               settings that do not go together
@@ -82,6 +83,10 @@ class StoreNotWritableError(StoreError):
 
 class StoreCorruptError(StoreError):
     """A file of the store is missing or its bytes have changed."""
+
+
+class StoreUnreachableError(StoreError):
+    """The location of a store's segments cannot be reached, or refuses."""
 
 
 class StoreKeyError(StoreError):

@@ -67,6 +67,8 @@ class Retrieved:
         heads: JointHeads,
         scaling: float,
         reference_size: float,
+        sharpening: float,
+        sharpened_from: float,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """All of joint attention in one launch (`ops.joint_rows`); None where it takes more than one."""
         return None
@@ -121,12 +123,15 @@ class RetrievedRows(Retrieved):
         heads: JointHeads,
         scaling: float,
         reference_size: float,
+        sharpening: float,
+        sharpened_from: float,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         if not joins_at_once(query_BKGTE.device):
             return None
         rows = self.keys_PNE, self.values_PNE, self.pool_BK, self.slot_BKGTR, self.score_BKGTR, self.order_BKGTR
+        sizes = reference_size, sharpening, sharpened_from
         return joint_rows(
-            query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows, self.bank_size_B, heads, scaling, reference_size
+            query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows, self.bank_size_B, heads, scaling, *sizes
         )
 
     def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
@@ -266,6 +271,16 @@ def _index(banks: Sequence[MemoryBank | None]) -> BankIndex | None:
     return banks[0].index if banks[0] is not None and _shared(banks) else None
 
 
+def _late(banks: Sequence[MemoryBank | None], index: BankIndex | None) -> int:
+    """Tokens of the bank that all rows read which its index does not know."""
+    return 0 if index is None or banks[0] is None else len(banks[0]) - len(index)
+
+
+def _room(tokens: int) -> int:
+    """Room for so many tokens in powers of two: a few more are no reason to record a step again."""
+    return max(_LEAST_ROOM, 1 << (tokens - 1).bit_length())
+
+
 def _dtype(banks: Sequence[MemoryBank | None]) -> torch.dtype | None:
     """Of the keys; None if there is no bank."""
     return next((bank.buffers_HCE[0].dtype for bank in banks if bank is not None), None)
@@ -364,20 +379,21 @@ class PlacedReader:
     holds, lies on the device itself.
 
     So a step that is recorded over some banks can be replayed over others (`read`), as long as `fits` says so: none of
-    them has room for more than the largest had, and all rows read the same bank or they do not, as they did.
+    them has room for more than the largest had, all rows read the same bank or they do not, as they did, and of a bank
+    with an index few tokens are newer than that.
 
     Args:
         banks: on `device`, or None.
 
     Attributes:
         room: tokens that a bank may have room for.
+        late: tokens that a bank may hold beyond those that its index knows.
     """
 
     def __init__(self, banks: Sequence[MemoryBank | None], config: SideNetConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.shared, self.dtype, self.index = _shared(banks), _dtype(banks), _index(banks)
-        # In powers of two: a bank that is a little larger than the one before it is no reason to record again.
-        self.room = max(_LEAST_ROOM, 1 << (_capacity(banks) - 1).bit_length())
+        self.room, self.late = _room(_capacity(banks)), _room(_late(banks, self.index))
         # Where the keys of each head and bank begin, where its values do, and its length; once if all read one bank.
         heads, self._searched = len(config.memory_heads), 1 if self.shared else len(banks)
         self._place_3HB = torch.zeros(3, heads, self._searched, dtype=torch.int64, device=device)
@@ -403,7 +419,8 @@ class PlacedReader:
     def fits(self, banks: Sequence[MemoryBank | None]) -> bool:
         """Whether a step that was recorded with this reader can be replayed over these banks."""
         alike = self.shared == _shared(banks) and self.index is _index(banks) and _dtype(banks) in (None, self.dtype)
-        return alike and len(banks) == len(self._length_B) and _capacity(banks) <= self.room
+        enough = _capacity(banks) <= self.room and _late(banks, self.index) <= self.late
+        return alike and enough and len(banks) == len(self._length_B)
 
     def read(self, banks: Sequence[MemoryBank | None]) -> None:
         """From now on read these banks, which `fits` has agreed to."""
@@ -442,7 +459,8 @@ class PlacedReader:
         if self.index is None:
             found = topk_scan(query_XQE, keys, top_k, length_X)
         else:
-            found = self.index.search(heads, query_XQE, keys, top_k, length_X)
+            known_and_late = keys.between(0, min(self.room, len(self.index) + self.late))
+            found = self.index.search(heads, query_XQE, known_and_late, top_k, length_X)
         index, score = (part_XQR.view(kv_heads, batch, group, tokens, top_k).transpose(0, 1) for part_XQR in found)
         pool_BK = self._pool_BH[:, :kv_heads]
         return RetrievedRows(keys, values, pool_BK, index, score, index, self._length_B, index)
@@ -510,8 +528,8 @@ class StreamBanks:
         """A retrieve callable in which row b reads the bank of row `source_B[b]`; its own if None.
 
         Args:
-            crowded: rows that read their own bank together with those of the other rows of their crowd.
-            crowd: rows of a crowd: the first so many are one, the next so many another.
+            crowded: rows that read their bank together with the others of its crowd.
+            crowd: banks of a crowd: the first so many are one, the next so many another.
             filled: tokens that every ring holds, at least; all its capacity if None. Crowds are read so far.
         """
         return StreamReader(self, source_B, crowded, crowd, self.capacity if filled is None else filled)
@@ -551,7 +569,7 @@ class StreamReader:
         if self.crowded_M is not None:
             # Rows of a crowd lie side by side: to a search they are one long pool.
             crowds_KCNE = keys_KBNE[:, :, : self.filled].unflatten(1, (-1, self.crowd)).flatten(2, 3)
-            crowd_M = self.crowded_M // self.crowd
+            crowd_M = self.source_B[self.crowded_M] // self.crowd
             at, best = self._search(query_BKGTE[self.crowded_M], crowds_KCNE, crowd_M, None)
             first = (crowd_M * self.crowd).view(-1, 1, 1, 1, 1)
             at = (first + at // self.filled) * streams.capacity + at % self.filled

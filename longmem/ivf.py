@@ -38,7 +38,7 @@ _POINTS = 64  # keys of each list that k-means sees
 _BLOCK = 1 << 17  # keys at a time
 
 
-class KeyLists(NamedTuple):
+class ListedKeys(NamedTuple):
     """The keys of one search in lists.
 
     Attributes:
@@ -80,7 +80,7 @@ class InvertedFile:
 
     basis: Basis
     num_keys: int
-    lists: tuple[KeyLists, ...]
+    lists: tuple[ListedKeys, ...]
     probes: tuple[int, ...]
     together: int = 1
     recall: tuple[float, ...] = ()
@@ -244,7 +244,7 @@ class InvertedFile:
         basis = Basis(*(tensors[name] for name in Basis._fields))
         probes = tuple(settings["probes"])
         lists = tuple(
-            KeyLists(*(in_large_pages(tensors[f"lists.{x}.{name}"]) for name in KeyLists._fields))
+            ListedKeys(*(in_large_pages(tensors[f"lists.{x}.{name}"]) for name in ListedKeys._fields))
             for x in range(len(probes))
         )
         return cls(basis, settings["num_keys"], lists, probes, settings["together"], tuple(settings["recall"]))
@@ -262,7 +262,7 @@ def _some(query_XQE: Tensor, together: int) -> Tensor:
     return query_XTGE[:, :: -(-query_XQE.shape[1] // MEASURED)].flatten(1, 2)
 
 
-def _promising(lists: KeyLists, coordinate_qS: np.ndarray, probes: int) -> np.ndarray:
+def _promising(lists: ListedKeys, coordinate_qS: np.ndarray, probes: int) -> np.ndarray:
     """The lists that any of the queries chooses, in order."""
     towards_qP = np.concatenate((coordinate_qS, np.abs(coordinate_qS)), axis=-1)
     promise_qL = _products(towards_qP, lists.promise_LP, lists.promise_scale_P)
@@ -278,7 +278,7 @@ def _products(row_qP: np.ndarray, codes_LP: Tensor, scale_P: Tensor) -> Tensor:
     return cpu.int8_products(torch.from_numpy(np.rint(scaled_qP / unit_q1).astype(np.int8)), codes_LP)
 
 
-def _blocks_of(lists: KeyLists, chosen: np.ndarray) -> Tensor:
+def _blocks_of(lists: ListedKeys, chosen: np.ndarray) -> Tensor:
     """All blocks of some lists."""
     blocks_l = lists.blocks_L.numpy()[chosen]
     before_l = blocks_l.cumsum() - blocks_l
@@ -287,7 +287,7 @@ def _blocks_of(lists: KeyLists, chosen: np.ndarray) -> Tensor:
     return torch.from_numpy(block_B)
 
 
-def _in_lists(keys_NE: Tensor, centre_E: Tensor, matrix_ES: Tensor, num_lists: int, seed: int) -> KeyLists:
+def _in_lists(keys_NE: Tensor, centre_E: Tensor, matrix_ES: Tensor, num_lists: int, seed: int) -> ListedKeys:
     """The keys of one search in lists, coded by coordinates."""
 
     def coordinates(rows_n: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ def _in_lists(keys_NE: Tensor, centre_E: Tensor, matrix_ES: Tensor, num_lists: i
     promise_LP = torch.cat((mean_LS, PROMISE * deviation_LS), dim=-1).float()
     promise_scale_P = (promise_LP.abs().amax(0) / 127).clamp(min=1e-30)
     promise_LP = (promise_LP / promise_scale_P).round().to(torch.int8)
-    return KeyLists(promise_LP, promise_scale_P, first_L, blocks_L, in_large_pages(codes_MS), row_M, scale_S)
+    return ListedKeys(promise_LP, promise_scale_P, first_L, blocks_L, in_large_pages(codes_MS), row_M, scale_S)
 
 
 def _clusters(coordinates: Callable[[Tensor], Tensor], num_keys: int, num_lists: int, seed: int) -> tuple[Tensor, int]:

@@ -105,7 +105,14 @@ class SideNetLayer(nn.Module):
             self.alpha_D = nn.Parameter(torch.zeros(weight_DF.shape[0], device=weight_DF.device))
         if kv_heads:
             self.memory = MemoryAttention(
-                lo, len(kv_heads), group, head_dim, family.scaling(source), config.fusion, config.newest_wins
+                lo,
+                len(kv_heads),
+                group,
+                head_dim,
+                family.scaling(source),
+                config.fusion,
+                config.newest_wins,
+                config.sharpening,
             )
             self.memory.to(weight_DF.device)
             # Only the columns of memory heads can matter: elsewhere joint and local attention are equal.

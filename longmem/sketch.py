@@ -215,7 +215,7 @@ class Sketch:
 
     def code_queries(self, query_XQE: Tensor) -> Tensor:
         """What stands for queries, (X, Q, S) int8."""
-        return code_queries(query_XQE, self.coder_XES)
+        return code_queries(query_XQE, self.coder_XES)[0]
 
     def _search(self, x: int, query_QE: Tensor, keys_NE: Tensor, top_k: int, exact: bool) -> tuple[Tensor, Tensor]:
         size = self.codes_XNS.shape[-1]
@@ -285,7 +285,7 @@ class GpuSketch:
             length_X = torch.full((searches,), keys.most, device=query_XQE.device)
         if known <= SPARE_EXACT * top_k or _AGAIN * top_k * queries > known:
             return topk_scan(query_XQE, keys, top_k, length_X)
-        codes = code_queries(query_XQE, self.coder_XES), self.codes
+        codes = code_queries(query_XQE, self.coder_XES)[0], self.codes
         first = torch.full_like(length_X, known)
         index_XQR, score_XQR = topk_coded(query_XQE, keys.between(0, known), *codes, top_k, first)
         if known == keys.most:

@@ -11,11 +11,14 @@ B texts, T tokens, N tokens of a stretch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from longmem.attention import MemoryRead
 from longmem.bank import MemoryBank
@@ -26,10 +29,11 @@ from longmem.errors import ConfigError
 from longmem.group import BankGroup, Readable
 from longmem.index import PlacedReader, Retrieve
 from longmem.model import LongMem, ModelCache
-from longmem.windows import WindowBuffer, Windows, window_step
+from longmem.windows import Branch, SideBranch, WindowBuffer, Windows, window_step
 
-# Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces.
-_PREFILL = 256
+# Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces. So it is by
+# the backbone alone, whose pieces need only a mask of T times all tokens.
+_PREFILL, _PLAIN = 256, 4096
 
 
 def records(device: torch.device) -> bool:
@@ -42,7 +46,7 @@ def read_on(
     model: LongMem, tokens_N: Tensor, bank: Readable | None, cache: ModelCache, memory: float
 ) -> tuple[Tensor, list[MemoryRead]]:
     """Read tokens behind what `cache` holds; next-token logits (V,), and what the last piece read."""
-    for piece_T in tokens_N.to(model.device).split(_PREFILL):
+    for piece_T in tokens_N.to(model.device).split(_PREFILL if memory else _PLAIN):
         output = model.forward(piece_T[None], bank, memory=memory, cache=cache, last_only=True)
     return output.logits_BTV[0, -1], output.reads
 
@@ -53,9 +57,9 @@ class BatchCache:
     def __init__(self, rows: int, capacity: int, device: torch.device, *, compile: bool) -> None:
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)
         run = torch.compile(window_step, dynamic=False) if compile else window_step
-        # A `SideBranch` of both would let the two overlap on a GPU; it has not yet been run on one.
-        self.backbone = Windows(self.length_B, capacity, run)
-        self.sidenet = Windows(self.length_B, capacity, run)
+        branch = SideBranch(device) if device.type == "cuda" else Branch()
+        self.backbone = Windows(self.length_B, capacity, run, branch)
+        self.sidenet = Windows(self.length_B, capacity, run, branch)
 
     def look_at(self, room: int) -> None:
         """Steps look at the first `room` tokens of each window from now on."""
@@ -113,14 +117,41 @@ class BatchDecoder:
             raise ConfigError(f"A text of {len(tokens_N)} tokens does not fit a window of {self.capacity}.")
         cache = self.model.new_cache()
         result = read_on(self.model, tokens_N, bank, cache, self.memory)
+        self._take(row, 0, len(tokens_N), cache)
+        return result
+
+    @torch.no_grad()
+    def fill(self, texts: Mapping[int, Tensor], banks: Sequence[Readable | None]) -> None:
+        """Read several texts into rows, side by side, in place of what these held. Nothing is said about what follows:
+        give the last token of a text to `step`.
+
+        Args:
+            texts: row → token ids, prefix included; at most `capacity`.
+            banks: one a row of the decoder.
+
+        Raises:
+            ConfigError: a text is empty or longer than the window.
+        """
+        for tokens_N in texts.values():
+            if not 1 <= len(tokens_N) <= self.capacity:
+                raise ConfigError(f"A text of {len(tokens_N)} tokens does not fit a window of {self.capacity}.")
+        # Shorter texts are padded behind their end, where no token looks.
+        ids_BT = pad_sequence([tokens_N.cpu() for tokens_N in texts.values()], batch_first=True)
+        cache = self.model.new_cache()
+        reader = self.model.reader([banks[row] for row in texts], len(texts)) if self.memory else None
+        self.model.read(ids_BT.to(self.model.device), reader, memory=self.memory, cache=cache)
+        for at, (row, tokens_N) in enumerate(texts.items()):
+            self._take(row, at, len(tokens_N), cache)
+
+    def _take(self, row: int, at: int, length: int, cache: ModelCache) -> None:
+        """The first tokens of batch row `at` are a row's text from now on."""
         for layer, buffer in enumerate(cache.backbone.layers):
             assert isinstance(buffer, KeyValueBuffer)
-            _fill(self._cache.backbone.of(layer), row, buffer)
+            _fill(self._cache.backbone.of(layer), row, buffer, at, length)
         for (layer, stream), buffer in cache.sidenet.items():
-            _fill(self._cache.sidenet.of(layer, stream), row, buffer)
-        self._lengths[row] = len(tokens_N)
-        self._cache.length_B[row] = len(tokens_N)
-        return result
+            _fill(self._cache.sidenet.of(layer, stream), row, buffer, at, length)
+        self._lengths[row] = length
+        self._cache.length_B[row] = length
 
     @torch.no_grad()
     def step(self, tokens: Sequence[int | None], banks: Sequence[Readable | None]) -> tuple[Tensor, list[MemoryRead]]:
@@ -158,6 +189,13 @@ class BatchDecoder:
         self._lengths = [length + one for length, one in zip(self._lengths, taken, strict=True)]
         return logits_BV, reads
 
+    def release(self) -> None:
+        """Give back the memory of windows and recording now: not before a garbage collection would it be free."""
+        self._recorded = None
+        self._cache.backbone.clear()
+        self._cache.sidenet.clear()
+        self._lengths = [0] * self.rows
+
     def run(self, reader: Retrieve | None) -> tuple[Tensor, list[MemoryRead]]:
         """What is recorded: the tokens that wait, through everything, to logits (B, V)."""
         hidden_B1D, reads = self.model.read(self._token_B1, reader, memory=self.memory, cache=self._cache)
@@ -185,6 +223,19 @@ class BatchDecoder:
                 self._specs[row] = bank.spec
 
 
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Nothing is collected meanwhile: an earlier recording that is freed during the next one spoils it."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class _Recorded:
     """A step as a CUDA graph."""
 
@@ -200,7 +251,7 @@ class _Recorded:
                 decoder.run(self._reader)
         torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with _no_garbage(), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._logits_BV, self._reads = decoder.run(self._reader)
 
     def fits(self, banks: Sequence[MemoryBank | None]) -> bool:
@@ -215,6 +266,6 @@ class _Recorded:
         return self._logits_BV, [replace(read) for read in self._reads]
 
 
-def _fill(to: WindowBuffer, row: int, buffer: KeyValueBuffer) -> None:
+def _fill(to: WindowBuffer, row: int, buffer: KeyValueBuffer, at: int, length: int) -> None:
     assert buffer.keys is not None and buffer.values is not None
-    to.fill(row, buffer.keys[0], buffer.values[0])
+    to.fill(row, buffer.keys[at, :, :length], buffer.values[at, :, :length])

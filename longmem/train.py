@@ -55,9 +55,10 @@ class TrainConfig:
         crowded_fraction: share of streams that read their bank among others' in a step, as one `crowd` times as large.
         crowd: streams whose banks are one to those that are crowded.
         starved_fraction: share of steps in which segments are read in short windows, none of which sees the others, so
-            that questions with little before them are learned too. Nobody is crowded then.
+            that questions with little before them are learned too.
         starved: tokens of the shortest such windows; each starved step takes this, twice, or four times as many, as
             long as they divide `segment`.
+        starved_crowd: as `crowd`, in starved steps; 1 crowds nobody then.
         harmless_weight: of the divergence of what is said with a wrong bank from what is said with an empty one, in
             rows that read a wrong one: it should change nothing. A distribution a token teaches more than the token.
         lookup_weight: of the memory regulariser: attention among retrieved tokens should fall on those that are the
@@ -89,6 +90,7 @@ class TrainConfig:
     crowd: int = 4
     starved_fraction: float = 0.0
     starved: int = 64
+    starved_crowd: int = 1
     harmless_weight: float = 0.0
     lookup_weight: float = 0.0
     answer_weight: float = 1.0
@@ -114,6 +116,8 @@ class TrainConfig:
             raise ConfigError(f"starved_fraction is a share of the steps, from 0 to 1; got {self.starved_fraction}.")
         if self.starved_fraction and (self.starved < 1 or self.segment % self.starved):
             raise ConfigError(f"starved must divide the {self.segment} tokens of a segment; got {self.starved}.")
+        if self.starved_crowd < 1 or self.rows % self.starved_crowd:
+            raise ConfigError(f"starved_crowd must divide the {self.rows} rows; got {self.starved_crowd}.")
         if self.empty_weight < 0:
             raise ConfigError(f"empty_weight must not be negative; got {self.empty_weight}.")
         if self.harmless_weight < 0:
@@ -263,10 +267,13 @@ class Trainer:
         source_B, shift = np.arange(rows), int(self.rng.integers(1, max(2, rows)))
         wrong_B = draw_B < config.wrong_fraction
         crowded = np.zeros(0, dtype=np.int64)
+        crowd = config.crowd if windows == 1 else config.starved_crowd
+        crowds = bool(config.crowded_fraction) and (windows == 1 or crowd > 1)
         # What was never written must not be read: until every ring is full, nobody is crowded.
-        if config.crowded_fraction and windows == 1 and self.done * config.segment >= config.bank_tokens:
+        if crowds and self.done * config.segment >= config.bank_tokens:
             crowded = np.sort(self.rng.permutation(rows)[: round(config.crowded_fraction * rows)])
             wrong_B[crowded] = False
+            crowded = (crowded[:, None] * windows + np.arange(windows)).flatten()
         source_B = np.where(wrong_B, (source_B + shift) % rows, source_B).repeat(windows)
         wrong_B = wrong_B.repeat(windows)
         right_B = to_device(torch.from_numpy(~wrong_B), self.device)
@@ -274,7 +281,7 @@ class Trainer:
         if not config.memory:
             return None, right_B, wrong_M
         source_B = to_device(torch.from_numpy(source_B), self.device)
-        reader = self.banks.reader(source_B, crowded.tolist(), config.crowd if len(crowded) else 1)
+        reader = self.banks.reader(source_B, crowded.tolist(), crowd if len(crowded) else 1)
         return reader, right_B, wrong_M
 
     def _factors(self, segments: Segments, told_B: Tensor) -> Tensor | None:

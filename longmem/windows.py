@@ -102,10 +102,8 @@ class Windows:
         room: tokens of the windows that a step looks at, its own included: all of them where steps must be alike.
     """
 
-    def __init__(
-        self, length_B: Tensor, capacity: int, run: Callable[..., LayerStep], branch: Branch | None = None
-    ) -> None:
-        self.length_B, self.capacity, self.run, self.branch = length_B, capacity, run, branch or Branch()
+    def __init__(self, length_B: Tensor, capacity: int, run: Callable[..., LayerStep], branch: Branch) -> None:
+        self.length_B, self.capacity, self.run, self.branch = length_B, capacity, run, branch
         self.rows = length_B.shape[0]
         self.room = capacity
         self._kept: defaultdict[tuple[int, str], WindowBuffer] = defaultdict(lambda: WindowBuffer(self))
@@ -113,6 +111,10 @@ class Windows:
     def of(self, layer: int, stream: str = "x") -> WindowBuffer:
         """What `layer` holds of a stream (see `SideNetCache`)."""
         return self._kept[layer, stream]
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self._kept.clear()
 
 
 def window_step(

@@ -13,11 +13,11 @@ PACKAGE = Path(longmem.__file__).parent
 # A module imports from the lines above its own, never from its own line or below.
 LAYERS = (
     {"errors"},
-    {"config", "ops", "families", "pretrained", "quantize", "codec", "data", "drawing", "registry"},
+    {"config", "ops", "families", "pretrained", "quantize", "codec", "clusters", "data", "drawing", "registry"},
     {"decoding", "encoding"},
     {"windows"},
     {"backbone", "sketch"},
-    {"ivf"},
+    {"ivf", "lists"},
     {"approximate"},
     {"bank"},
     {"group"},
@@ -95,16 +95,18 @@ def test_imports_point_one_way() -> None:
 
 
 def test_memory_and_network_meet_in_the_model_alone() -> None:
-    for name in ("bank", "group", "store", "index", "retention", "sketch", "ivf", "approximate"):
+    for name in ("bank", "group", "store", "index", "retention", "sketch", "ivf", "lists", "approximate"):
         assert siblings(name, lazily=True) <= {
             "approximate",
             "bank",
+            "clusters",
             "codec",
             "config",
             "data",
             "errors",
             "group",
             "ivf",
+            "lists",
             "ops",
             "retention",
             "sketch",
@@ -130,7 +132,9 @@ def test_the_disk_is_no_business_of_the_core() -> None:
         "quantize",
         "codec",
         "sketch",
+        "clusters",
         "ivf",
+        "lists",
         "approximate",
     ):
         used = {module for path in PARTS[name] for module in imported_modules(path, lazily=True)}

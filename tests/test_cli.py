@@ -101,7 +101,7 @@ def disk() -> tuple:
 def test_help_and_version_import_nothing_heavy():
     code = (
         "import sys; from longmem.cli import app\n"
-        "evaluations = [['eval', name, '--help'] for name in ('perplexity', 'recall', 'facts')]\n"
+        "evaluations = [['eval', name, '--help'] for name in ('perplexity', 'recall', 'facts', 'ordinary')]\n"
         "for words in (['--help'], ['train', '--help'], *evaluations, ['--version']):\n"
         "    app(words, standalone_mode=False)\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
@@ -128,8 +128,9 @@ def test_banks_loads_no_model(notes):
         (learn.train, "longmem.train.TrainConfig", set()),
         (learn.histories, "longmem.histories.HistoryConfig", set()),
         (measure.perplexity, "longmem.evals.perplexity.PerplexityConfig", {"conditions", "context"}),
-        (measure.recall, "longmem.evals.recall.RecallConfig", {"remembered", "tasks"}),
+        (measure.recall, "longmem.evals.recall.RecallConfig", {"remembered", "tasks", "context"}),
         (measure.facts, "longmem.evals.facts.FactsConfig", set()),
+        (measure.ordinary, "longmem.evals.ordinary.OrdinaryConfig", set()),
         (measure.bench, "longmem.bench.BenchConfig", {"sizes"}),
         (measure.probe, "longmem.probe.ProbeConfig", {"top_k", "max_pair", "max_current"}),
     ],
@@ -648,6 +649,11 @@ def test_a_damaged_store_is_verified_and_repaired(notes, tiny_model_dir):
     assert json.loads(ok("repair", *at("notes"), *model, "--json"))[0]["pieces"] == 0
     assert "all is well" in ok("verify", "--store", "memories")
     assert ok("recall", "moon", *at("notes"), *model, "--json") == hits
+    Path("memories/manifest.sqlite").unlink()
+    assert "longmem repair --store memories" in fails("verify", "--store", "memories").replace("\n", " ")
+    mended = cli("repair", "--store", "memories", *model)
+    assert mended.exit_code == 0 and "made anew from its second copy" in mended.output
+    assert ok("recall", "moon", *at("notes"), *model, "--json") == hits
     assert "It has: notes" in fails("verify", *at("x"))
     assert "It has: notes" in fails("repair", *at("x"), *model)
     assert "It has: notes" in fails("consolidate", *at("x"))
@@ -752,6 +758,14 @@ def test_recall_of_hidden_things(notes, tiny_model_dir):
     assert "expected a file" in fails(*words, "--json", ".", code=2)
 
 
+def test_replies_to_ordinary_prompts(notes, tiny_model_dir):
+    words = ("eval", "ordinary", "--model", tiny_model_dir, "--prompts", 2, "--tokens", 3, *CPU)
+    shown = ok(*words, "--filler", "notes.txt", "--passage", 32, "--remembered", 64, "--json", "figures.json")
+    assert all(title in shown for title in ("of 2", "first 3 tokens", "bank on", "bank empty"))
+    assert len(json.loads(Path("figures.json").read_text())["cases"]) == 2
+    assert json.loads(ok(*words, "--remembered", 0, "--chats", 0, "--json", "-"))["bank_tokens"] == 0
+
+
 def test_recall_of_facts(notes, tiny_model_dir):
     small = ("--sessions", 2, "--facts", 1, "--small-talk", 1, "--cases", 3)
     words = ("eval", "facts", "--model", tiny_model_dir, *small, *CPU)
@@ -805,6 +819,22 @@ def test_histories_are_written_tokenised_and_trained_on(texts):
     assert "is a file" in fails("histories", "texts", "--out", "texts/a.txt", *lengths, *texts)
 
 
+def test_replies_are_written_and_stand_in_histories(texts):
+    from longmem.histories import read_replies
+
+    said = ok("replies", "--out", "talk/replies.jsonl", "--count", 12, "--longest", 60, *texts, *CPU)
+    replies = read_replies(Path("talk/replies.jsonl"))
+    assert f"{len(replies)} replies to 12 prompts" in said
+    lengths = ("--tokens", 3000, "--shortest", 1500, "--longest", 1600, "--distance", 100)
+    share = ("--reply-share", 0.9)
+    ok("histories", "texts", "--out", "told.jsonl", *lengths, "--replies", "talk/replies.jsonl", *share, *texts)
+    written = [json.loads(line)["text"] for line in Path("told.jsonl").read_text("utf-8").splitlines()]
+    assert any(f"{reply.prompt}<|end|>" in text for reply in replies for text in written)
+    Path("bad.jsonl").write_text("{}\n")
+    wrong = fails("histories", "texts", "--out", "x", *lengths, "--replies", "bad.jsonl", *texts)
+    assert "bad.jsonl, line 1: expected" in wrong and "longmem replies" in wrong
+
+
 def test_training_refuses_what_cannot_work(texts, notes):
     heads = ("--heads", "1.0")
 
@@ -834,15 +864,36 @@ def test_a_missing_optional_package(texts, monkeypatch):
     assert "needs matplotlib" in error and "pip install 'longmem[plot]'" in error
 
 
-def test_a_bank_is_encrypted_and_its_key_destroyed(notes):
+def test_segments_lie_elsewhere(work, tiny_model_dir):
+    elsewhere, model = f"file://{work}/elsewhere", ("--model", tiny_model_dir, *CPU)
+    ok("place", elsewhere, "--store", "away")
+    (work / "moon.txt").write_text("The moon is made of rock.", encoding="utf-8")
+    ok("write", "moon.txt", "--bank", "notes", "--store", "away", *model)
+    assert len(list((work / "elsewhere").glob("*.safetensors"))) == 1
+    assert "all is well" in ok("verify", "--store", "away")
+    assert "of another store" in fails("place", elsewhere, "--store", "other")
+
+
+def test_a_bank_is_encrypted_and_its_key_destroyed(notes, monkeypatch):
     pytest.importorskip("cryptography")
     assert "memories.keys" in ok("encrypt", "notes", "--store", "memories").replace("\n", "")
     assert "encrypted already" in fails("encrypt", "notes", "--store", "memories")
     assert "plain=True" in fails("export", "notes.longmem", *at("notes"))
     assert "notes.longmem is not" in ok("export", "notes.longmem", *at("notes"), "--plain")
     assert "notes.txt" in ok("sources", *at("notes"))
+    assert "yes" in ok("banks", "--store", "memories")
+    Path("memories.keys").rename("elsewhere")
+    assert "key missing" in ok("banks", "--store", "memories")
+    assert "is not in" in fails("sources", *at("notes"))
+    monkeypatch.setenv("LONGMEM_KEYS", "elsewhere")
+    ok("sources", *at("notes"))
+    monkeypatch.delenv("LONGMEM_KEYS")
+    ok("sources", *at("notes"), "--keys", "elsewhere")
+    Path("elsewhere").rename("memories.keys")
     assert cli("destroy-key", "notes", "--store", "memories", input="n\n").exit_code == 1
     ok("sources", *at("notes"))
-    ok("destroy-key", "notes", "--store", "memories", "--yes")
+    assert "Receipt 1: " in ok("destroy-key", "notes", "--store", "memories", "--yes")
+    assert "all: its key" in ok("receipts", "--store", "memories")
+    assert json.loads(ok("banks", "--store", "memories", "--json"))[0]["key"] == "destroyed"
     assert "was destroyed" in fails("sources", *at("notes"))
     assert "no key" in fails("destroy-key", "other", "--store", "memories", "--yes")

@@ -23,19 +23,22 @@ from longmem.comparison.html import html, plot
 from longmem.comparison.markdown import Notes, markdown, summary
 from longmem.comparison.own import read_questions
 from longmem.comparison.result import Comparison, figure
-from longmem.comparison.run import compare
-from longmem.contenders.contender import Contender, ContenderConfig
+from longmem.comparison.run import RunConfig, compare
+from longmem.contenders.contender import Contender, ContenderConfig, Prompt
 from longmem.contenders.longmem import LongMemContender
+from longmem.contenders.longmem_wrong import LongMemWrong
+from longmem.contenders.memgpt import MemGpt
 from longmem.contenders.oracle import Oracle
 from longmem.contenders.window import Window
 from longmem.data import Document, TokenizedDocuments
-from longmem.errors import SourceError
+from longmem.errors import ConfigError, SourceError
 from longmem.model import LongMem
 from longmem.registry import chosen, found
 from longmem.tasks import language
 from longmem.tasks import task as task_module
+from longmem.tasks.many_shot import ManyShot
 from longmem.tasks.needles import PassKey
-from longmem.tasks.task import Measure, Task, TaskConfig
+from longmem.tasks.task import Case, Measure, Round, Task, TaskConfig
 
 TASK = """
 from longmem.contenders.contender import Prompt
@@ -74,6 +77,7 @@ class Nothing(Contender):
     def kept_bytes(self):
         return 0
 """
+SMALL_WINDOWS = ContenderConfig(window=128)
 SMALL = ContenderConfig(window=96, extended=256, chunk=32, chunks=2)
 
 
@@ -172,6 +176,124 @@ def test_the_page_stands_alone(model: LongMem, own: tuple[type[Task], type[Conte
     for name in ("commit", "torch", "processor", "seed 0"):
         assert name in page and name in markdown(result)
     assert "nothing" in summary(result, Notes())
+
+
+def test_side_by_side_the_same_is_answered(model: LongMem, own: tuple[type[Task], type[Contender]]) -> None:
+    def run(rows: int) -> Comparison:
+        config, rivals = TaskConfig(cases=6, told=64), [LongMemContender, MemGpt, Oracle]
+        return compare(model, [own[0], PassKey], rivals, config, ContenderConfig(window=800), RunConfig(rows))
+
+    one, many = run(1), run(4)
+    for place, cell in one.cells.items():
+        other = many.cells[place]
+        assert [row["given"] for row in cell.cases] == [row["given"] for row in other.cases]
+        for name, value in cell.figures.items():
+            assert value.value == pytest.approx(other.figures[name].value, abs=1e-3)
+        # Of the first cases alone, asked one by one.
+        assert cell.price is not None and other.price is not None
+        assert other.price.first_seconds > 0 and other.price.kept_bytes <= cell.price.kept_bytes
+
+
+def test_another_case_is_told_by_mistake(model: LongMem, own: tuple[type[Task], type[Contender]]) -> None:
+    result = compare(model, [PassKey], [LongMemContender, LongMemWrong], TaskConfig(cases=3, told=64), SMALL_WINDOWS)
+    right, wrong = (result.cell("passkey", name) for name in ("longmem", "longmem-wrong"))
+    assert [row["answers"] for row in right.cases] == [row["answers"] for row in wrong.cases]
+    assert [row["log_probability"] for row in right.cases] != [row["log_probability"] for row in wrong.cases]
+    alone = compare(model, [PassKey], [LongMemWrong], TaskConfig(cases=1, told=64), SMALL_WINDOWS)
+    assert "no others to tell" in str(alone.cell("passkey", "longmem-wrong").reason)
+
+
+def test_what_is_strange_to_a_case(model: LongMem) -> None:
+    def rounds(*told: tuple[str, str, str]) -> list[Round]:
+        return [Round((Document(name, text),), (Case(Prompt("?"), ("a",), kind=kind),)) for name, text, kind in told]
+
+    config = TaskConfig(cases=1)
+    some = rounds(("a", "one", "x"), ("a", "two", "y"), ("b", "three", "x"), ("b", "three", "y"))
+    numbers = {
+        kind.name: [
+            next((n for n, each in enumerate(some) if each is kind(config, model.tokenizer).other(some, number)), None)
+            for number in range(4)
+        ]
+        for kind in (PassKey, language.Language, ManyShot)
+    }
+    assert numbers == {"passkey": [1, 2, 0, 0], "language": [2, 3, 0, 1], "many-shot-4": [1, 2, 3, 0]}
+    assert PassKey(config, model.tokenizer).other(some[:1], 0) is None
+
+
+def test_a_cell_ends_when_its_time_is_up(model: LongMem, own: tuple[type[Task], type[Contender]]) -> None:
+    config = TaskConfig(cases=5)
+    result = compare(model, [own[0]], [Window], config, SMALL, RunConfig(seconds=1e-9))
+    cell = result.cell("colours", "window")
+    assert len(cell.cases) == 1 and cell.unasked == 4
+    assert "window had time for 1." in markdown(result) and "window had time for 1." in html(result)
+    whole = compare(model, [own[0]], [Window], config, SMALL, RunConfig(seconds=1e9)).cell("colours", "window")
+    assert whole.unasked == 0 and whole.cases[:1] == cell.cases
+    with pytest.raises(ConfigError, match="rows must be at least 1"):
+        RunConfig(0)
+
+
+def test_what_was_done_is_not_done_again(
+    model: LongMem, own: tuple[type[Task], type[Contender]], tmp_path: Path
+) -> None:
+    (data_task,) = chosen(["xquad"], longmem.tasks, Task)
+    config, path = TaskConfig(cases=2), tmp_path / "report.json"
+    whole = compare(model, [own[0], data_task], [Window, own[1]], config, SMALL)
+    part = compare(model, [own[0], data_task], [Window], config, SMALL)
+    part.save(path)
+    before = Comparison.load(path)
+    assert before.cells == part.cells and before.tasks == part.tasks and before.contenders == part.contenders
+    run: list[tuple[str, str]] = []
+    result = compare(
+        model,
+        [own[0], data_task],
+        [Window, own[1]],
+        config,
+        SMALL,
+        before=before,
+        on_cell=lambda comparison, cell: run.append((cell.task, cell.contender)),
+    )
+    # What had a reason may have none any more.
+    assert run == [("colours", "nothing"), ("xquad", "window"), ("xquad", "nothing")]
+    assert result.cells["colours", "window"] is before.cells["colours", "window"]
+    figures = {place: cell.figures for place, cell in result.cells.items()}
+    assert figures == {place: cell.figures for place, cell in whole.cells.items()}
+    with pytest.raises(ConfigError, match="settings differ, seed is 0 in one and 1 in the other"):
+        compare(model, [own[0]], [Window], TaskConfig(cases=2, seed=1), SMALL, before=before)
+    other = Comparison([], [], before.settings, {**before.machine, "torch": "0.1"})
+    with pytest.raises(ConfigError, match="machine differ, torch is"):
+        before.joined(other)
+    for text in ("{", "[]", "{}", '{"tasks": [{"name": "a"}]}'):
+        path.write_text(text)
+        with pytest.raises(SourceError, match="is no report of a comparison"):
+            Comparison.load(path)
+
+
+def test_reports_are_merged(tiny_model_dir: Path, tmp_path: Path, own: tuple[type[Task], type[Contender]]) -> None:
+    def runs(*arguments: object, code: int = 0) -> str:
+        result = CliRunner().invoke(app, ["eval", *map(str, arguments)])
+        assert result.exit_code == code, (result.output, result.exception)
+        return result.output
+
+    task, a, more = tmp_path / "task.py", tmp_path / "a", ("--model", tiny_model_dir, "--device", "cpu", "--quick")
+    for name, contender in (("a", "window"), ("b", "oracle")):
+        runs("compare", f"{task}:cases=3,told=77", "--contenders", contender, "--out", tmp_path / name, *more)
+    text = runs("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both")
+    assert "window" in text and "oracle" in text
+    both = Comparison.load(tmp_path / "both" / "report.json")
+    assert [cell.figures["right"].cases for cell in both.cells.values()] == [3, 3]
+    assert both.tasks[0].settings == {"cases": 3, "told": 77} and both.settings["cases"] == 4
+    assert "3 cases, cases 3, told 77." in (tmp_path / "both" / "report.md").read_text()
+    # The same report goes on; with other settings it does not, and stays what it was.
+    rivals = ("--contenders", "window,oracle", "--out", a, "--resume")
+    runs("compare", f"{task}:cases=3,told=77", *rivals, *more)
+    assert len(Comparison.load(a / "report.json").cells) == 2
+    kept = (a / "report.json").read_text()
+    told = runs("compare", task, *rivals, *more, code=1)
+    assert "settings of colours differ" in " ".join(told.split())
+    assert (a / "report.json").read_text() == kept
+    assert "is not one of cases=NUMBER" in runs("compare", f"{task}:case=3", *more, code=1)
+    assert "cases must be" in runs("compare", f"{task}:cases=0", *more, code=1)
+    assert "does not exist" in runs("merge", tmp_path / "none", code=1)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), st.sampled_from(["percent", "number", "perplexity"]))

@@ -173,7 +173,7 @@ def test_the_oracle_sees_the_evidence(model: LongMem) -> None:
 
 
 def test_chunks_hold_all_words_in_order(model: LongMem) -> None:
-    pieces = chunks(DOCUMENTS, model.tokenizer, 16)
+    pieces = [piece for document in DOCUMENTS for piece in chunks(document.text, model.tokenizer, 16)]
     assert " ".join(pieces).split() == joined(DOCUMENTS).split()
     assert all(len(model.tokenizer(piece)["input_ids"]) <= 16 for piece in pieces)
 
@@ -200,7 +200,7 @@ def test_every_contender_answers_and_counts(name: str, model: LongMem) -> None:
     if name == "extended-rope":
         contender.trained = 16  # so that what is told needs it
         contender.size = 256
-    contender.prepare(DOCUMENTS)
+    contender.prepare(DOCUMENTS, [Document("boats", "Her brother paints boats in the harbour.")])
     assert all(loss < 0 for loss in contender.log_likelihood(prompt, " under the pot"))
     read = contender.cost.asked_tokens
     assert read > 0
@@ -217,8 +217,8 @@ def test_every_contender_answers_and_counts(name: str, model: LongMem) -> None:
         ended = model.tokenizer.decode(view.asked)
         assert ended.endswith(text[-20:])
     # Told the same again, it answers the same.
-    contender.prepare(DOCUMENTS[:1])
-    contender.prepare(DOCUMENTS)
+    contender.prepare(DOCUMENTS[:1], DOCUMENTS)
+    contender.prepare(DOCUMENTS, [Document("boats", "Her brother paints boats in the harbour.")])
     assert contender.generate(prompt, ("\n",)) == answer
 
 

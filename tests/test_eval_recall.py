@@ -56,12 +56,16 @@ def test_needles(task: str, seed: int, pairs: int, passage: str) -> None:
             assert f"The value of {key} is {needle.answer}." in needle.evidence
 
 
-def test_sharing_the_filler_equals_writing_everything_anew(model: LongMem, filler: TokenizedDocuments) -> None:
-    config = dataclasses.replace(CONFIG, cases=1)
+@pytest.mark.parametrize("context", [0, 9])
+def test_sharing_the_filler_equals_writing_everything_anew(
+    model: LongMem, filler: TokenizedDocuments, context: int
+) -> None:
+    config = dataclasses.replace(CONFIG, cases=1, context=context)
     result = recall.recall(model, filler, config)
     assert len(result.cases) == 2 * 2
     rng = np.random.default_rng(config.seed)
-    texts, _ = answers.passages(filler, model.tokenizer, tokens=128, size=32, rng=rng)
+    texts, _ = answers.passages(filler, model.tokenizer, tokens=160 if context else 128, size=32, rng=rng)
+    opening = recall.last_tokens(model, texts[4], context) + "\n\n" if context else ""
     rows = iter(result.cases)
     for remembered in config.remembered:
         count = remembered // 32
@@ -78,11 +82,12 @@ def test_sharing_the_filler_equals_writing_everything_anew(model: LongMem, fille
                         model.write_text(bank, hidden, source=f"anything/{place}")
                     banks.append(bank)
                 question = answers.Question(needle.prompt, needle.answer, needle.labels)
-                window = needle.hidden_in(texts[index], needle.evidence) + "\n\n" + needle.prompt
+                prompt = opening + needle.prompt
+                window = opening + needle.hidden_in(texts[index], needle.evidence) + "\n\n" + needle.prompt
                 anew = {
-                    "bank_on": answers.ask(model, question, needle.prompt, banks[0]),
-                    "bank_off": answers.ask(model, question, needle.prompt, model.new_bank()),
-                    "bank_wrong": answers.ask(model, question, needle.prompt, banks[1]),
+                    "bank_on": answers.ask(model, question, prompt, banks[0]),
+                    "bank_off": answers.ask(model, question, prompt, model.new_bank()),
+                    "bank_wrong": answers.ask(model, question, prompt, banks[1]),
                     "window": answers.ask(model, question, window),
                     "backbone_window": answers.ask(model, question, window, memory=0.0),
                 }
@@ -125,6 +130,15 @@ def test_results_add_up(
     assert saved["config"]["seed"] == 0
 
 
+@given(st.integers(1, 60))
+def test_the_last_tokens_of_a_text(model: LongMem, tokens: int) -> None:
+    text = TINY_TEXT[:200].strip()
+    end = recall.last_tokens(model, text, tokens)
+    assert text.endswith(end) and end
+    whole, ids = (model.tokenizer(each, add_special_tokens=False)["input_ids"] for each in (text, end))
+    assert len(ids) == min(tokens, len(whole))
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -133,6 +147,7 @@ def test_results_add_up(
         ({"cases": 0}, "cases must be at least 1"),
         ({"remembered": (100,)}, "at least one passage of 512 tokens; got remembered=100"),
         ({"pairs": 26}, "words run out"),
+        ({"context": 513}, "from 0 to the 512 tokens of a passage; got 513"),
     ],
 )
 def test_mistakes(settings: dict[str, Any], words: str) -> None:

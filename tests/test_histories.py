@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections import Counter
@@ -17,10 +18,10 @@ from longmem.data import Document, TokenizedDocuments
 from longmem.errors import ConfigError, SourceError
 from longmem.evals.chats import ATTRIBUTES, TALK
 from longmem.evals.recall import RecallConfig, needles
-from longmem.histories import Asked, History, HistoryConfig, Told, generate_histories, wording
+from longmem.histories import Asked, History, HistoryConfig, Reply, Told, generate_histories, wording
 from longmem.histories.facts import FACTS, second_person
 from longmem.histories.history import MOST_CHANGES, NEAR
-from longmem.histories.instructions import INSTRUCTIONS
+from longmem.histories.instructions import CHANGE_ALL, INSTRUCTIONS
 from longmem.histories.topics import article, exchange, fill, plain_exchange, refusal
 from longmem.histories.values import VALUES
 
@@ -135,6 +136,112 @@ def test_a_seed_gives_the_same_histories(filler: TokenizedDocuments, tokenizer: 
     (other,) = generate_histories(filler, tokenizer, dataclasses.replace(CONFIG, tokens=1, seed=1))
     assert other.text != histories[0].text
     assert len({history.text for history in histories}) == len({history.name for history in histories})
+
+
+REPLIES = [Reply(f"What is {number} and one?", f"It is {number + 1}, I think. So it is.") for number in range(30)]
+
+
+@pytest.fixture(scope="module")
+def talking(filler: TokenizedDocuments, tokenizer: Any) -> list[History]:
+    return list(generate_histories(filler, tokenizer, dataclasses.replace(CONFIG, reply_share=0.5), REPLIES))
+
+
+def test_ordinary_talk_stands_in_the_template(talking: list[History], tokenizer: Any) -> None:
+    replies = {each.reply: each.prompt for each in REPLIES}
+    for history in talking:
+        assert history.replied
+        for each in history.replied:
+            before, behind = history.text[: each.start], history.text[each.start + len(each.reply) :]
+            turn = f"<|endoftext|>user\n{replies[each.reply]}<|end|>\n<|endoftext|>assistant\n"
+            assert before.endswith(turn) and history.text[each.start :].startswith(each.reply)
+            assert behind.startswith("<|end|>\n")
+    everywhere = [
+        history.text.startswith(f"<|endoftext|>user\n{reply.prompt}") for history in talking for reply in REPLIES
+    ]
+    assert any(everywhere)  # before anything was told
+
+
+# As SmolLM2's: a system prompt nobody gave, and the end of a turn stands in front of the next one where both are split.
+SYSTEM_TEMPLATE = (
+    "{% for m in messages %}{% if loop.first %}<|endoftext|>system\nBe kind.<|end|>\n{% endif %}"
+    "<|endoftext|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|endoftext|>assistant\n{% endif %}"
+)
+
+
+def test_every_reply_is_ended_whatever_follows(filler: TokenizedDocuments, tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = SYSTEM_TEMPLATE
+    for history in generate_histories(filler, tokenizer, dataclasses.replace(CONFIG, tokens=30_000), REPLIES):
+        turns = history.text.split("<|endoftext|>assistant\n")[1:]
+        assert len(turns) > 20
+        assert all("<|end|>\n" in turn and "<|endoftext|>" not in turn.partition("<|end|>\n")[0] for turn in turns)
+        assert "<|end|>\n<|end|>" not in history.text and "Be kind.<|end|>\n<|endoftext|>user" in history.text
+        for asked in history.asked:
+            assert history.text[asked.start :].startswith(asked.answer or "")
+        for each in history.replied:
+            assert history.text[each.start :].startswith(f"{each.reply}<|end|>\n")
+        for told in history.told:
+            assert words(history.text[told.start :]).startswith(words(told.value))
+
+
+def test_what_begins_replies_is_marked_half_the_time(talking: list[History], histories: list[History]) -> None:
+    assert not any(history.replied for history in histories)
+    begun = [each.begun for history in talking for each in history.replied]
+    assert 0.35 < np.mean(np.array(begun) > 0) < 0.65
+    for history in talking:
+        spans = history.document.answers
+        assert list(spans) == sorted(spans)
+        marked = [(each.start, each.start + each.begun) for each in history.replied if each.begun]
+        assert set(marked) < set(spans)
+        assert all(re.fullmatch(r"It is \d+,", history.text[slice(*span)]) for span in marked)
+
+
+def test_nothing_is_replied_as_ever_once_an_instruction_says_otherwise(talking: list[History]) -> None:
+    assert {fact.subject for fact in INSTRUCTIONS} >= CHANGE_ALL
+    told = 0
+    for history in talking:
+        orders = [told.start for told in history.told if told.subject in CHANGE_ALL]
+        told += bool(orders)
+        if orders:
+            end = history.text.index("<|end|>", orders[0])
+            # The session that tells it may still talk as before.
+            assert max(each.start for each in history.replied) < end + 2000
+    assert told
+
+
+def test_ordinary_talk_stands_where_segments_begin(talking: list[History], tokenizer: Any) -> None:
+    documents = TokenizedDocuments.from_documents((history.document for history in talking), tokenizer)
+    begun = []
+    for number in range(len(documents)):
+        for place in range(CONFIG.distance, len(documents[number]) - 60, CONFIG.distance):
+            begun.append(
+                re.search(r"What is \d+ and one", tokenizer.decode(documents[number][place : place + 60].tolist()))
+            )
+    assert np.mean([each is not None for each in begun]) > 0.1
+
+
+def test_no_share_is_no_session_of_ordinary_talk(filler: TokenizedDocuments, tokenizer: Any) -> None:
+    silent = dataclasses.replace(CONFIG, tokens=1)
+    (without,) = generate_histories(filler, tokenizer, silent)
+    (again,) = generate_histories(filler, tokenizer, dataclasses.replace(silent, reply_share=0.9))
+    assert without == again
+
+
+def test_what_was_not_told_is_often_like_what_was(histories: list[History]) -> None:
+    """Of what may be taken for it, one thing was told: who answers must tell the dog from the cat."""
+    facts = {fact.subject: fact for fact in FACTS}
+    alike = []
+    for history in histories:
+        for asked in history.asked:
+            if asked.kind == "unknown" and asked.subject in facts:
+                told = [each.subject for each in history.told if each.start < asked.start]
+                known = [facts[subject] for subject in told if subject in facts]
+                alike.append(any(facts[asked.subject].resembles(each) for each in known))
+    assert len(alike) > 15 and np.mean(alike) > 0.6
+    by_name = {fact.subject: fact for fact in FACTS if fact.group == "seen"}
+    assert by_name["seen, dog"].resembles(by_name["seen, cat"])
+    assert not by_name["seen, dog"].resembles(by_name["seen, home"])
 
 
 # ---- wording -------------------------------------------------------------------------------------------------
@@ -306,6 +413,12 @@ def test_mistakes(settings: dict[str, Any]) -> None:
 def test_a_share_is_a_share(near: float) -> None:
     with pytest.raises(ConfigError, match="near is a share of the questions"):
         HistoryConfig(near=near)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_share_of_replies_is_a_share(share: float) -> None:
+    with pytest.raises(ConfigError, match="reply_share is a share of the questions"):
+        HistoryConfig(reply_share=share)
 
 
 def test_filler_without_text_is_named(tokenizer: Any) -> None:

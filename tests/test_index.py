@@ -10,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longmem import index, sketch
-from longmem.approximate import BankIndex
+from longmem import index, lists, sketch
+from longmem.approximate import BankIndex, fingerprint
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead, SideNetConfig
 from longmem.index import BankReader, PlacedReader, RetrievedRows, StreamBanks, search_tokens
+from longmem.lists import KeyLists
+from longmem.sketch import Basis
 
 HEADS = (MemoryHead(1, 0), MemoryHead(1, 1), MemoryHead(2, 1))
 SPEC = BankSpec("tiny", "0" * 64, HEADS, 4, "float32")
@@ -169,18 +171,24 @@ def test_rows_may_read_each_others_banks(source: list[int]) -> None:
         assert torch.equal(found.rows(found.values_PNE)[row], plain.rows(plain.values_PNE)[other])
 
 
-@given(st.lists(st.integers(0, 3), unique=True), st.sampled_from([1, 2, 4]), st.sampled_from([4, 6, 8]))
-def test_a_crowd_is_read_as_one_bank(crowded: list[int], crowd: int, filled: int) -> None:
+@given(
+    st.lists(st.integers(0, 7), unique=True),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([4, 6, 8]),
+    st.lists(st.integers(0, 3), min_size=8, max_size=8),
+)
+def test_a_crowd_is_read_as_one_bank(crowded: list[int], crowd: int, filled: int, source: list[int]) -> None:
     rings = StreamBanks(4, 8, config(4), 4, dtype=torch.float32, device=torch.device("cpu"))
     ids_BT = torch.arange(4 * filled).view(4, filled)
     keys_HBTE, values_HBTE = normal(3, 4, filled, 4), normal(3, 4, filled, 4, seed=1)
     rings.append(keys_HBTE, values_HBTE, ids_BT)
-    query_BKGTE = normal(4, 2, 2, 3, 4, seed=2)
-    reader = rings.reader(None, crowded, crowd, filled)
+    # Several rows may read one bank: windows of a stream do.
+    query_BKGTE = normal(8, 2, 2, 3, 4, seed=2)
+    reader = rings.reader(torch.tensor(source), crowded, crowd, filled)
     found = reader(1, query_BKGTE)
     ids_BKGTR = reader.token_ids(found.index_BKGTR)
-    for row in range(4):
-        first = row // crowd * crowd if row in crowded else row
+    for row, own in enumerate(source):
+        first = own // crowd * crowd if row in crowded else own
         others = slice(first, first + (crowd if row in crowded else 1))
         assert found.bank_size_B[row] == filled * (others.stop - others.start)
         for k, g, t in ((0, 0, 0), (1, 1, 2), (0, 1, 1)):
@@ -270,6 +278,56 @@ def test_a_reader_of_places_reads_by_an_index(monkeypatch: pytest.MonkeyPatch) -
         asked.clear()
         grow(bank, 9)
         placed.read([bank] * 3)
+
+
+def use_lists(bank: MemoryBank) -> None:
+    """An index as one is made on a GPU, which reads all lists: then it finds what exact search does."""
+    asked_HQE = normal(3, 200, 4, seed=7)
+    heads = [
+        KeyLists.build(keys_1NE, Basis.fit(keys_1NE, query_1QE), 4, 1000, num_lists=9)
+        for keys_1NE, query_1QE in zip(bank.keys_HNE.split(1), asked_HQE.split(1), strict=True)
+    ]
+    bank.use_index(BankIndex(tuple(heads), 4, 1.0, fingerprint(bank.keys_HNE)))
+
+
+def test_a_reader_of_places_reads_by_lists(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both heads of a layer at once; tokens appended since are found as well."""
+    asked, search_by_lists = [], lists.topk_listed
+    if by == "addresses":
+        search_by_lists = pytest.importorskip("longmem.ops.triton").topk_listed
+    monkeypatch.setattr(lists, "topk_listed", lambda *given: asked.append(given) or search_by_lists(*given))
+    bank, query_BKGTE = make_bank(400), normal(3, 2, 2, 1, 4)
+    use_lists(bank)
+    placed = PlacedReader([bank] * 3, config(), torch.device("cpu"))
+    for _ in range(2):
+        found, made = placed(1, query_BKGTE), bank.index
+        assert len(asked) == 1
+        bank.use_index(None)
+        exact = BankReader([bank] * 3, config())(1, query_BKGTE)
+        bank.use_index(made)
+        assert torch.equal(found.index_BKGTR, exact.index_BKGTR) and torch.equal(found.valid_BKGTR, exact.valid_BKGTR)
+        asked.clear()
+        grow(bank, 9)
+        placed.read([bank] * 3)
+
+
+def test_a_reader_has_room_for_some_tokens_that_an_index_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index, "_LEAST_ROOM", 16)
+    bank = make_bank(400)
+    bank._reserve(1000)
+    use_lists(bank)
+    placed = PlacedReader([bank], config(), torch.device("cpu"))
+    assert (placed.room, placed.late) == (1024, 16)
+    grow(bank, 16)
+    assert placed.fits([bank])
+    grow(bank, 1)
+    assert not placed.fits([bank])
+    assert PlacedReader([bank], config(), torch.device("cpu")).late == 32
+    # Without an index, room for the bank is enough.
+    bank.use_index(None)
+    placed = PlacedReader([bank], config(), torch.device("cpu"))
+    grow(bank, 500)
+    assert placed.fits([bank])
 
 
 def test_the_device_is_told_about_banks_only_what_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:

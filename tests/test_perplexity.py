@@ -96,6 +96,25 @@ def test_the_backbones_whole_window_is_the_backbone_over_all_that_fits() -> None
     assert result.losses["backbone_window"][0] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
 
 
+@torch.no_grad()
+def test_the_sidenets_whole_window_and_what_the_bank_recovers_of_it() -> None:
+    config = dataclasses.replace(BLOCKS, conditions=("bank_off", "bank_on", "sidenet_window"))
+    model = tiny.model("llama")
+    tiny.randomise(model.sidenet, 0.1)
+    model.backbone.config.max_position_embeddings = 50
+    result = perplexity(model, DOCUMENTS, config)
+    losses = []
+    for first in range(32, 80, 16):
+        last = first + 16
+        ids_N = tokens_of(0)[max(0, last - 50) : last]
+        logits_TV = model(torch.cat((torch.tensor([0]), ids_N[:-1]))[None]).logits_BTV[0, -16:]
+        losses.append(F.cross_entropy(logits_TV.float(), ids_N[-16:]))
+    assert result.losses["sidenet_window"][0] == pytest.approx(float(torch.stack(losses).mean()), abs=1e-4)
+    off, on, whole = (np.mean(result.losses[name]) for name in config.conditions)
+    assert result.recovered == pytest.approx((off - on) / (off - whole), rel=1e-3)
+    assert perplexity(model, DOCUMENTS, BLOCKS).recovered is None
+
+
 def test_the_difference_form_with_an_empty_bank_scores_as_its_backbone() -> None:
     result = perplexity(tiny.model("llama", update="difference"), DOCUMENTS, BLOCKS)
     assert result.losses["bank_off"] == result.losses["backbone_local"]

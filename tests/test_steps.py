@@ -222,6 +222,30 @@ def test_texts_of_any_lengths(lengths, steps):
             assert torch.allclose(logits_BV[row], model(all_N[None]).logits_BTV[0, -1], atol=1e-4)
 
 
+@pytest.mark.parametrize("memory", [0.0, 1.0])
+def test_texts_are_filled_side_by_side(memory):
+    model = MODEL
+    banks = [tiny.bank(model, 12), None, tiny.bank(model, 5)] if memory else [None] * 3
+    texts = {row: tiny.tokens(length, seed=row) for row, length in enumerate((7, 1, 12))}
+    decoder = BatchDecoder(model, 3, 16, memory=memory)
+    decoder.fill({row: texts[row] for row in (2, 0)}, banks)
+    decoder.step([4, None, 4], banks)
+    # A row that held something is filled anew.
+    decoder.fill(texts, banks)
+    for step in range(3):
+        logits_BV, _ = decoder.step([step] * 3, banks)
+        for row, text_N in texts.items():
+            whole_1N = torch.cat((text_N, torch.arange(step + 1)))[None]
+            expected_V = model(whole_1N, banks[row], memory=memory).logits_BTV[0, -1]
+            assert torch.allclose(logits_BV[row], expected_V, atol=1e-4)
+    with pytest.raises(ConfigError, match="0 tokens does not fit"):
+        decoder.fill({0: tiny.tokens(0)}, banks)
+    decoder.release()
+    with pytest.raises(ConfigError, match="No text was begun"):
+        decoder.step([1, 1, 1], banks)
+    assert not decoder._cache.backbone._kept and not decoder._cache.sidenet._kept
+
+
 def test_what_cannot_be_is_named():
     model = tiny.model()
     with pytest.raises(ConfigError, match="at least one row"):

@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from longmem.approximate import BankIndex
+from longmem.approximate import BankIndex, fingerprint
 from longmem.bank import BankEntry, MemoryBank, centre_text, packed, unpacked
 from longmem.config import BankSpec, MemoryHead, Precision
 from longmem.errors import (
@@ -39,7 +39,9 @@ from longmem.errors import (
     StoreError,
     StoreNotWritableError,
 )
+from longmem.lists import KeyLists
 from longmem.store import MemoryStore, StoredBank, segments
+from longmem.store.files import new_file
 
 SPEC = BankSpec("tiny", "0" * 64, (MemoryHead(1, 0), MemoryHead(2, 1)), 8)
 FORMAT_DOC = Path(__file__).parents[1] / "docs" / "format.md"
@@ -645,15 +647,16 @@ def test_left_overs_of_a_crash_are_swept_and_running_writers_spared(folder: Path
     with MemoryStore.open(folder) as store:
         store.bank("notes", SPEC).append(make_entry("a", "text"))
         (kept,) = segment_files(folder)
-        orphan, stale, fresh, foreign = (
-            folder / "segments" / name for name in ("0.safetensors", "1.tmp", "2.tmp", "readme.txt")
-        )
-        for path in (orphan, stale, fresh, foreign):
+        orphan, left, foreign = (folder / "segments" / name for name in ("0.safetensors", "1.tmp", "readme.txt"))
+        for path in (orphan, left, foreign):
             path.write_bytes(b"x")
-        long_ago = time.time() - 7200
-        os.utime(stale, (long_ago, long_ago))
+        fresh = folder / "segments" / "2.tmp"
+    with new_file(fresh) as file:
+        file.write(b"x")
+        with MemoryStore.open(folder) as store:
+            assert set(segment_files(folder)) == {kept, fresh, foreign}
     with MemoryStore.open(folder) as store:
-        assert set(segment_files(folder)) == {kept, fresh, foreign}
+        assert set(segment_files(folder)) == {kept, foreign}
         assert store.bank("notes").text_of("a") == "text"
 
 
@@ -768,11 +771,19 @@ def indexed(store: MemoryStore) -> StoredBank:
     return bank
 
 
-@pytest.mark.parametrize("lists", [False, True])
-def test_a_reopened_index_finds_the_same(store: MemoryStore, folder: Path, lists: bool) -> None:
+def make_key_lists(bank: MemoryBank) -> BankIndex:
+    """As an index is made on a GPU."""
+    query_HQE = torch.randn(2, 100, 8, generator=torch.Generator().manual_seed(7))
+    pairs = zip(bank.keys_HNE.split(1), query_HQE.split(1), strict=True)
+    heads = tuple(KeyLists.choose(*pair, top_k=4, target=0.8, size=8, num_lists=9) for pair in pairs)
+    return BankIndex(heads, 4, 0.8, fingerprint(bank.keys_HNE))
+
+
+@pytest.mark.parametrize("kind", ["sketches", "lists", "key lists"])
+def test_a_reopened_index_finds_the_same(store: MemoryStore, folder: Path, kind: str) -> None:
     bank = store.bank("notes", SPEC)
     bank.append(make_entry("a", "x" * 300))
-    index = make_index(bank, lists)
+    index = make_key_lists(bank) if kind == "key lists" else make_index(bank, kind == "lists")
     bank.save_index(index)
     assert bank.index is index
     bank.append(make_entry("b", "x" * 20, seed=1))

@@ -28,7 +28,7 @@ from longmem.errors import (
 )
 from longmem.model import LongMem
 from longmem.retention import Cap
-from longmem.store import MemoryStore, StoredBank, Stretch, encryption
+from longmem.store import KeyFolder, MemoryStore, StoredBank, Stretch, encryption
 from longmem.store.encryption import BLOCK_BYTES, Keys, Seal
 from longmem.store.traces import needles, traces
 
@@ -58,6 +58,12 @@ def entries(source: str = SOURCE) -> list[BankEntry]:
     return [make_entry(source, TEXT), make_entry(source, TEXT, len(TEXT), seed=1), make_entry("other", TEXT, seed=2)]
 
 
+def folder_of(store: MemoryStore) -> Path:
+    """Of its keys."""
+    assert isinstance(store.keys.provider, KeyFolder)
+    return store.keys.provider.folder
+
+
 def fill(bank: MemoryBank) -> MemoryBank:
     for entry in entries():
         bank.append(entry)
@@ -78,7 +84,7 @@ def found(store: MemoryStore) -> set[str]:
     said = readable(store.folder)
     if SOURCE.encode() in said:
         kinds.add("source")
-    for path in store.keys.folder.glob("*") if store.keys.folder.exists() else ():
+    for path in folder_of(store).glob("*") if folder_of(store).exists() else ():
         key = bytes.fromhex(path.read_text())
         kinds |= {"key" for part in (key, key.hex().encode(), key[:16]) if part in said}
     return kinds
@@ -117,7 +123,7 @@ def test_what_is_sealed_opens_under_its_name_alone(data: bytes, name: str, block
 
 def in_memory() -> tuple[Keys, str]:
     key = bytes(range(32))
-    keys, key_id = Keys(Path("nowhere")), encryption._id_of(key)
+    keys, key_id = Keys(KeyFolder(Path("nowhere"))), encryption._id_of(key)
     keys._known[key_id] = key
     return keys, key_id
 
@@ -162,12 +168,12 @@ def test_nothing_is_readable_and_everything_comes_back(store: MemoryStore, folde
 
 def test_a_key_is_readable_by_its_owner_alone(store: MemoryStore, folder: Path) -> None:
     store.encrypt("user/1")
-    (key,) = store.keys.folder.iterdir()
+    (key,) = folder_of(store).iterdir()
     assert key.stat().st_mode & 0o777 == 0o600 and key.parent.stat().st_mode & 0o777 == 0o700
     assert key.parent == folder.with_name("memories.keys")
     with pytest.raises(StoreError, match="encrypted already"):
         store.encrypt("user/1")
-    assert list(store.keys.folder.iterdir()) == [key]
+    assert list(folder_of(store).iterdir()) == [key]
 
 
 def test_keys_lie_where_one_says(tmp_path: Path) -> None:
@@ -211,7 +217,7 @@ def test_a_fork_cannot_be_encrypted_alone(store: MemoryStore) -> None:
     store.encrypt("user/1/later")
     with pytest.raises(StoreError, match="of its own"):
         store.fork("user/1", "user/1/later")
-    assert len(list(store.keys.folder.iterdir())) == 1
+    assert len(list(folder_of(store).iterdir())) == 1
 
 
 def test_an_append_that_was_under_way_is_not_written_in_the_clear(store: MemoryStore, folder: Path) -> None:
@@ -290,7 +296,7 @@ def test_parts_are_forgotten_and_damage_is_mended(store: MemoryStore, model: Lon
 def test_without_its_key_nothing_opens_and_nothing_is_lost(store: MemoryStore, folder: Path, model: LongMem) -> None:
     bank = encrypted(store)
     fill(store.bank("plain", SPEC))
-    (key,) = store.keys.folder.iterdir()
+    (key,) = folder_of(store).iterdir()
     kept, before = key.read_text(), segment_files(folder)
     for content, message in ((None, "not in"), ("00" * 32, "another key"), ("zz", "cannot be read")):
         key.unlink(missing_ok=True)
@@ -339,9 +345,9 @@ def test_destroying_the_key_forgets_in_every_copy(store: MemoryStore, folder: Pa
     encrypted(store, "user/2")
     shutil.copytree(folder, tmp_path / "backup")
     store.destroy_key("user/1")
-    assert len(list(store.keys.folder.iterdir())) == 1
+    assert len(list(folder_of(store).iterdir())) == 1
     for copy in (folder, tmp_path / "backup"):
-        with MemoryStore.open(copy, keys=store.keys.folder) as again:
+        with MemoryStore.open(copy, keys=folder_of(store)) as again:
             with pytest.raises(StoreKeyError, match="destroyed"):
                 again.bank("user/1")
             assert_same(again.bank("user/2"), bank)
@@ -356,13 +362,128 @@ def test_destroying_the_key_forgets_in_every_copy(store: MemoryStore, folder: Pa
         store.destroy_key("user/3")
 
 
+def test_generated_text_whose_key_is_gone_is_named_and_left(store: MemoryStore) -> None:
+    """Nobody can read it: it must not keep others from forgetting what it drew on."""
+    fill(store.bank("team", SPEC))
+    encrypted(store)
+    bank = store.bank("user/1")
+    bank.append(replace(make_entry("reply", "Under it.", seed=8), drew_on=(DrawnOn("team", SOURCE, 3, 9, 0.5),)))
+    other = store.bank("other", SPEC)
+    other.append(replace(make_entry("more", "It is.", seed=9), drew_on=(DrawnOn("user/1", "reply", 0, 5, 0.5),)))
+    seen = store.preview_forget("team", [Stretch(SOURCE)])
+    assert {one.source for one in seen.generated} == {"reply", "more"} and seen.unreadable == ()
+    store.destroy_key("user/1")
+    seen = store.preview_forget("team", [Stretch(SOURCE)])
+    assert [one.source for one in seen.generated] == ["more"] and seen.unreadable == ("user/1",)
+    store.forget("team", [Stretch(SOURCE)])
+    assert store.bank("team").sources == ("other",)
+
+
+class Service:
+    """A keeper of keys that is no folder."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, bytes] = {}
+
+    def get(self, key_id: str) -> bytes | None:
+        return self.kept.get(key_id)
+
+    def put(self, key_id: str, key: bytes) -> None:
+        self.kept[key_id] = key
+
+    def destroy(self, key_id: str) -> bool:
+        return self.kept.pop(key_id, None) is not None
+
+    def __str__(self) -> str:
+        return "the service"
+
+
+def test_keys_can_be_kept_by_a_service(folder: Path) -> None:
+    service, plain = Service(), fill(MemoryBank(SPEC))
+    with MemoryStore.open(folder, keys=service) as store:
+        encrypted(store)
+        assert_same(store.bank("user/1"), plain)
+    assert len(service.kept) == 1 and not folder.with_name("memories.keys").exists()
+    with MemoryStore.open(folder) as store:
+        assert [info.key for info in store.banks()] == ["missing"]
+    with MemoryStore.open(folder, keys=service) as store:
+        assert_same(store.bank("user/1"), plain)
+        assert [info.key for info in store.banks()] == ["there"]
+        kept = dict(service.kept)
+        service.kept = {key_id: bytes(32) for key_id in kept}
+    with (
+        MemoryStore.open(folder, keys=service) as store,
+        pytest.raises(StoreKeyError, match="service holds another"),
+    ):
+        store.bank("user/1")
+    service.kept = kept
+    with MemoryStore.open(folder, keys=service) as store:
+        store.bank("plain", SPEC)
+        store.destroy_key("user/1")
+        assert service.kept == {} and [info.key for info in store.banks()] == ["none", "destroyed"]
+        with pytest.raises(StoreKeyError, match="not in the service"):
+            store.bank("user/1")
+
+
+def test_a_service_that_refuses_has_destroyed_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service()
+    with MemoryStore.open(folder, keys=service) as store:
+        bank = encrypted(store)
+        with monkeypatch.context() as patch, pytest.raises(NotADirectoryError):
+            patch.setattr(service, "destroy", lambda key_id: Path(__file__, key_id).unlink())
+            store.destroy_key("user/1")
+        assert store.receipts() == [] and [info.key for info in store.banks()] == ["there"]
+        bank.append(make_entry("later", TEXT))
+        store.destroy_key("user/1")
+
+
+def test_a_destroyed_key_gives_a_receipt(store: MemoryStore) -> None:
+    bank = encrypted(store)
+    store.tag("user/1", "first", 1)
+    key_id = store.seal("user/1").key_id
+    receipt = store.destroy_key("user/1")
+    assert receipt.destroyed_key == key_id and receipt.tokens_of("user/1") == len(bank)
+    assert receipt.facts["banks"][0]["tags"] == ["first"]
+    assert store.is_genuine(receipt) and store.receipts("user/1") == [receipt] == [store.destroy_key("user/1")]
+    assert store.verify().faults[0].kind == "key"
+
+
+def test_a_key_that_is_not_there_is_not_destroyed(store: MemoryStore) -> None:
+    bank = encrypted(store)
+    (key,) = folder_of(store).iterdir()
+    away = key.rename(key.with_suffix(".away"))
+    with MemoryStore.open(store.folder) as other, pytest.raises(StoreKeyError, match="was not destroyed"):
+        other.destroy_key("user/1")
+    assert store.receipts() == []
+    away.rename(key)
+    with MemoryStore.open(store.folder) as other:
+        assert_same(other.bank("user/1"), bank)
+        other.bank("user/1").append(make_entry("later", TEXT))
+        other.destroy_key("user/1")
+
+
+def test_nobody_writes_with_a_key_that_was_destroyed(store: MemoryStore, folder: Path) -> None:
+    """Others keep it in memory: what they wrote could be read by nobody when they have ended."""
+    encrypted(store)
+    with MemoryStore.open(folder) as other:
+        bank = other.bank("user/1")
+        store.destroy_key("user/1")
+        before = segment_files(folder)
+        with pytest.raises(StoreKeyError, match="was destroyed on"):
+            bank.append(make_entry("late", TEXT))
+        assert segment_files(folder) == before
+
+
 def test_a_store_of_format_3_can_be_encrypted(store: MemoryStore, folder: Path) -> None:
     plain = fill(store.bank("user/1", SPEC))
     store.close()
     with sqlite3.connect(folder / "manifest.sqlite") as database:
         database.execute("DROP TABLE encryption")
+        database.execute("DROP TABLE commits")
+        database.execute("DROP TABLE location")
         database.execute("PRAGMA user_version = 3")
     database.close()
+    (folder / "twin.sqlite").unlink()
     with MemoryStore.open(folder) as again:
         again.encrypt("user/1")
         assert_same(again.bank("user/1"), plain)
@@ -376,7 +497,7 @@ def test_without_the_package_nothing_is_written(
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.kdf.hkdf", None)
     with pytest.raises(MissingExtraError, match=r"longmem\[encryption\]"):
         store.encrypt("user/1")
-    assert not store.keys.folder.exists() and store.seal("user/1").key_id is None
+    assert not folder_of(store).exists() and store.seal("user/1").key_id is None
 
 
 def test_a_disk_that_is_full_leaves_the_bank_as_it_was(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,5 +506,5 @@ def test_a_disk_that_is_full_leaves_the_bank_as_it_was(store: MemoryStore, monke
     with largest_file(1000), pytest.raises(StoreNotWritableError):
         store.encrypt("user/1")
     assert segment_files(store.folder) == before and store.seal("user/1").key_id is None
-    assert list(store.keys.folder.iterdir()) == []
+    assert list(folder_of(store).iterdir()) == []
     assert_same(store.bank("user/1"), bank)

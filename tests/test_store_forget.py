@@ -12,7 +12,7 @@ import torch
 from conftest import TINY_TEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_store import assert_same, files_of, largest_file, make_entry, make_index, segment_files
+from test_store import assert_same, files_of, largest_file, make_entry, make_index, readable, segment_files
 
 from longmem.bank import BankEntry, DrawnOn, MemoryBank
 from longmem.config import Precision
@@ -278,6 +278,15 @@ def make_any_index(bank: MemoryBank):
     heads, _, size = bank.keys_HNE.shape
     query_HQE = torch.randn(heads, 100, size, generator=torch.Generator().manual_seed(7))
     return BankIndex.choose(bank.keys_HNE, query_HQE, top_k=4, lists=False)
+
+
+def test_what_a_killed_writer_left_goes_with_it(folder: Path, model: LongMem) -> None:
+    with MemoryStore.open(folder) as store:
+        write(store.bank("notes", model.bank_spec), model, [("a", SECRET), ("b", TINY_TEXT)])
+        left = folder / "segments" / "0123.tmp"  # of a consolidation, say
+        left.write_bytes(SECRET.encode())
+        store.forget("notes", [Stretch("a")])
+        assert not left.exists() and SECRET.encode() not in readable(folder)
 
 
 def test_traces_are_found_at_any_place(tmp_path: Path) -> None:

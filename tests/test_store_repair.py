@@ -59,10 +59,12 @@ def files(folder: Path, bank: str = "notes") -> list[Path]:
 
 
 def execute(folder: Path, sql: str) -> None:
+    """Change the manifest, as if it had always been so."""
     database = sqlite3.connect(folder / "manifest.sqlite")
     database.execute(sql)
     database.commit()
     database.close()
+    (folder / "twin.sqlite").unlink(missing_ok=True)
 
 
 def flip(path: Path, position: int) -> None:
@@ -173,6 +175,20 @@ def test_a_damaged_record_is_written_again(folder: Path, model: LongMem) -> None
         assert store.verify().ok
 
 
+def test_damaged_numbers_count_as_none(folder: Path, model: LongMem) -> None:
+    with MemoryStore.open(folder) as store:
+        bank = store.bank("notes")
+        bank.keep_scores("surprise", {piece.id: torch.ones(piece.tokens) for piece in bank.pieces})
+        kept = bank.scores("surprise")
+    cut = "CAST(substr(data, 1, 6) || x'00' || substr(data, 8) AS BLOB)"
+    execute(folder, f"UPDATE score SET data = {cut} WHERE piece = 1")
+    with MemoryStore.open(folder) as store:
+        assert [(fault.kind, fault.sources) for fault in store.verify().faults] == [("score", ("a",))]
+        assert set(kept) - set(store.bank("notes").scores("surprise")) == {1}
+        store.repair(model)
+        assert store.verify().ok and len(store.manifest.query("SELECT * FROM score")) == len(kept) - 1
+
+
 def test_lost_text_ends_its_source_and_is_moved_aside(folder: Path, model: LongMem, fresh: MemoryBank) -> None:
     damaged = files(folder)[2]
     kept = damaged.read_bytes()
@@ -270,6 +286,13 @@ def test_orphans_are_listed_and_are_no_fault(folder: Path) -> None:
     with MemoryStore.open(folder) as store:
         (folder / "segments" / "0.safetensors").write_bytes(b"x")
         assert store.verify().ok and store.verify().orphans == ("segments/0.safetensors",)
+
+
+def test_a_forgotten_file_that_a_crash_left_in_quarantine_goes(folder: Path) -> None:
+    (folder / "quarantine").mkdir()
+    (folder / "quarantine" / "0.safetensors").write_bytes(b"forgotten")
+    with MemoryStore.open(folder) as store:
+        assert list((folder / "quarantine").iterdir()) == [] and store.verify().orphans == ()
 
 
 def test_a_repair_that_cannot_write_changes_nothing(folder: Path, model: LongMem) -> None:

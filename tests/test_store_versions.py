@@ -512,6 +512,7 @@ def test_a_store_of_the_second_version_is_migrated(notes: StoredBank, store: Mem
     old.commit()
     old.close()
     manifest.unlink()
+    (folder / "twin.sqlite").unlink()
     (folder / "old.sqlite").rename(manifest)
     for _ in range(2):
         with MemoryStore.open(folder) as again:

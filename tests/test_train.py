@@ -280,6 +280,33 @@ def test_crowded_rows_are_as_many_as_asked_once_every_ring_is_full() -> None:
         trainer.step()
 
 
+def test_starved_steps_crowd_all_windows_of_a_stream_if_asked(tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        SMALL,
+        wrong_fraction=1.0,
+        crowded_fraction=0.5,
+        crowd=2,
+        starved_fraction=0.5,
+        starved=4,
+        rows=4,
+        bank_tokens=16,
+    )
+    for starved_crowd in (1, 4):
+        trainer = Trainer(fresh(), tiny.documents(*[400] * 4), dataclasses.replace(config, starved_crowd=starved_crowd))
+        trainer.step()
+        reader, right_B, _ = trainer._reader(windows=4)
+        assert reader is not None
+        crowded_B = reader.size_B > 16
+        assert torch.equal(crowded_B, right_B)
+        # Two streams of four windows each, among the banks of all.
+        assert crowded_B.view(4, 4).all(1).sum() == crowded_B.sum() / 4 == (2 if starved_crowd == 4 else 0)
+        assert (reader.size_B[crowded_B] == 4 * 16).all()
+        reader, _, _ = trainer._reader(windows=1)
+        assert reader is not None and reader.size_B.max() == 2 * 16
+    train(fresh(), tiny.documents(*[400] * 4), dataclasses.replace(config, starved_crowd=4), tmp_path)
+    assert all(math.isfinite(row["loss"]) for row in log_of(tmp_path))
+
+
 def test_the_lookup_loss_counts_attention_on_the_next_token_alone() -> None:
     trainer = Trainer(fresh(), REPETITIVE, dataclasses.replace(SMALL, lookup_weight=1.0, wrong_fraction=0))
     figures = [trainer.step() for _ in range(5)]
@@ -331,6 +358,7 @@ def test_documents_too_short_leave_no_folder(tmp_path: Path) -> None:
         {"wrong_fraction": 1.2},
         {"crowded_fraction": 1.2},
         {"starved_fraction": -0.1},
+        {"starved_crowd": 3},
         {"starved": 5, "starved_fraction": 0.5},
         {"empty_weight": -0.1},
         {"harmless_weight": -1.0},

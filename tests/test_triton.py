@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longmem.ops import Pools, reference
+from longmem.ops import Lists, Pools, reference
+from longmem.ops.lists import TILE
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (it comes for Linux only)", allow_module_level=True)
@@ -25,8 +26,10 @@ from longmem.ops.triton import (
     code_queries,
     cross_entropy_slope,
     gather_rows,
+    listed,
     search,
     topk_coded,
+    topk_listed,
     topk_scan,
 )
 
@@ -225,8 +228,9 @@ def test_search_by_codes(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("coded", [False, True])
 def test_groups_are_chosen_from_in_as_many_rounds_as_it_takes(coded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of hundreds of millions of keys: 8 parts, of which two at a time are chosen from."""
+    """As of hundreds of millions of keys: 8 parts of tiles, of which two at a time are chosen from; then groups."""
     monkeypatch.setattr(search, "MOST_GROUPS", 256)
+    monkeypatch.setattr(search, "MOST_TILES", 32)
     keys, length_X, pool_X = 8 * 256 * 16 - 100, torch.tensor([8 * 256 * 16 - 333]), torch.tensor([0])
     query_XQE, keys_PNE = (normal(1, rows, 16, seed=rows) * 9 for rows in (2, keys))
     query_XQE, keys_PNE = query_XQE.round(), keys_PNE.round()
@@ -239,13 +243,149 @@ def test_groups_are_chosen_from_in_as_many_rounds_as_it_takes(coded: bool, monke
     assert_same_search(query_XQE, keys_PNE.nan_to_num(), 64, length_X, pool_X, found)
 
 
+def in_lists(keys_PNE: Tensor, known: int, num_lists: int, size: int, reads: int, seed: int) -> Lists:
+    """Keys of whole numbers in lists at random, some of them empty. Codes are exact if they have all numbers."""
+    pools, _, head_dim = keys_PNE.shape
+    codes, rows, firsts = [], [], []
+    for p in range(pools):
+        # Squared, so that the first lists are long and some of the last empty.
+        list_N = (num_lists * torch.rand(known, generator=torch.Generator().manual_seed(seed + p)) ** 2).long()
+        code, row, first = [], [], [0]
+        for each in range(num_lists):
+            row_n = (list_N == each).nonzero()
+            places = -(-len(row_n) // TILE) * TILE
+            # What lies at a place of no key looks better than any key.
+            code_nS = torch.full((places, size), 127, dtype=torch.int8)
+            code_nS[: len(row_n)] = keys_PNE[p, row_n[:, 0], :size].to(torch.int8)
+            code.append(code_nS)
+            row.append(torch.nn.functional.pad(row_n, (0, 0, 0, places - len(row_n)), value=-1))
+            first.append(first[-1] + places // TILE)
+        codes.append(torch.cat(code))
+        rows.append(torch.cat(row).to(torch.int32))
+        firsts.append(first)
+    return Lists(
+        centre_PE=torch.zeros(pools, head_dim),
+        coder_PES=torch.eye(head_dim)[:, :size].expand(pools, -1, -1).contiguous(),
+        centroid_PLS=integers(-9, 10, pools, num_lists, size, seed=seed).to(torch.int8),
+        first_PL1=torch.tensor(firsts, dtype=torch.int32),
+        codes=Pools.of(codes),
+        rows=Pools.of(rows),
+        reads_P=torch.full((pools,), reads, dtype=torch.int32),
+        known=known,
+        tiles=max(first[-1] for first in firsts) + seed % 3,
+    )
+
+
+def whole_queries(*shape: int, seed: int = 0) -> Tensor:
+    """Queries of whole numbers whose codes are exact."""
+    query_XQE = integers(-9, 10, *shape, seed=seed).float()
+    query_XQE[..., 0] = 127.0
+    return query_XQE
+
+
+def assert_best_of_what_is_read(
+    query_XQE: Tensor, keys_PNE: Tensor, lists: Lists, top_k: int, length_X: Tensor, pool_X: Tensor, found
+) -> None:
+    """Where codes are exact, the best among the lists that are read and all later keys is found."""
+    index_XQR, score_XQR = found
+    for x, (pool, length) in enumerate(zip(pool_X.tolist(), length_X.tolist(), strict=True)):
+        code_XQS, _ = reference.code_queries(query_XQE[x : x + 1], lists.coder_PES[pool : pool + 1])
+        row_n = lists.rows[pool][reference._places_read(lists, pool, code_XQS[0]), 0]
+        row_n = torch.cat((row_n[row_n >= 0], torch.arange(lists.known, length)))
+        best_QR = (query_XQE[x] @ keys_PNE[pool, row_n].T).topk(min(top_k, len(row_n)), dim=-1).values
+        torch.testing.assert_close(score_XQR[x, :, : best_QR.shape[1]], best_QR)
+        assert (score_XQR[x, :, best_QR.shape[1] :] == -torch.inf).all()
+        assert (index_XQR[x, :, best_QR.shape[1] :] == 0).all()
+        true_QR = torch.einsum("qre,qe->qr", keys_PNE[pool][index_XQR[x]], query_XQE[x])
+        real_QR = score_XQR[x] > -torch.inf
+        assert torch.equal(true_QR[real_QR], score_XQR[x][real_QR])
+        for index_R, real_R in zip(index_XQR[x], real_QR, strict=True):
+            assert len(index_R[real_R].unique()) == int(real_R.sum())
+            assert torch.isin(index_R[real_R], row_n).all()
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_search_by_lists(data: st.DataObject) -> None:
+    pools, searches = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    queries, keys = data.draw(st.sampled_from([1, 3, 9, 16])), data.draw(st.integers(1, 900))
+    head_dim, num_lists = data.draw(st.sampled_from([8, 20])), data.draw(st.integers(1, 12) | st.just(140))
+    known, reads = data.draw(st.integers(0, keys)), data.draw(st.sampled_from([1, 2, 5, 1000]))
+    top_k, seed = data.draw(st.sampled_from([1, 3, 16, 64])), data.draw(st.integers(0, 99))
+    apart = data.draw(st.booleans())
+    keys_PNE = integers(-9, 10, pools, keys, head_dim, seed=seed).float()
+    lists = in_lists(keys_PNE, known, num_lists, head_dim, reads, seed)
+    query_XQE = whole_queries(searches, queries, head_dim, seed=seed + 1)
+    pool_X, length_X = integers(0, pools, searches, seed=seed), integers(known, keys + 1, searches, seed=seed)
+    clean_PNE = keys_PNE.clone()
+    for p in range(pools):
+        mine_X = length_X[pool_X == p]
+        keys_PNE[p, mine_X.max() if len(mine_X) else known :] = torch.nan
+    given = Pools.of([keys_NE.clone() for keys_NE in keys_PNE]) if apart else keys_PNE
+    for search_by_lists in (topk_listed, reference.topk_listed):
+        found = search_by_lists(query_XQE, given, lists, top_k, length_X, pool_X)
+        assert found[0].dtype == torch.int64 and found[1].dtype == torch.float32
+        assert_best_of_what_is_read(query_XQE, clean_PNE, lists, top_k, length_X, pool_X, found)
+    if reads == 1000:
+        assert_same_search(query_XQE, clean_PNE, top_k, length_X, pool_X, found)
+
+
+def test_search_by_lists_that_leave_numbers_out() -> None:
+    """Codes rank then, and scores are true all the same; later keys are found whatever the codes say."""
+    query_XQE, keys_PNE = normal(2, 3, 20), normal(2, 700, 20, seed=1)
+    later_X3E = 10 * query_XQE
+    lists = in_lists((9 * keys_PNE).round(), 600, 7, 8, 2, seed=3)
+    keys_PNE = torch.cat((keys_PNE[:, :697], later_X3E), dim=1)
+    found = topk_listed(query_XQE, keys_PNE, lists, 16)
+    assert_true_scores(query_XQE, keys_PNE, 16, torch.tensor([700, 700]), torch.tensor([0, 1]), found)
+    best_XQ = (query_XQE @ later_X3E.mT).argmax(-1)
+    assert torch.equal(found[0][..., 0], 697 + best_XQ)
+    plain = reference.topk_listed(query_XQE, keys_PNE, lists, 16, group=8)
+    # Groups that are as good as the last are looked at as well: never less is found.
+    assert (found[1] >= plain[1] - 1e-4).all()
+    again = topk_listed(query_XQE, keys_PNE, lists, 16)
+    assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])
+
+
+@pytest.mark.parametrize("most_tiles", [4, 16])
+def test_lists_are_chosen_from_in_parts(most_tiles: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of tens of millions of keys; parts grow where there would be too many."""
+    monkeypatch.setattr(listed, "MOST_TILES", most_tiles)
+    monkeypatch.setattr(listed, "MOST_PARTS", 16)
+    monkeypatch.setattr(listed, "FEW_KEYS", 0)
+    keys_PNE, query_XQE = integers(-9, 10, 2, 8000, 16).float(), whole_queries(2, 2, 16)
+    keys_PNE[:, 7700:] = torch.nan
+    own_X, length_X = torch.arange(2), torch.tensor([7700, 7600])
+    for reads in (20, 10_000):
+        lists = in_lists(keys_PNE.nan_to_num(), 7000, 30, 16, reads, seed=2)
+        found = topk_listed(query_XQE, keys_PNE, lists, 64, length_X)
+        assert_best_of_what_is_read(query_XQE, keys_PNE.nan_to_num(), lists, 64, length_X, own_X, found)
+
+
+def test_a_query_that_asks_nothing_reads_all_lists() -> None:
+    """They tie."""
+    keys_PNE = integers(-9, 10, 1, 500, 8).float()
+    lists = in_lists(keys_PNE, 500, 9, 8, 1, seed=1)
+    _, score_XQR = topk_listed(torch.zeros(1, 1, 8), keys_PNE, lists, 64)
+    assert (score_XQR == 0).all()
+    many = torch.zeros(1, 17, 8)
+    for search_by_lists in (topk_listed, reference.topk_listed):
+        with pytest.raises(ValueError, match="17 queries"):
+            search_by_lists(many, keys_PNE, lists, 4)
+        index_XQR, score_XQR = search_by_lists(many[:, :0], keys_PNE, lists, 4)
+        assert index_XQR.shape == score_XQR.shape == (1, 0, 4)
+
+
 @settings(max_examples=12, deadline=None)
 @given(st.integers(1, 3), st.integers(0, 4), st.sampled_from([8, 20, 64]), st.sampled_from([5, 16, 20]), st.booleans())
 def test_queries_as_codes(searches: int, queries: int, head_dim: int, size: int, rounded: bool) -> None:
     query_XQE = normal(searches, queries, head_dim, dtype=torch.bfloat16 if rounded else torch.float32)
     query_XQE[:, :1] = 0.0
     coder_XES = normal(searches, head_dim, size, seed=1)
-    found, expected = (code(query_XQE, coder_XES) for code in (code_queries, reference.code_queries))
+    (found, unit_XQ), (expected, plain_XQ) = (
+        code(query_XQE, coder_XES) for code in (code_queries, reference.code_queries)
+    )
+    torch.testing.assert_close(unit_XQ, plain_XQ)
     assert found.dtype == expected.dtype == torch.int8 and found.shape == expected.shape
     # Sums in another order, and halves.
     difference = (found.int() - expected.int()).abs()

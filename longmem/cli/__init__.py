@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from longmem import __version__
-from longmem.cli import banks, compare, encryption, forgetting, learn, measure, talk, versions
+from longmem.cli import banks, compare, encryption, forgetting, learn, measure, stores, talk, versions
 from longmem.errors import LongMemError
 
 
@@ -97,12 +97,14 @@ for _command in (
     banks.repair,
     banks.consolidate,
     banks.retain,
+    stores.place,
 ):
     app.command(rich_help_panel=_KEEP)(_command)
 app.command("import", rich_help_panel=_KEEP)(versions.import_)
 for _command in (
     learn.setup,
     learn.tokenize,
+    learn.replies,
     learn.histories,
     measure.probe,
     learn.train,
@@ -110,7 +112,12 @@ for _command in (
     measure.bench,
 ):
     app.command(rich_help_panel=_TRAIN)(_command)
-for _name, _command in (("compare", compare.compare), ("all", compare.every), ("qa", compare.qa)):
+for _name, _command in (
+    ("compare", compare.compare),
+    ("all", compare.every),
+    ("qa", compare.qa),
+    ("merge", compare.merge),
+):
     measure.evaluations.command(_name)(_command)
 app.add_typer(measure.evaluations, name="eval", rich_help_panel=_TRAIN)
 

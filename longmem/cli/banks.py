@@ -36,6 +36,7 @@ def write(
     precision: common.BankPrecision = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
+    keys: common.Keys = None,
     as_json: common.Json = False,
 ) -> None:
     """Remember texts. All of them are checked before any is written; each is on disk when its line appears."""
@@ -48,7 +49,7 @@ def write(
     loaded = common.load_model(model, device)
     spec = common.spec_of(loaded, precision)
     _check_room([len(text.encode()) for text in texts.values()], store, loaded.bank_spec.bytes_per_token)
-    with MemoryStore.open(store) as opened:
+    with MemoryStore.open(store, keys=keys) as opened:
         if not opened.writable:
             raise StoreNotWritableError(
                 f"The store in {store} cannot be written, only read. Change its permissions, or give another --store."
@@ -147,12 +148,13 @@ def recall(
     version: common.Version = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
+    keys: common.Keys = None,
     as_json: common.Json = False,
 ) -> None:
     """Show the remembered passages that a query is about."""
     from longmem import recall as passages
 
-    with common.open_banks(store, bank, device, search, common.version_of(version)) as remembered:
+    with common.open_banks(store, bank, device, search, common.version_of(version), keys=keys) as remembered:
         assert remembered is not None
         loaded = common.load_model(model, device)
         hits = passages.recall(loaded, remembered, query, top_k, words)
@@ -171,33 +173,42 @@ def recall(
     common.out.print(table)
 
 
-def banks(store: common.Store, as_json: common.Json = False) -> None:
+def banks(store: common.Store, keys: common.Keys = None, as_json: common.Json = False) -> None:
     """List the banks of a store."""
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         infos = opened.banks()
     if as_json:
         common.print_json([{**dataclasses.asdict(info), "bytes_per_token": info.bytes_per_token} for info in infos])
         return
-    columns = ("bank", "tokens", "sources", "size", "a token", "kept in", "backbone", "updated")
+    columns = ["bank", "tokens", "sources", "size", "a token", "kept in", "backbone", "updated"]
+    encrypted = any(info.key != "none" for info in infos)
+    if encrypted:
+        columns.append("encrypted")
     table = Table(*columns, box=None, header_style="dim")
     for info in infos:
         updated = info.updated.astimezone().strftime("%Y-%m-%d %H:%M")
         sizes = (common.size(info.bytes), common.size(info.bytes_per_token), info.precision)
         tokens = f"{info.tokens:,}" if info.rows == info.tokens else f"{info.rows:,} of {info.tokens:,}"
-        row = (info.name, tokens, f"{info.sources:,}", *sizes, info.backbone, updated)
+        row = [info.name, tokens, f"{info.sources:,}", *sizes, info.backbone, updated]
+        if encrypted:
+            row.append({"none": "", "there": "yes"}.get(info.key, f"key {info.key}"))
         table.add_row(*map(Text, row))
     common.out.print(table if infos else f"No banks in {store} yet.")
 
 
 def sources(
-    store: common.Store, bank: common.Bank, version: common.Version = None, as_json: common.Json = False
+    store: common.Store,
+    bank: common.Bank,
+    version: common.Version = None,
+    keys: common.Keys = None,
+    as_json: common.Json = False,
 ) -> None:
     """List what a bank remembers."""
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         infos = opened.bank(bank, verify=False, version=common.version_of(version)).source_infos()
     if as_json:
         common.print_json([dataclasses.asdict(info) for info in infos])
@@ -224,12 +235,13 @@ def index(
     drop: Annotated[bool, typer.Option("--drop", help="Remove the bank's index.")] = False,
     model: common.Model = common.DEFAULT_MODEL,
     device: Annotated[str, typer.Option(help="Where the bank will be searched: cpu, cuda, cuda:1, auto.")] = "cpu",
+    keys: common.Keys = None,
     as_json: common.Json = False,
 ) -> None:
     """Make a large bank fast to search, for `--search index`, and say how much is found so."""
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         target = opened.bank(bank, device="cpu" if drop else common.device_of(device))
         if drop:
             had = target.drop_index()
@@ -270,11 +282,11 @@ def index(
 OneOrAll = Annotated[str | None, typer.Option("--bank", help="Name of a bank; all by default.", show_default=False)]
 
 
-def verify(store: common.Store, bank: OneOrAll = None, as_json: common.Json = False) -> None:
+def verify(store: common.Store, bank: OneOrAll = None, keys: common.Keys = None, as_json: common.Json = False) -> None:
     """Check that every file of a store is what was written. Exits with 1 if one is not."""
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         total = sum(info.bytes for info in opened.banks() if bank in (None, info.name))
         with common.counting("checking", total, "bytes") as advance:
             report = opened.verify(bank, on_bytes=advance)
@@ -297,6 +309,11 @@ def verify(store: common.Store, bank: OneOrAll = None, as_json: common.Json = Fa
                 f"The text of {report.without_record:,} pieces has one copy only; `longmem repair` makes a second.",
                 highlight=False,
             )
+        if report.orphans:
+            common.out.print(
+                f"{len(report.orphans):,} files are no part of the store; `longmem repair` removes them.",
+                highlight=False,
+            )
         if report.quarantined:
             common.out.print(f"{report.quarantined:,} pieces are in quarantine.", highlight=False)
     if not report.ok:
@@ -308,12 +325,20 @@ def repair(
     bank: OneOrAll = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
+    keys: common.Keys = None,
     as_json: common.Json = False,
 ) -> None:
-    """Mend a damaged store: what is lost of keys and values is encoded again; what cannot be is moved aside."""
+    """Mend a damaged store: what is lost of keys and values is encoded again; what cannot be is moved aside.
+
+    First the manifest, from its second copy. If that cannot be read, end all other programs that use the store.
+    """
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    rebuilt = MemoryStore.rebuild(store, keys=keys)
+    if rebuilt is not None:
+        done = "made anew from its second copy" if rebuilt.whole else f"{rebuilt.rows:,} rows of it put right"
+        typer.echo(f"The manifest: {rebuilt.meaning}; {done}.", err=True)
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         loaded = common.load_model(model, device)
         total = sum(info.bytes for info in opened.banks() if bank in (None, info.name))
         with (
@@ -340,12 +365,12 @@ def repair(
             common.out.print(f"  quarantine: {place}: {piece.reason}{kept}{file}", markup=False, highlight=False)
 
 
-def consolidate(store: common.Store, bank: common.Bank, as_json: common.Json = False) -> None:
+def consolidate(store: common.Store, bank: common.Bank, keys: common.Keys = None, as_json: common.Json = False) -> None:
     """Merge the many small files of a bank into few large ones."""
     from longmem.store import MemoryStore
 
     with (
-        MemoryStore.open(store, create=False) as opened,
+        MemoryStore.open(store, create=False, keys=keys) as opened,
         common.counting("merging", None, "segments") as advance,
     ):
         made = opened.consolidate(bank, on_segments=advance)
@@ -379,6 +404,7 @@ def retain(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would go.")] = False,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
+    keys: common.Keys = None,
     as_json: common.Json = False,
 ) -> None:
     """Bring a bank down to a size. What goes loses its keys and values; its text stays, unless --days forgets it."""
@@ -389,7 +415,7 @@ def retain(
     wanted = Cap(cap, max_bytes, policy, unit, days, tuple(pin or ()))
     if never == (cap is not None or max_bytes is not None or days is not None):
         raise typer.BadParameter("give --cap, --bytes or --days; or --never alone.", param_hint="--cap")
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         target = opened.bank(bank)
         if never:
             target.set_cap(None)

@@ -33,6 +33,15 @@ Store = Annotated[Path, typer.Option(envvar="LONGMEM_STORE", help="Folder that h
 MaybeStore = Annotated[
     Path | None, typer.Option(envvar="LONGMEM_STORE", help="Folder that holds the banks.", show_default=False)
 ]
+Keys = Annotated[
+    Path | None,
+    typer.Option(
+        "--keys",
+        envvar="LONGMEM_KEYS",
+        help="Folder of the keys of encrypted banks; STORE.keys, beside the store, by default.",
+        show_default=False,
+    ),
+]
 Bank = Annotated[str, typer.Option(help="Name of the bank: notes, user/1234.", show_default=False)]
 MaybeBank = Annotated[
     str | None, typer.Option(help="Name of the bank; without one nothing is remembered.", show_default=False)
@@ -183,6 +192,8 @@ def open_banks(
     device: str,
     search: Literal["exact", "index"],
     version: int | str | None = None,
+    *,
+    keys: Path | None = None,
 ) -> Iterator[Readable | None]:
     """Existing banks to be read together, the first of them in a version; None if none was asked for."""
     if store is None or not banks:
@@ -191,7 +202,7 @@ def open_banks(
     from longmem.store import MemoryStore
 
     names = weighted(banks)
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         where = device_of(device)
         versions = [version] + [None] * (len(names) - 1)
         found = [
@@ -208,7 +219,7 @@ def version_of(version: str | None) -> int | str | None:
 
 @contextmanager
 def open_bank(
-    store: Path | None, bank: str | None, device: str, search: Literal["exact", "index"]
+    store: Path | None, bank: str | None, device: str, search: Literal["exact", "index"], *, keys: Path | None = None
 ) -> Iterator[MemoryBank | None]:
     """An existing bank, or None if none was asked for."""
     if store is None or bank is None:
@@ -216,7 +227,7 @@ def open_bank(
         return
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         yield opened.bank(bank, device=device_of(device), search=search)
 
 

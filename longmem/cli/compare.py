@@ -1,7 +1,8 @@
-"""`longmem eval compare`, `all` and `qa`: memory against windows and retrieval, on one backbone."""
+"""`longmem eval compare`, `all`, `qa` and `merge`: memory against windows and retrieval, on one backbone."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from longmem.model import LongMem
     from longmem.tasks.task import Task, TaskConfig
 
+TASKS = "Tasks by name, or paths of Python files; each perhaps with its own numbers: language:told=65536,cases=32."
 Contenders = Annotated[
     str | None,
     typer.Option(help="Names with commas between, or paths of Python files; all by default.", show_default=False),
@@ -38,10 +40,15 @@ Extended = Annotated[int, typer.Option(help="Tokens of the long window, at most 
 Stretched = Annotated[int, typer.Option(help="Tokens of the window beyond the trained one (extended-rope).")]
 Paper = Annotated[Path | None, typer.Option(help="SideNet trained with --recipe paper.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the report in --out, which has the same settings.")]
+Rows = Annotated[int | None, typer.Option(help="Cases side by side; 32 on a GPU, else 1.", show_default=False)]
+Seconds = Annotated[
+    float, typer.Option(help="That a contender may take on a task, about; then its last cases are left out. 0: no end.")
+]
 
 
 def compare(
-    tasks: Annotated[list[str], typer.Argument(help="Tasks by name, or paths of Python files.", show_default=False)],
+    tasks: Annotated[list[str], typer.Argument(help=TASKS, show_default=False)],
     contenders: Contenders = None,
     out: Out = Path("report"),
     quick: Quick = False,
@@ -54,6 +61,9 @@ def compare(
     stretched: Stretched = 32768,
     paper: Paper = None,
     seed: Seed = 0,
+    resume: Resume = False,
+    rows: Rows = None,
+    seconds: Seconds = 0.0,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     dtype: common.Precision = "auto",
@@ -61,15 +71,28 @@ def compare(
     """Memory, windows, retrieval and MemGPT on the same backbone: some tasks."""
     import longmem.tasks
     from longmem.registry import chosen
-    from longmem.tasks.task import Task
+    from longmem.tasks.task import Task, TaskConfig
 
-    classes = chosen(tasks, longmem.tasks, Task)  # a mistake in a name is told before anything slow
+    # A mistake in a name is told before anything slow.
+    named = [own_numbers(each) for each in tasks]
+    classes: list[Any] = list(chosen([each for each, _ in named], longmem.tasks, Task))
+    numbers = {kind.name: own for each, own in named if own for kind in chosen([each], longmem.tasks, Task)}
+    for own in numbers.values():
+        TaskConfig(**own)
+
+    def made(config: TaskConfig, loaded: LongMem) -> list[type[Task] | Task]:
+        return [
+            kind(dataclasses.replace(config, **numbers[kind.name]), loaded.tokenizer) if kind.name in numbers else kind
+            for kind in classes
+        ]
+
     _compare(
-        lambda config, loaded: classes,
+        made,
         contenders=contenders,
         out=out,
         asked=(quick, data, cases, told, draws, seed),
         sizes={"window": window, "extended": extended, "stretched": stretched, "paper": paper},
+        running=(resume, rows, seconds),
         load=lambda: common.load_model(model, device, dtype),
     )
 
@@ -87,6 +110,9 @@ def every(
     stretched: Stretched = 32768,
     paper: Paper = None,
     seed: Seed = 0,
+    resume: Resume = False,
+    rows: Rows = None,
+    seconds: Seconds = 0.0,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     dtype: common.Precision = "auto",
@@ -106,6 +132,9 @@ def every(
         stretched,
         paper,
         seed,
+        resume,
+        rows,
+        seconds,
         model,
         device,
         dtype,
@@ -127,6 +156,9 @@ def qa(
     stretched: Stretched = 32768,
     paper: Paper = None,
     seed: Seed = 0,
+    resume: Resume = False,
+    rows: Rows = None,
+    seconds: Seconds = 0.0,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     dtype: common.Precision = "auto",
@@ -141,6 +173,7 @@ def qa(
         out=out,
         asked=(False, None, cases, None, None, seed),
         sizes={"window": window, "extended": extended, "stretched": stretched, "paper": paper},
+        running=(resume, rows, seconds),
         load=lambda: common.load_model(model, device, dtype),
     )
 
@@ -152,11 +185,12 @@ def _compare(
     out: Path,
     asked: tuple[bool, Path | None, int | None, int | None, int | None, int],
     sizes: dict[str, Any],
+    running: tuple[bool, int | None, float],
     load: Callable[[], LongMem],
 ) -> None:
     import longmem.contenders
-    from longmem.comparison.html import html
-    from longmem.comparison.markdown import Notes, markdown, summary
+    from longmem.comparison.result import Comparison
+    from longmem.comparison.run import RunConfig
     from longmem.comparison.run import compare as run
     from longmem.contenders.contender import Contender, ContenderConfig
     from longmem.registry import chosen
@@ -168,15 +202,12 @@ def _compare(
     task_config = TaskConfig(data, cases, told, draws, seed)
     contender_config = ContenderConfig(**sizes)
     rivals = chosen([n.strip() for n in (contenders or "").split(",") if n.strip()], longmem.contenders, Contender)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; --out is a folder for the report.")
+    resume, rows, seconds = running
+    RunConfig(rows or 1, seconds)
+    _folder(out)
+    before = Comparison.load(out / "report.json") if resume and (out / "report.json").exists() else None
     loaded = load()
-
-    def save(comparison: Comparison, cell: Cell) -> None:
-        # After every cell: what was interrupted has a report of what was done.
-        comparison.save(out / "report.json")
-        (out / "report.md").write_text(markdown(comparison), encoding="utf-8")
-        (out / "report.html").write_text(html(comparison), encoding="utf-8")
+    run_config = RunConfig(rows or (32 if loaded.device.type == "cuda" else 1), seconds)
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[cell]}"), TimeElapsedColumn())
     quiet = not common.err.is_terminal
@@ -185,7 +216,8 @@ def _compare(
         bar = progress.add_task("comparing", total=len(asking) * len(rivals), cell="")
 
         def done(comparison: Comparison, cell: Cell) -> None:
-            save(comparison, cell)
+            # After every cell: what was interrupted has a report of what was done.
+            _write(comparison, out)
             progress.advance(bar)
 
         comparison = run(
@@ -194,9 +226,68 @@ def _compare(
             rivals,
             task_config,
             contender_config,
+            run_config,
+            before=before,
             on_cell=done,
             on_case=lambda task, name, n, count: progress.update(bar, cell=f"{task}, {name}: {n} of {count}"),
         )
+    _write(comparison, out)
+    _tell(comparison, out)
+
+
+def merge(
+    reports: Annotated[list[Path], typer.Argument(help="Folders of reports.", file_okay=False, show_default=False)],
+    out: Out = Path("report"),
+) -> None:
+    """One report of several that were run apart, with the same settings on machines of one kind."""
+    from functools import reduce
+
+    from longmem.comparison.result import Comparison
+
+    _folder(out)
+    comparison = reduce(Comparison.joined, [Comparison.load(each / "report.json") for each in reports])
+    _write(comparison, out)
+    _tell(comparison, out)
+
+
+def own_numbers(text: str) -> tuple[str, dict[str, Any]]:
+    """A task's name, and the numbers given behind it: `language:told=65536,cases=32`.
+
+    Raises:
+        ConfigError: there is no such number.
+    """
+    name, colon, rest = text.rpartition(":")
+    if not colon or "=" not in rest:
+        return text, {}
+    numbers: dict[str, Any] = {}
+    for part in rest.split(","):
+        key, _, value = part.partition("=")
+        if key not in _NUMBERS or not value.isdecimal():
+            raise ConfigError(
+                f"{text!r}: {part!r} is not one of {', '.join(f'{each}=NUMBER' for each in _NUMBERS)}, with commas "
+                "between."
+            )
+        numbers[key] = int(value)
+    return name, numbers
+
+
+def _folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; --out is a folder for the report.")
+
+
+def _write(comparison: Comparison, out: Path) -> None:
+    from longmem.comparison.html import html
+    from longmem.comparison.markdown import markdown
+
+    comparison.save(out / "report.json")
+    (out / "report.md").write_text(markdown(comparison), encoding="utf-8")
+    (out / "report.html").write_text(html(comparison), encoding="utf-8")
+
+
+def _tell(comparison: Comparison, out: Path) -> None:
+    from longmem.comparison.markdown import Notes, summary
+
     notes = Notes()
     typer.echo(summary(comparison, notes))
     for number, text in enumerate(notes.texts, start=1):
@@ -204,5 +295,6 @@ def _compare(
     typer.echo(f"\nEverything else is in {out / 'report.html'}, report.md and report.json.")
 
 
+_NUMBERS = ("cases", "told", "draws")
 # Cases, tokens told, draws.
 FULL, QUICK = (100, 16384, 6), (4, 2048, 1)

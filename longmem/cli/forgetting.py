@@ -45,6 +45,7 @@ def forget(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
+    keys: common.Keys = None,
     as_json: common.Json = False,
 ) -> None:
     """Forget a source, parts of it, what was written in a time, or what a query finds, for good.
@@ -62,7 +63,7 @@ def forget(
 
     spans = [_span(text) for text in span or []]
     times = {name: _time(text, name) for name, text in (("after", after), ("before", before)) if text is not None}
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         if not preview:
             opened.manifest.require_writable()
         loaded: LongMem | None = None
@@ -165,6 +166,8 @@ def _show(found: Preview) -> None:
         typer.echo(f"drew on it ({one.weight:.0%}): {place} “{common.snippet(one.text)}”", err=True)
     if len(found.generated) > _MOST_SHOWN:
         typer.echo(f"and {len(found.generated) - _MOST_SHOWN:,} more that drew on it.", err=True)
+    for name in found.unreadable:
+        typer.echo(f"Bank {name} holds text that drew on it, and cannot be read: its key is missing.", err=True)
 
 
 def _told(found: Preview, receipts: list[Receipt]) -> dict:
@@ -176,11 +179,11 @@ def _told(found: Preview, receipts: list[Receipt]) -> dict:
     }
 
 
-def receipts(store: common.Store, as_json: common.Json = False) -> None:
+def receipts(store: common.Store, keys: common.Keys = None, as_json: common.Json = False) -> None:
     """List what was forgotten, and check that no receipt was altered. Exits with 1 if one was."""
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         found = opened.receipts()
         genuine = not found or opened.is_genuine(found[-1])
     if as_json:
@@ -192,7 +195,8 @@ def receipts(store: common.Store, as_json: common.Json = False) -> None:
             facts = receipt.facts
             tokens = f"{receipt.tokens_of(facts['bank']):,}"
             time = receipt.time.astimezone().strftime("%Y-%m-%d %H:%M")
-            row = (str(receipt.number), time, facts["bank"], tokens, str(len(facts["removed"])), receipt.signature)
+            sources = "all: its key" if receipt.destroyed_key else str(len(facts["removed"]))
+            row = (str(receipt.number), time, facts["bank"], tokens, sources, receipt.signature)
             table.add_row(*(Text(cell, overflow="fold") for cell in row))
         common.out.print(table if found else "Nothing was forgotten yet.")
     if not genuine:

@@ -1,4 +1,4 @@
-"""`longmem setup`, `tokenize`, `histories`, `train`, `pack`."""
+"""`longmem setup`, `tokenize`, `replies`, `histories`, `train`, `pack`."""
 
 from __future__ import annotations
 
@@ -65,6 +65,36 @@ def tokenize(
     typer.echo(f"{out}: {tokenized.num_tokens:,} tokens of {len(tokenized):,} documents")
 
 
+def replies(
+    out: Annotated[Path, typer.Option("--out", help="The .jsonl file to write.", show_default=False)],
+    backbone: common.BackboneName = common.DEFAULT_MODEL,
+    count: Annotated[int, typer.Option(help="Prompts, all of them different.")] = 1600,
+    longest: Annotated[int, typer.Option(help="Most tokens of a reply; it ends with a sentence.")] = 80,
+    rows: Annotated[int, typer.Option(help="Prompts side by side.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of the prompts drawn.")] = 0,
+    device: common.Device = "auto",
+) -> None:
+    """Write what the backbone alone replies to ordinary prompts, for `longmem histories --replies`."""
+    from longmem.histories import PROMPTS, generate_replies
+    from longmem.model import LongMem
+
+    prompts = list(PROMPTS.draw(count, seed))
+    loaded = common.load_backbone(backbone, device, "float32")
+    # The backbone alone speaks, so any SideNet does.
+    model = LongMem(loaded, paper_recipe(loaded))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with out.open("w", encoding="utf-8") as file, common.counting("replying", count, "prompts") as advance:
+        for _, reply in generate_replies(model, prompts, longest=longest, rows=rows):
+            if reply is not None:
+                # Line by line, so that what is there can be used if this is stopped.
+                file.write(json.dumps(dataclasses.asdict(reply), ensure_ascii=False) + "\n")
+                file.flush()
+                written += 1
+            advance(1)
+    typer.echo(f"{out}: {written:,} replies to {count:,} prompts")
+
+
 # Options named like a field of `HistoryConfig` have its default, as below.
 def histories(
     context: typer.Context,
@@ -82,21 +112,26 @@ def histories(
     near: Annotated[
         float, typer.Option(help="Share of questions for what was said just before, so that the window stays trusted.")
     ] = 0.15,
+    replies: Annotated[
+        Path | None, typer.Option(help="File of `longmem replies`: ordinary talk among what is told and asked.")
+    ] = None,
+    reply_share: Annotated[float, typer.Option(help="How often such talk stands where questions would.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:
     """Write training text in which things are told and asked for much later, between passages of DOCUMENTS."""
     from longmem.data import TokenizedDocuments
-    from longmem.histories import HistoryConfig, generate_histories
+    from longmem.histories import HistoryConfig, generate_histories, read_replies
 
     config = HistoryConfig(**{field.name: context.params[field.name] for field in dataclasses.fields(HistoryConfig)})
     if out.suffix != ".jsonl" and out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file, expected a folder or a .jsonl file to write to. Give another --out.")
+    talk = read_replies(replies) if replies is not None else ()
     loaded = common.load_backbone(backbone, "cpu", "bfloat16")
     filler = common.load_documents(documents, loaded)
 
     def written() -> Iterator[Document]:
         with common.counting("writing", None, "histories") as advance:
-            for history in generate_histories(filler, loaded.tokenizer, config):
+            for history in generate_histories(filler, loaded.tokenizer, config, talk):
                 yield history.document
                 advance(1)
 
@@ -163,6 +198,7 @@ def train(
     crowd: Annotated[int, _setting("Streams whose banks are one to those that are crowded.")] = 4,
     starved_fraction: Annotated[float, _setting("Share of steps that read segments in short windows.")] = 0.0,
     starved: Annotated[int, _setting("Tokens of the shortest of them; or two or four times as many.")] = 64,
+    starved_crowd: Annotated[int, _setting("Streams of a crowd in those steps; 1 crowds nobody then.")] = 1,
     harmless_weight: Annotated[float, _setting("Of what a wrong bank changes.")] = 0.0,
     lookup_weight: Annotated[float, _setting("Of the memory regulariser.")] = 0.0,
     answer_weight: Annotated[float, _setting("Of tokens that documents mark as answers; of all others 1.")] = 1.0,

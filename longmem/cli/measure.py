@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from longmem.data import TokenizedDocuments
     from longmem.evals.answers import Group
     from longmem.evals.facts import FactsResult
+    from longmem.evals.ordinary import OrdinaryResult
     from longmem.evals.perplexity import PerplexityResult
     from longmem.evals.recall import RecallResult
     from longmem.model import LongMem
@@ -122,6 +123,7 @@ def bench(
     ] = None,
     device: common.Device = "auto",
     dtype: common.Precision = "auto",
+    keys: common.Keys = None,
 ) -> None:
     """Measure what memory costs on this machine: writing, and generating with larger and larger banks."""
     common.check_bank(store, bank, search)
@@ -135,7 +137,7 @@ def bench(
     if sizes:
         settings["sizes"] = tuple(sizes)
     config = BenchConfig(**settings)
-    with common.open_bank(store, bank, device, search) as remembered:
+    with common.open_bank(store, bank, device, search, keys=keys) as remembered:
         loaded = common.load_model(model, device, dtype, compile=compile)
         banks = [] if remembered is None else [(f"{bank}, {search}", remembered)]
         with common.counting("measuring", steps(config, banks), "steps") as advance:
@@ -186,8 +188,9 @@ def perplexity(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Of backbone_local, backbone_window, bank_off, bank_on, bank_wrong, bank_crowded; with commas. "
-            "By default all but the last, in which a document's memory is among that of all --rows."
+            help="Of backbone_local, backbone_window, bank_off, bank_on, bank_wrong, sidenet_window, bank_crowded; with"
+            " commas. By default all but the last two: no bank but the whole window, and a document's memory among"
+            " that of all --rows."
         ),
     ] = None,
     rows: Annotated[int, typer.Option(help="Documents side by side; 0 chooses.")] = 0,
@@ -228,6 +231,7 @@ def perplexity_table(result: PerplexityResult) -> Table:
         "bank_off": "bank empty",
         "bank_on": "bank on",
         "bank_wrong": "bank wrong",
+        "sidenet_window": "bank empty, whole window",
         "bank_crowded": "bank among others",
     }
     for name, value in result.perplexity.items():
@@ -235,6 +239,8 @@ def perplexity_table(result: PerplexityResult) -> Table:
         table.add_row(labels[name], shown, _interval(result.intervals.get(name), ".3f"))
     if result.gain_percent is not None:
         table.add_row("gain from memory", f"{result.gain_percent:.2f} %", _interval(result.gain_interval, ".2f"))
+    if result.recovered is not None:
+        table.add_row("of what the whole window gains", f"{100 * result.recovered:.0f} %")
     return table
 
 
@@ -254,6 +260,9 @@ def recall(
     cases: Annotated[int, typer.Option(help="Questions a task and size.")] = 100,
     pairs: Annotated[int, typer.Option(help="Keys with values side by side, one of which is asked for.")] = 4,
     passage: Annotated[int, typer.Option(help="Tokens of a piece of filler, each a source of its own.")] = 512,
+    context_tokens: Annotated[
+        int, typer.Option("--context", help="Tokens of other text that stand before the question in the window.")
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     as_json: Figures = None,
     device: common.Device = "auto",
@@ -263,7 +272,7 @@ def recall(
     from longmem.evals import recall as evaluation
 
     names = {field.name for field in dataclasses.fields(evaluation.RecallConfig)} & set(context.params)
-    settings = {name: context.params[name] for name in names}
+    settings: dict[str, Any] = {name: context.params[name] for name in names} | {"context": context_tokens}
     for name in ("remembered", "tasks"):
         given = settings.pop(name)
         if given:
@@ -335,6 +344,48 @@ def facts(
         common.out.print(answers_table(titles[kind], group, evaluation.LABELS))
 
 
+@evaluations.command()
+def ordinary(
+    context: typer.Context,
+    model: common.Model = common.DEFAULT_MODEL,
+    prompts: Annotated[int, typer.Option(help="Ordinary prompts, as many of them as there are.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Of each reply that are compared with the backbone's own.")] = 8,
+    chats: Annotated[int, typer.Option(help="Users whose conversations are remembered.")] = 1,
+    remembered: Annotated[int, typer.Option(help="Tokens of other text in the bank.")] = 16384,
+    filler: Filler = None,
+    passage: Annotated[int, typer.Option(help="Tokens of a piece of other text, each a source of its own.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+    as_json: Figures = None,
+    device: common.Device = "auto",
+    dtype: common.Precision = "auto",
+) -> None:
+    """Prompts that ask for nothing remembered: is the reply still the backbone's own?"""
+    from longmem.evals import ordinary as evaluation
+
+    names = {field.name for field in dataclasses.fields(evaluation.OrdinaryConfig)}
+    config = evaluation.OrdinaryConfig(**{name: context.params[name] for name in names})
+    _check_file(as_json)
+    loaded = common.load_model(model, device, dtype)
+    read = _filler(filler, loaded) if remembered else None
+    with common.counting("asking", evaluation.steps(config), "passages and prompts") as advance:
+        result = evaluation.ordinary(loaded, read, config, on_case=advance)
+    if _is_told(result, as_json):
+        return
+    title = f"the backbone's own, of {prompts}"
+    columns = (f"first {tokens} tokens", "95 % interval", "first token", "tokens")
+    table = Table(title, *columns, box=None, header_style="dim")
+    for name, same in result.agreement.items():
+        low, high = same.whole_interval
+        table.add_row(
+            {"bank_on": "bank on", "bank_off": "bank empty"}[name],
+            f"{100 * same.whole:.1f} %",
+            f"{100 * low:.1f} – {100 * high:.1f}",
+            f"{100 * same.first:.1f} %",
+            f"{same.tokens:.1f}",
+        )
+    common.out.print(table)
+
+
 def answers_table(title: str, group: Group, labels: tuple[str, ...]) -> Table:
     """Rates of each answer under each condition, and 95 % intervals of the right one."""
     conditions = {
@@ -365,7 +416,9 @@ def _check_plot(plot: Path | None) -> None:
         raise MissingExtraError("--plot needs matplotlib, which is not installed. Run: pip install 'longmem[plot]'.")
 
 
-def _is_told(result: PerplexityResult | RecallResult | FactsResult | BenchResult, as_json: Path | None) -> bool:
+def _is_told(
+    result: PerplexityResult | RecallResult | FactsResult | OrdinaryResult | BenchResult, as_json: Path | None
+) -> bool:
     """Write figures to where --json says; True if that was standard output, which takes nothing else."""
     if as_json is None:
         return False

@@ -52,6 +52,7 @@ def generate(
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     compile: common.Compile = False,
+    keys: common.Keys = None,
     as_json: common.Json = False,
 ) -> None:
     """Continue a text, with what a bank remembers."""
@@ -73,7 +74,7 @@ def generate(
     )
     if prompt == "-":
         prompt = sys.stdin.read()
-    with common.open_banks(store, bank, device, search, common.version_of(version)) as remembered:
+    with common.open_banks(store, bank, device, search, common.version_of(version), keys=keys) as remembered:
         loaded = common.load_model(model, device, compile=compile)
         pieces: list[Piece] = []
         for piece in generation.generate(loaded, prompt, bank=remembered, config=config):
@@ -115,6 +116,7 @@ def chat(
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     compile: common.Compile = False,
+    keys: common.Keys = None,
 ) -> None:
     """Talk to a model that remembers, in this conversation and the next. Ctrl-C stops a reply, Ctrl-D leaves."""
     common.check_bank(store, bank, search)
@@ -141,7 +143,7 @@ def chat(
             typer.echo("No --bank: this conversation is forgotten when it ends. /help lists commands.", err=True)
             _converse(conversation, None)
         return
-    with MemoryStore.open(store) as opened:
+    with MemoryStore.open(store, keys=keys) as opened:
         # The first is written to, and made if there is none.
         (first, _), *others = names = common.weighted(bank)
         found = [opened.bank(first, common.spec_of(loaded, precision), device=loaded.device, search=search)]

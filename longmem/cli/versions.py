@@ -17,11 +17,11 @@ _MOST_SOURCES = 3
 To = Annotated[str, typer.Option(help="Name of the new bank.", show_default=False)]
 
 
-def log(store: common.Store, bank: common.Bank, as_json: common.Json = False) -> None:
+def log(store: common.Store, bank: common.Bank, keys: common.Keys = None, as_json: common.Json = False) -> None:
     """List the versions of a bank: when each began, by what, and how much it holds."""
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         versions = opened.log(bank)
     if as_json:
         common.print_json([dataclasses.asdict(version) for version in versions])
@@ -47,11 +47,12 @@ def tag(
     bank: common.Bank,
     version: common.Version = None,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the tag; the version stays.")] = False,
+    keys: common.Keys = None,
 ) -> None:
     """Name a version of a bank, the newest by default."""
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         if remove:
             opened.untag(bank, label)
             said = f"Bank {bank} has no tag {label} any more."
@@ -60,7 +61,9 @@ def tag(
     common.out.print(said, markup=False, highlight=False)
 
 
-def fork(store: common.Store, bank: common.Bank, to: To, version: common.Version = None) -> None:
+def fork(
+    store: common.Store, bank: common.Bank, to: To, version: common.Version = None, keys: common.Keys = None
+) -> None:
     """Make a bank that begins as a version of another.
 
     Named below it (notes → notes/draft) it shares its files: at once, and both forget together. By any other name it is
@@ -68,7 +71,7 @@ def fork(store: common.Store, bank: common.Bank, to: To, version: common.Version
     """
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         opened.fork(bank, to, version=common.version_of(version))
         made = next(info for info in opened.banks() if info.name == to)
     shares = f"shares files with {made.namespace}" if made.namespace != to else "has files of its own"
@@ -80,11 +83,12 @@ def merge(
     store: common.Store,
     bank: common.Bank,
     version: common.Version = None,
+    keys: common.Keys = None,
 ) -> None:
     """Add to a bank what another one (--version: of it) holds and it does not."""
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         came = opened.merge(bank, other, version=common.version_of(version))
     common.out.print(f"{came:,} tokens of {other} came into bank {bank}.", markup=False, highlight=False)
 
@@ -99,13 +103,14 @@ def diff(
     other_version: Annotated[
         str | None, typer.Option(help="Number or tag of the other's version.", show_default=False)
     ] = None,
+    keys: common.Keys = None,
     as_json: common.Json = False,
 ) -> None:
     """Show what two banks, or two versions of one, hold differently."""
     from longmem.store import MemoryStore
 
     versions = common.version_of(version), common.version_of(other_version)
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         found = opened.diff(bank, other or bank, version=versions[0], other_version=versions[1])
     if as_json:
         common.print_json(dataclasses.asdict(found))
@@ -123,11 +128,12 @@ def copy(
     version: common.Version = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
+    keys: common.Keys = None,
 ) -> None:
     """Make a bank for another model from the texts that a bank keeps, by encoding them again."""
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         opened.require_free(to)
         total = opened.log(bank)[-1].tokens if opened.log(bank) else 0
         loaded = common.load_model(model, device)
@@ -145,11 +151,12 @@ def export(
     plain: Annotated[
         bool, typer.Option("--plain", help="Export an encrypted bank, too: anyone can read the file.")
     ] = False,
+    keys: common.Keys = None,
 ) -> None:
     """Write a bank to one file, with its texts, versions and tags."""
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store, create=False) as opened:
+    with MemoryStore.open(store, create=False, keys=keys) as opened:
         total = sum(info.bytes for info in opened.banks() if info.name == bank)
         with common.counting("writing", total, "bytes") as advance:
             size = opened.export(bank, file, version=common.version_of(version), plain=plain, on_bytes=advance)
@@ -165,11 +172,12 @@ def import_(
     bank: Annotated[
         str | None, typer.Option(help="Name of the new bank; the one it had by default.", show_default=False)
     ] = None,
+    keys: common.Keys = None,
 ) -> None:
     """Make a bank from a file that `longmem export` wrote."""
     from longmem.store import MemoryStore
 
-    with MemoryStore.open(store) as opened:
+    with MemoryStore.open(store, keys=keys) as opened:
         with common.counting("reading", None, "bytes") as advance:
             name = opened.import_(file, bank, on_bytes=advance)
         made = next(info for info in opened.banks() if info.name == name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from longmem.comparison.markdown import PRICES, Notes, best_of, heading, prices, shown, told
+from longmem.comparison.markdown import PRICES, Notes, best_of, heading, late, own, prices, shown, told
 from longmem.comparison.result import Cell, Comparison, Figure, Named
 from longmem.tasks.task import Measure
 
@@ -29,6 +29,8 @@ def html(comparison: Comparison) -> str:
     for task in comparison.tasks:
         cells = [comparison.cell(task.name, each.name) for each in comparison.contenders]
         parts += [f"<h2>{escape(task.name)}: {escape(task.title)}</h2>", plot(task.measures[0], cells)]
+        if about := f"{own(task).removeprefix(', ')} {late(comparison, task)}".strip():
+            parts.append(f"<p>{escape(about)}</p>")
         parts.append(_details(task, cells, notes))
     reasons = "".join(f"<li>{escape(text)}</li>" for text in notes.texts)
     if reasons:

@@ -60,7 +60,18 @@ def details(comparison: Comparison, task: Named, notes: Notes) -> str:
         figures = [shown(measure, cell.figures.get(measure.name)) for measure in measures]
         rows.append([cell.contender, *figures, *of_kinds, *prices(cell)])
     count = max((figure.cases for cell in _cells(comparison, task) for figure in cell.figures.values()), default=0)
-    return f"### {task.name}: {task.title}\n\n{count} cases.\n\n{table(head, rows)}"
+    return f"### {task.name}: {task.title}\n\n{count} cases{own(task)}.{late(comparison, task)}\n\n{table(head, rows)}"
+
+
+def own(task: Named) -> str:
+    """Settings of this task alone."""
+    return "".join(f", {name} {value:,}" for name, value in task.settings.items())
+
+
+def late(comparison: Comparison, task: Named) -> str:
+    """Which contenders had no time for all cases."""
+    some = [(cell, next(iter(cell.figures.values())).cases) for cell in _cells(comparison, task) if cell.unasked]
+    return "".join(f" {cell.contender} had time for {cases}." for cell, cases in some)
 
 
 def _cells(comparison: Comparison, task: Named) -> list[Cell]:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from longmem.contenders.contender import Cost
+from longmem.data import read_text
+from longmem.errors import ConfigError, SourceError
 from longmem.evals.answers import wilson
 from longmem.tasks.task import Measure
 
@@ -74,6 +76,7 @@ class Cell:
         price: None where there are no figures.
         reason: why there are none.
         cases: what was asked and answered, and every value.
+        unasked: how many cases the time was too short for.
     """
 
     task: str
@@ -83,15 +86,37 @@ class Cell:
     price: Price | None = None
     reason: str | None = None
     cases: list[dict[str, Any]] = field(default_factory=list)
+    unasked: int = 0
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Cell:
+        """A cell as `dataclasses.asdict` wrote it."""
+
+        def figures_of(row: dict[str, Any]) -> dict[str, Figure]:
+            return {measure: Figure(**each) for measure, each in row.items()}
+
+        price = None if row["price"] is None else Price(**row["price"])
+        kinds = {kind: figures_of(each) for kind, each in row["kinds"].items()}
+        return cls(**{**row, "figures": figures_of(row["figures"]), "kinds": kinds, "price": price})
 
 
 @dataclass(frozen=True)
 class Named:
-    """How a report calls a task or a contender."""
+    """How a report calls a task or a contender.
+
+    Attributes:
+        settings: of this task alone.
+    """
 
     name: str
     title: str
     measures: tuple[Measure, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Named:
+        """One as `dataclasses.asdict` wrote it."""
+        return cls(**{**row, "measures": tuple(Measure(**each) for each in row["measures"])})
 
 
 @dataclass
@@ -122,9 +147,60 @@ class Comparison:
         }
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write a JSON file; one that is there stays whole until the new one is."""
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, default=str)
-        path.write_text(text + "\n", encoding="utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_name(f"{path.name}.new")
+        written.write_text(text + "\n", encoding="utf-8")
+        written.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Comparison:
+        """What `save` wrote.
+
+        Raises:
+            SourceError: there is no such file, or something else is in it.
+        """
+        try:
+            row = json.loads(read_text(path))
+            tasks, contenders = ([Named.of(each) for each in row[name]] for name in ("tasks", "contenders"))
+            cells = [Cell.of(each) for each in row["cells"]]
+            return cls(tasks, contenders, row["settings"], row["machine"], {(c.task, c.contender): c for c in cells})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SourceError(
+                f"{path} is no report of a comparison ({type(error).__name__}: {error}). Give a folder that `longmem "
+                "eval compare` or `all` of this version has written."
+            ) from error
+
+    def joined(self, other: Comparison) -> Comparison:
+        """The cells of both; where both have figures, the other's.
+
+        Raises:
+            ConfigError: they were run with different settings, or on different machines.
+        """
+        for what, mine, theirs in (
+            ("settings", self.settings, other.settings),
+            ("machine", self.machine, other.machine),
+            *((f"settings of {name}", *both) for name, both in self._settings_of_both(other).items()),
+        ):
+            for name in sorted({*mine, *theirs}):
+                if mine.get(name) != theirs.get(name):
+                    raise ConfigError(
+                        f"These figures do not belong in one table: {what} differ, {name} is {mine.get(name)!r} in one "
+                        f"and {theirs.get(name)!r} in the other. Use the same, or write to another folder."
+                    )
+        cells = {place: cell for place, cell in other.cells.items() if cell.figures or not self.cell(*place).figures}
+        return Comparison(
+            list({each.name: each for each in (*self.tasks, *other.tasks)}.values()),
+            list({each.name: each for each in (*self.contenders, *other.contenders)}.values()),
+            self.settings,
+            self.machine,
+            {**self.cells, **cells},
+        )
+
+    def _settings_of_both(self, other: Comparison) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+        mine = {task.name: task.settings for task in self.tasks}
+        return {task.name: (mine[task.name], task.settings) for task in other.tasks if task.name in mine}
 
 
 def figures(

@@ -14,14 +14,11 @@ from longmem.model import LongMem
 from longmem.recall import cut
 
 
-def chunks(documents: Sequence[Document], tokenizer: Any, size: int) -> list[str]:
+def chunks(text: str, tokenizer: Any, size: int) -> list[str]:
     """Pieces of at most so many tokens: paragraphs, the long ones cut at sentence or line ends, short ones joined."""
-    pieces = []
-    for document in documents:
-        offsets = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        spans = cut(document.text, [start for start, _ in offsets], longest=size, short=size // 4)
-        pieces += [document.text[start:end] for start, end in spans]
-    return pieces
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    spans = cut(text, [start for start, _ in offsets], longest=size, short=size // 4)
+    return [text[start:end] for start, end in spans]
 
 
 class Retriever(Contender):
@@ -30,6 +27,8 @@ class Retriever(Contender):
     def __init__(self, model: LongMem, config: ContenderConfig) -> None:
         super().__init__(model, config)
         self.pieces: list[str] = []
+        # Texts that are told again, in the next documents, are not cut again.
+        self._cut: dict[str, list[str]] = {}
 
     @abstractmethod
     def index(self, pieces: Sequence[str]) -> None:
@@ -40,7 +39,10 @@ class Retriever(Contender):
         """How well each piece fits a query."""
 
     def learn(self, documents: Sequence[Document]) -> None:
-        self.pieces = chunks(documents, self.model.tokenizer, self.config.chunk)
+        known, tokenizer, size = self._cut, self.model.tokenizer, self.config.chunk
+        texts = [document.text for document in documents]
+        self._cut = {text: known.get(text) or chunks(text, tokenizer, size) for text in texts}
+        self.pieces = [piece for text in texts for piece in self._cut[text]]
         self.index(self.pieces)
 
     def view(self, prompt: Prompt) -> View:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from longmem.attention import MemoryRead
 from longmem.bank import MemoryBank
 from longmem.contenders.reader import Reader
 from longmem.data import Document
 from longmem.errors import ConfigError
+from longmem.generation import attribute
 from longmem.model import LongMem
 
 GAP = "\n\n"
@@ -57,6 +59,21 @@ class View:
 
     told: list[int]
     asked: list[int]
+
+
+@dataclass(frozen=True)
+class Posed:
+    """A prompt in its window, to be answered at any time.
+
+    Attributes:
+        token_ids: of the window, the prefix token left out.
+        bank: what the model reads beside it.
+        seen: what of the documents stands in the window.
+    """
+
+    token_ids: tuple[int, ...]
+    bank: MemoryBank | None
+    seen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +129,9 @@ class Contender(ABC):
     Args:
         model: whose backbone every contender uses; `memory` says whether its SideNet is used too.
 
+    Attributes:
+        converses: it asks the model while it learns or before it answers.
+
     Raises:
         UnavailableError: it cannot be used here; says why.
     """
@@ -120,12 +140,15 @@ class Contender(ABC):
     title: ClassVar[str]
     order: ClassVar[int] = 1000
     memory: ClassVar[float] = 0.0
+    converses: ClassVar[bool] = False
 
     def __init__(self, model: LongMem, config: ContenderConfig) -> None:
         self.model, self.config, self.cost = model, config, Cost()
         self.reader = Reader(model, self.memory)
         self._prompt: Prompt | None = None
+        self._told_bank: MemoryBank | None = None
         self.seen: tuple[str, ...] = ()
+        self.others: tuple[Document, ...] = ()
 
     @abstractmethod
     def learn(self, documents: Sequence[Document]) -> MemoryBank | None:
@@ -141,13 +164,21 @@ class Contender(ABC):
 
     def drawn_on(self) -> tuple[str, ...]:
         """What of the documents the last prompt was answered from, as far as can be told."""
-        return self.seen
+        return drawn_on(self.reader.reads, self._told_bank) + self.seen
 
-    def prepare(self, documents: Sequence[Document]) -> None:
-        """Be told documents; what was told earlier is forgotten."""
+    def prepare(self, documents: Sequence[Document], others: Sequence[Document] = ()) -> None:
+        """Be told documents; what was told earlier is forgotten. `others` are what is told in another case."""
         self.reader.forget()
-        self.reader.forget(self.learn(documents))
+        self.others = tuple(others)
+        self._told_bank = self.learn(documents)
+        self.reader.forget(self._told_bank)
         self._prompt = None
+
+    def pose(self, prompt: Prompt) -> Posed:
+        """A prompt in its window; not read yet."""
+        self._prompt = None  # the view may read something else
+        view = self.view(prompt)
+        return Posed((*view.told, *view.asked), self._told_bank, self.seen)
 
     def log_likelihood(self, prompt: Prompt, continuation: str) -> list[float]:
         """Log-probability of each token of a continuation, which follows the prompt as it is, in nats."""
@@ -187,16 +218,24 @@ class Contender(ABC):
     def _read(self, prompt: Prompt) -> None:
         if prompt == self._prompt:
             return  # read already
+        self.reader.wait()
         start = time.perf_counter()
         view = self.view(prompt)
         seconds = time.perf_counter() - start
         if view.told:
             self.cost.told_tokens += self.reader.read(view.told)
+            self.reader.wait()
         start = time.perf_counter()
         self.cost.asked_tokens += self.reader.read(view.told + view.asked)
+        self.reader.wait()
         self.cost.first_seconds.append(seconds + time.perf_counter() - start)
         self.cost.kept_bytes = max(self.cost.kept_bytes, self.kept_bytes())
         self._prompt = prompt
+
+
+def drawn_on(reads: Sequence[MemoryRead], bank: MemoryBank | None, row: int = 0) -> tuple[str, ...]:
+    """The stretches of a bank that the last token drew on most."""
+    return () if bank is None else tuple(each.text for each in attribute(reads, bank, row=row))
 
 
 def joined(documents: Sequence[Document]) -> str:

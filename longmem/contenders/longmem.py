@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from longmem.bank import BankEntry, MemoryBank
 from longmem.contenders.contender import Contender, ContenderConfig, Prompt, View
 from longmem.data import Document
-from longmem.generation import attribute
+from longmem.evals.answers import encode_texts
 from longmem.model import LongMem
 
 
@@ -26,19 +26,22 @@ class LongMemContender(Contender):
 
     def learn(self, documents: Sequence[Document]) -> MemoryBank:
         known, self._encoded, self.bank = self._encoded, {}, self.model.new_bank()
+        texts = list(dict.fromkeys(document.text for document in documents))
+        self._encoded = {text: known[text] for text in texts if text in known}
+        self._encoded |= self._encode([text for text in texts if text not in known])
         for number, document in enumerate(documents):
-            entry = known.get(document.text) or self._encoded.get(document.text)
-            entry = entry or self.model.encode_text(document.text, source="")
-            self._encoded[document.text] = entry
+            entry = self._encoded[document.text]
             self.bank.append(dataclasses.replace(entry, source=f"{number} {document.name}"))
             self.cost.told_tokens += len(entry)
         return self.bank
 
+    def _encode(self, texts: list[str]) -> dict[str, BankEntry]:
+        if self.model.device.type == "cpu":  # there is a shorter way for one at a time
+            return {text: self.model.encode_text(text, source="") for text in texts}
+        return dict(zip(texts, encode_texts(self.model, texts), strict=True))
+
     def view(self, prompt: Prompt) -> View:
         return self.fitted([], prompt, min(self.config.window, self.model.backbone.max_positions))
-
-    def drawn_on(self) -> tuple[str, ...]:
-        return tuple(each.text for each in attribute(self.reader.reads, self.bank)) + self.seen
 
     def kept_bytes(self) -> int:
         keys_HNE = self.bank.keys_HNE

@@ -44,6 +44,7 @@ class MemGpt(Retriever):
     name = "memgpt"
     title = "backbone that keeps notes and searches its archive by tool calls"
     order = 60
+    converses = True
 
     def __init__(self, model: LongMem, config: ContenderConfig) -> None:
         super().__init__(model, config)
@@ -110,6 +111,6 @@ class MemGpt(Retriever):
     def _choose(self, options: Sequence[str]) -> int:
         """Which of some texts is most probable, token by token, to follow; it then stands in the window."""
         tokens = [self.reader.tokenize(option) for option in options]
-        best = int(np.argmax([np.mean(self.reader.log_likelihoods(each)[0]) for each in tokens]))
+        best = 0 if len(tokens) == 1 else int(np.argmax([np.mean(each) for each in self.reader.options(tokens)]))
         self.reader.read_on(tokens[best])
         return best

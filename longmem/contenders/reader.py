@@ -9,6 +9,7 @@ T tokens, V vocabulary, A tokens of a continuation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,32 @@ from longmem.generation import read_on
 from longmem.model import LongMem
 
 _PIECE = 256  # tokens whose logits are held at once
+
+
+class Said:
+    """What is said, token by token, up to so many tokens, a stop string (left out) or the end of the text.
+
+    Attributes:
+        token_ids: of it; a stop string's are among them.
+        text: of it.
+        done: nothing is to be added.
+    """
+
+    def __init__(self, tokenizer: Any, most: int, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._most, self._stop = tokenizer, most, stop
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.done = most < 1
+
+    def add(self, token_id: int) -> None:
+        if token_id == self._tokenizer.eos_token_id:
+            self.done = True
+            return
+        self.token_ids.append(token_id)
+        text = self._tokenizer.decode(self.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ends = [end for end in (text.find(each) for each in self._stop) if end >= 0]
+        self.text = text[: min(ends)] if ends else text
+        self.done = bool(ends) or len(self.token_ids) == self._most
 
 
 class Reader:
@@ -76,6 +103,11 @@ class Reader:
         self._ids = ids
         return len(ids) - same
 
+    def wait(self) -> None:
+        """Until the device has done what it was given, so that a clock tells what that took."""
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
     def read_on(self, token_ids: Sequence[int]) -> int:
         """Read more behind what was read; returns how many tokens that took."""
         return self.read([*self._ids[1:], *token_ids])
@@ -98,25 +130,22 @@ class Reader:
         self._keep(len(self._ids))
         return found, greedy
 
+    def options(self, continuations: Sequence[Sequence[int]]) -> list[list[float]]:
+        """`log_likelihoods` of several texts that might follow."""
+        return [self.log_likelihoods(each)[0] for each in continuations]
+
     @torch.no_grad()
     def say(self, most: int, stop: Sequence[str] = ()) -> tuple[str, int]:
         """What most likely follows the window, token by token, up to a stop string (left out) or the end of the text;
         and how many tokens that took."""
         assert self._logits_V is not None, "nothing was read"
-        logits_V, said, text = self._logits_V, [], ""
-        while len(said) < most:
-            token = int(logits_V.argmax())
-            if token == self.model.tokenizer.eos_token_id:
-                break
-            said.append(token)
-            text = self.model.tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            if ends := [end for end in (text.find(each) for each in stop) if end >= 0]:
-                text = text[: min(ends)]
-                break
-            if len(said) < most:
-                logits_V = self._forward(torch.tensor([token], device=self.model.device))[-1]
+        logits_V, said = self._logits_V, Said(self.model.tokenizer, most, stop)
+        while not said.done:
+            said.add(int(logits_V.argmax()))
+            if not said.done:
+                logits_V = self._forward(torch.tensor(said.token_ids[-1:], device=self.model.device))[-1]
         self._keep(len(self._ids))
-        return text, len(said)
+        return said.text, len(said.token_ids)
 
     def _forward(self, ids_T: Tensor) -> Tensor:
         """Logits (T, V) behind what was read."""

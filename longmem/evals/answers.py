@@ -10,6 +10,7 @@ B rows of a batch, T tokens of a window, A tokens of an answer, N tokens of a so
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections import Counter
@@ -183,7 +184,7 @@ def ask_all(model: LongMem, asks: Sequence[Ask]) -> list[Outcome]:
         alike: dict[tuple[int, ...], list[_Row]] = {}
         for row in waiting:
             alike.setdefault(tuple(row.tokens), []).append(row)
-        for batch in _batches(model, list(alike.items()), lambda each: 1 + len(each[0])):
+        for batch in batches(model, list(alike.items()), lambda each: 1 + len(each[0])):
             _read_on(model, dict(batch))
     return [row.outcome for row in rows if row.outcome is not None]
 
@@ -195,7 +196,7 @@ def ask(
     return ask_all(model, [Ask(question, text, bank, memory)])[0]
 
 
-def _batches(model: LongMem, items: Sequence[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
+def batches(model: LongMem, items: Sequence[Item], length: Callable[[Item], int]) -> Iterator[list[Item]]:
     """Items in batches of similar lengths, shortest first."""
     budget = _BATCH.get(model.device.type, _BATCH["cpu"])
     batch: list[Item] = []
@@ -211,7 +212,7 @@ def _batches(model: LongMem, items: Sequence[Item], length: Callable[[Item], int
 def _read_on(model: LongMem, rows_of: Mapping[tuple[int, ...], Sequence[_Row]]) -> None:
     """One pass over windows, given by their tokens: what rows say behind their prompts, as far as it was guessed."""
     top = model.backbone.num_layers
-    seen = model.backbone(_padded(model, list(rows_of)), boundaries={*model.sidenet.boundaries, top})
+    seen = model.backbone(padded(model, list(rows_of)), boundaries={*model.sidenet.boundaries, top})
     places = [(place, row) for place, rows in enumerate(rows_of.values()) for row in rows]
     # An empty bank is read apart from others, so that nothing of memory runs for it.
     for kind in sorted({row.kind for _, row in places}):
@@ -270,7 +271,7 @@ def _guess(model: LongMem, said: list[int], spoken: str, candidates: Sequence[st
     return []
 
 
-def _padded(model: LongMem, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+def padded(model: LongMem, token_ids: Sequence[Sequence[int]]) -> torch.Tensor:
     """Token ids (B, T) behind the prefix token, with anything behind the end of shorter rows."""
     longest = max(map(len, token_ids))
     rows = [[model.backbone.prefix_token_id, *ids, *[0] * (longest - len(ids))] for ids in token_ids]
@@ -312,6 +313,21 @@ def bank_of(model: LongMem, entries: Sequence[BankEntry]) -> MemoryBank:
     for each in entries:
         bank.append(each)
     return bank
+
+
+def joined(entries: Sequence[BankEntry], source: str) -> BankEntry:
+    """Whole texts, one behind the other, as one source: a bank takes one entry in a moment, thousands in seconds."""
+    ends = list(itertools.accumulate(len(each.text) for each in entries))
+    offsets = [each.offsets_N2 + end - len(each.text) for each, end in zip(entries, ends, strict=True)]
+    return BankEntry(
+        source,
+        "".join(each.text for each in entries),
+        0,
+        torch.cat([each.token_ids_N for each in entries]),
+        torch.cat(offsets),
+        torch.cat([each.keys_HNE for each in entries], dim=1),
+        torch.cat([each.values_HNE for each in entries], dim=1),
+    )
 
 
 def passages(
@@ -373,9 +389,9 @@ def encode_texts(
     # Windows that a text still lacks.
     left = Counter(number for number, _ in windows)
     parts: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-    for batch in _batches(model, windows, lambda each: 1 + each[1][2] - each[1][0]):
+    for batch in batches(model, windows, lambda each: 1 + each[1][2] - each[1][0]):
         ids = [found[number]["input_ids"][first:end] for number, (first, _, end) in batch]
-        seen = model.backbone(_padded(model, ids), boundaries=model.config.memory_layers)
+        seen = model.backbone(padded(model, ids), boundaries=model.config.memory_layers)
         keys_HBTE, values_HBTE = model.keys_values(seen)
         for row, (number, (first, kept, end)) in enumerate(batch):
             # +1: the prefix is never remembered.

@@ -27,9 +27,9 @@ from longmem.index import Retrieve, StreamBanks
 from longmem.model import LongMem
 from longmem.ops import linear_nll
 
-CONDITIONS = ("backbone_local", "backbone_window", "bank_off", "bank_on", "bank_wrong", "bank_crowded")
-# All but the crowd, whose search is as many times as large as there are documents side by side.
-USUAL_CONDITIONS = CONDITIONS[:-1]
+USUAL_CONDITIONS = ("backbone_local", "backbone_window", "bank_off", "bank_on", "bank_wrong")
+# The others take long: whole windows through the SideNet, and a search as many times as large as there are documents.
+CONDITIONS = (*USUAL_CONDITIONS, "sidenet_window", "bank_crowded")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class PerplexityConfig:
         context: local tokens before each scored stride (sliding).
         stride: tokens scored at a time (sliding).
         conditions: any of `backbone_local` (the frozen model, same local window), `backbone_window` (its whole
-            trained window), `bank_off`, `bank_on`, `bank_wrong` (another document's memory), `bank_crowded` (the
-            document's own memory among those of all documents beside it; only if asked for).
+            trained window), `bank_off`, `bank_on`, `bank_wrong` (another document's memory); only if asked for:
+            `sidenet_window` (no bank, but the SideNet behind the backbone's whole trained window) and `bank_crowded`
+            (the document's own memory among those of all documents beside it).
         rows: documents side by side; 0 chooses.
         seed: of the bootstrap.
     """
@@ -97,6 +98,8 @@ class PerplexityResult:
         perplexity: condition → exp(mean loss), None where a condition could not be measured.
         gain_percent: 100 · (1 − bank_on / bank_off).
         gain_interval: its 95 % bootstrap interval over documents.
+        recovered: what the bank takes from the loss, as a share of what the whole window takes from it: (bank_off −
+            bank_on) / (bank_off − sidenet_window), in nats; None unless all three are measured.
         intervals: condition → 95 % interval of the perplexity.
         tokens: scored tokens of all documents.
         documents: their names.
@@ -107,6 +110,7 @@ class PerplexityResult:
     perplexity: dict[str, float | None]
     gain_percent: float | None
     gain_interval: tuple[float, float] | None
+    recovered: float | None
     intervals: dict[str, tuple[float, float] | None]
     tokens: int
     documents: list[str]
@@ -227,15 +231,18 @@ def _score_step(
     losses = {name: nll(model.correct(seen, readers[name])[0]) for name in config.conditions if name in readers}
     if "backbone_local" in config.conditions:
         losses["backbone_local"] = nll(seen.hidden_states[top])
-    if "backbone_window" in config.conditions:
+    whole = [name for name in ("backbone_window", "sidenet_window") if name in config.conditions]
+    if whole:
         past = max(0, last - backbone.max_positions)
+        parts: dict[str, list[Tensor]] = {name: [] for name in whole}
         # A whole trained window is long: a few documents at a time.
-        parts = []
         for some_BN in tokens_BN.split(4):
             long_BT = torch.cat((prefix_B1[: len(some_BN)], some_BN[:, past : last - 1]), dim=1)
-            hidden_BTD = backbone(long_BT, boundaries={top}).hidden_states[top]
-            parts.append(hidden_BTD[:, -(last - first) :])
-        losses["backbone_window"] = nll(torch.cat(parts))
+            long = backbone(long_BT, boundaries={*model.sidenet.boundaries, top})
+            for name in whole:
+                hidden_BTD = long.hidden_states[top] if name == "backbone_window" else model.correct(long, None)[0]
+                parts[name].append(hidden_BTD[:, -(last - first) :])
+        losses |= {name: nll(torch.cat(some)) for name, some in parts.items()}
     return losses
 
 
@@ -255,10 +262,15 @@ def _summary(losses: dict[str, np.ndarray], names: list[str], config: Perplexity
         saved_D = means["bank_off"] - means["bank_on"]
         gain = float(100 * (1 - np.exp(-saved_D.mean())))
         gain_interval = interval(lambda d: 100 * (1 - np.exp(-saved_D[d].mean(1))))
+    recovered = None
+    if {"bank_on", "bank_off", "sidenet_window"} <= set(means):
+        whole = float((means["bank_off"] - means["sidenet_window"]).mean())
+        recovered = float((means["bank_off"] - means["bank_on"]).mean()) / whole if whole else None
     return PerplexityResult(
         perplexity={c: float(np.exp(means[c].mean())) if c in means else None for c in config.conditions},
         gain_percent=gain,
         gain_interval=gain_interval,
+        recovered=recovered,
         intervals={c: interval(lambda d, m=m: np.exp(m[d].mean(1))) for c, m in means.items()},
         tokens=int(some.size),
         documents=names,

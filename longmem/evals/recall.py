@@ -27,6 +27,7 @@ from longmem.evals.answers import (
     cases_at_once,
     encode_filler,
     encode_texts,
+    joined,
     passages,
     save_json,
     score_group,
@@ -57,6 +58,8 @@ class RecallConfig:
         cases: questions a task and size.
         pairs: keys with values that stand side by side, one of which is asked for.
         passage: tokens of a piece of filler, and of the source that holds the evidence, without the evidence.
+        context: tokens of other text, not remembered, that stand before the question in the window under every
+            condition, as they would where a text is read on; at most `passage`.
         seed: of everything drawn.
     """
 
@@ -65,6 +68,7 @@ class RecallConfig:
     cases: int = 100
     pairs: int = 4
     passage: int = 512
+    context: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,6 +78,8 @@ class RecallConfig:
         for name in ("cases", "pairs", "passage"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        if not 0 <= self.context <= self.passage:
+            raise ConfigError(f"context must be from 0 to the {self.passage} tokens of a passage; got {self.context}.")
         if 4 * self.pairs > len(_WORDS.split()):
             raise ConfigError(f"pairs must be at most {len(_WORDS.split()) // 4}, or words run out; got {self.pairs}.")
         if not self.remembered or min(self.remembered) < self.passage:
@@ -187,7 +193,10 @@ def recall(
     """
     advance = on_case or (lambda steps: None)
     rng = np.random.default_rng(config.seed)
-    texts, repeats = passages(filler, model.tokenizer, tokens=max(config.remembered), size=config.passage, rng=rng)
+    largest = max(config.remembered) // config.passage * config.passage
+    size = largest + (config.passage if config.context else 0)
+    texts, repeats = passages(filler, model.tokenizer, tokens=size, size=config.passage, rng=rng)
+    opening = last_tokens(model, texts.pop(), config.context) + "\n\n" if config.context else ""
     entries = encode_filler(model, texts, advance)
     groups: dict[str, dict[int, Group]] = {task: {} for task in config.tasks}
     rows: list[dict[str, Any]] = []
@@ -199,7 +208,7 @@ def recall(
             size = cases_at_once(model, remembered)
             for first in range(0, len(hidden), size):
                 some = hidden[first : first + size]
-                for needle, found in zip(some, _outcomes(model, some, entries[:count]), strict=True):
+                for needle, found in zip(some, _outcomes(model, some, entries[:count], opening), strict=True):
                     outcomes.append(found)
                     given = {name: dataclasses.asdict(outcome) for name, outcome in found.items()}
                     rows.append({"remembered": remembered, **dataclasses.asdict(needle), "outcomes": given})
@@ -214,7 +223,15 @@ def steps(config: RecallConfig) -> int:
     return max(config.remembered) // config.passage + len(config.remembered) * len(config.tasks) * config.cases
 
 
-def _outcomes(model: LongMem, some: Sequence[Needle], filler: Sequence[BankEntry]) -> list[dict[str, Outcome]]:
+def last_tokens(model: LongMem, text: str, tokens: int) -> str:
+    """The end of a text."""
+    starts = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return text[starts[-tokens][0] :] if len(starts) > tokens else text
+
+
+def _outcomes(
+    model: LongMem, some: Sequence[Needle], filler: Sequence[BankEntry], opening: str
+) -> list[dict[str, Outcome]]:
     places = [int(needle.depth * len(filler)) for needle in some]
     texts = [
         needle.hidden_in(filler[place].text, evidence)
@@ -225,7 +242,9 @@ def _outcomes(model: LongMem, some: Sequence[Needle], filler: Sequence[BankEntry
     cases = []
     for needle, place in zip(some, places, strict=True):
         on, wrong = (dataclasses.replace(next(encoded), source=filler[place].source) for _ in range(2))
-        question = Question(needle.prompt, needle.answer, needle.labels, evidence=on.text + "\n\n")
-        banks = [[*filler[:place], each, *filler[place + 1 :]] for each in (on, wrong)]
+        question = Question(needle.prompt, needle.answer, needle.labels, opening, evidence=on.text + "\n\n")
+        rest = (("before", filler[:place]), ("after", filler[place + 1 :]))
+        before, after = ([joined(part, name)] if part else [] for name, part in rest)
+        banks = ([*before, each, *after] for each in (on, wrong))
         cases.append(under_all_conditions(model, question, *banks))
     return ask_everywhere(model, cases)

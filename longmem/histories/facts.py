@@ -18,14 +18,21 @@ class Fact(Topic):
 
     Attributes:
         group: facts of a group are asked for alike, so that one must be told from the other.
+        owner: whose fact it is, if not the user's.
         draw: its values.
         told, changed: sentences with the value, the first time and later.
     """
 
     group: str
+    owner: str = ""
     draw: Draw
     told: tuple[str, ...]
     changed: tuple[str, ...]
+
+    def resembles(self, other: Fact) -> bool:
+        """Whether one may be taken for the other: asked for alike, of the same kind of value, or of the same owner."""
+        alike = self.group == other.group and self.group not in ("own", "seen")
+        return alike or self.draw is other.draw or bool(self.owner and self.owner == other.owner)
 
 
 _PERSONS = {
@@ -109,6 +116,7 @@ class _Group:
             kind="fact",
             subject=f"{self.name}, {noun}" if noun else self.name,
             group=self.name if noun else "own",
+            owner=noun,
             draw=VALUES[self.kind],
             told=told + _phrased(_TOLD, names, self.word),
             changed=owned("~") + _phrased(_CHANGED, names, self.word),
@@ -148,12 +156,13 @@ def _read(text: str) -> Iterator[Fact]:
 
 
 # What conversations for evaluation are also about, in the wording that they leave to training.
+_DRAWS = {each.values: of("\n".join(each.values), "\n") for each in ATTRIBUTES}
 _SEEN = tuple(
     Fact(
         kind="fact",
         subject=f"seen, {each.name}",
         group="seen",
-        draw=of("\n".join(each.values), "\n"),
+        draw=_DRAWS[each.values],
         told=(each.seen.told.replace("{}", "{v}"),),
         changed=(each.seen.corrected.replace("{}", "{v}"),),
         asked=(each.seen.question,),

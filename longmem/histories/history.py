@@ -2,7 +2,8 @@
 when what they ask for has long left the window.
 
 Sessions stand in the backbone's chat template, as `longmem.evals.facts` renders them and `ChatSession` leaves them in a
-bank. All wording is that of `facts.txt`, `wording` and `instructions`.
+bank. All wording is that of `facts.txt`, `wording` and `instructions`; what is said besides may be the backbone's own
+(`replies`), so that a network trained on histories keeps what the backbone says where nothing is to be remembered.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from longmem.evals.chats import Turn
 from longmem.evals.facts import opening_and_turn, session_text
 from longmem.histories import wording
 from longmem.histories.facts import FACTS, Fact, capital, second_person
-from longmem.histories.instructions import INSTRUCTIONS
+from longmem.histories.instructions import CHANGE_ALL, INSTRUCTIONS
+from longmem.histories.replies import Reply
 from longmem.histories.topics import Topic, exchange, fill, in_plain_text, plain_exchange, question, refusal
 from longmem.histories.values import VALUES, pick
 
@@ -42,6 +44,7 @@ class HistoryConfig:
             every so many tokens begin.
         near: share of the questions, as far as there is enough to ask, that ask for what was mentioned less than `NEAR`
             tokens ago, so that the window stays trusted. Their answers are not marked.
+        reply_share: how often ordinary prompts with replies, if there are any, stand where questions would.
         seed: of everything drawn.
     """
 
@@ -50,6 +53,7 @@ class HistoryConfig:
     longest: int = 32768
     distance: int = 2048
     near: float = 0.15
+    reply_share: float = 0.2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -62,6 +66,10 @@ class HistoryConfig:
             )
         if not 0 <= self.near < 1:
             raise ConfigError(f"near is a share of the questions, from 0 to less than 1; got {self.near}.")
+        if not 0 <= self.reply_share < 1:
+            raise ConfigError(
+                f"reply_share is a share of the questions, from 0 to less than 1; got {self.reply_share}."
+            )
 
 
 @dataclass(frozen=True)
@@ -96,28 +104,49 @@ class Asked:
 
 
 @dataclass(frozen=True)
+class Replied:
+    """A reply to an ordinary prompt.
+
+    Attributes:
+        reply: what stands at `start`.
+        start: in characters.
+        begun: how many of its characters are marked like an answer, since they decide whether it is one or a refusal.
+            None of every other reply: what is marked is learned from with the right bank only.
+    """
+
+    reply: str
+    start: int
+    begun: int
+
+
+@dataclass(frozen=True)
 class History:
-    """One user's history, and what is told and asked in it, in order."""
+    """One user's history, and what is told, asked and otherwise replied in it, in order."""
 
     name: str
     text: str
     told: tuple[Told, ...]
     asked: tuple[Asked, ...]
+    replied: tuple[Replied, ...] = ()
 
     @property
     def document(self) -> Document:
         """The text, with the answers marked that must be remembered: those of near questions need no memory."""
         far = (each for each in self.asked if not each.near)
-        spans = ((each.start, each.start + len(each.answer)) for each in far if each.answer is not None)
-        return Document(self.name, self.text, tuple(spans))
+        spans = [(each.start, each.start + len(each.answer)) for each in far if each.answer is not None]
+        spans += [(each.start, each.start + each.begun) for each in self.replied if each.begun]
+        return Document(self.name, self.text, tuple(sorted(spans)))
 
 
-def generate_histories(filler: TokenizedDocuments, tokenizer: Any, config: HistoryConfig) -> Iterator[History]:
+def generate_histories(
+    filler: TokenizedDocuments, tokenizer: Any, config: HistoryConfig, replies: Sequence[Reply] = ()
+) -> Iterator[History]:
     """Histories until there are `config.tokens` tokens; a seed gives the same first ones however many are asked for.
 
     Args:
         filler: documents whose passages lie between what is told and asked.
         tokenizer: of the backbone that will be trained; its chat template is used.
+        replies: that backbone's own, to ordinary prompts.
 
     Raises:
         SourceError: the filler is empty.
@@ -127,7 +156,7 @@ def generate_histories(filler: TokenizedDocuments, tokenizer: Any, config: Histo
     template = _Template(tokenizer)
     number = written = 0
     while written < config.tokens:
-        writer = _Writer(filler, template, config, np.random.default_rng((config.seed, number)))
+        writer = _Writer(filler, template, config, replies, np.random.default_rng((config.seed, number)))
         yield writer.write(f"history/{config.seed}/{number}")
         written += writer.tokens
         number += 1
@@ -161,7 +190,7 @@ class _Mark:
     """What begins at a character of a text; the `start` of the record is put in when the text has its place."""
 
     start: int
-    record: Told | Asked
+    record: Told | Asked | Replied
 
 
 @dataclass(frozen=True)
@@ -190,6 +219,8 @@ MOST_CHANGES = 4
 _KINDS = {"fact": 0.5, "secret": 0.2, "pair": 0.17, "instruction": 0.08, "quote": 0.05}
 # Tokens: what was mentioned fewer ago is near.
 NEAR = 500
+# Words of a reply that decide what it is.
+_BEGUN = re.compile(r"\S+(?:\s+\S+){0,2}")
 
 
 class _Template:
@@ -198,6 +229,14 @@ class _Template:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.opening = opening_and_turn(tokenizer, "-")[0]
+        # Some templates end a reply with what `session_text` leaves to the next turn.
+        self.end = ""
+        if getattr(tokenizer, "chat_template", None):
+            turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _TURN}]
+            _, _, end = tokenizer.apply_chat_template(turns, tokenize=False).partition(_TURN)
+            self.end = end.removeprefix(
+                session_text(tokenizer, [Turn("user", "-"), Turn("assistant", _TURN)]).partition(_TURN)[2]
+            )
         self.rendered: dict[int, list[_Said]] = {}
 
     def around(self, count: int) -> list[_Said]:
@@ -216,12 +255,18 @@ class _Writer:
     """Writes one history."""
 
     def __init__(
-        self, filler: TokenizedDocuments, template: _Template, config: HistoryConfig, rng: np.random.Generator
+        self,
+        filler: TokenizedDocuments,
+        template: _Template,
+        config: HistoryConfig,
+        replies: Sequence[Reply],
+        rng: np.random.Generator,
     ) -> None:
         self.filler = filler
         self.template = template
         self.tokenizer = template.tokenizer
         self.config = config
+        self.replies = replies
         self.rng = rng
         self.tokens = 0
         self.characters = 0
@@ -229,6 +274,7 @@ class _Writer:
         self.pieces: list[str] = []
         self.told: list[Told] = []
         self.asked: list[Asked] = []
+        self.replied: list[Replied] = []
         self.known: dict[str, _Known] = {}
         # Some histories are dense, others have long passages as a bank of books would.
         self.passage = int(pick(rng, ("150", "300", "300", "512", "800")))
@@ -236,12 +282,14 @@ class _Writer:
     def write(self, name: str) -> History:
         length = int(self.rng.integers(self.config.shortest, self.config.longest + 1))
         parts = {"tell": self._tell, "list": self._list, "hide": self._hide, "read": self._read, "ask": self._ask}
+        if self._may_reply and self._chance(0.3):
+            self._converse(far=True)
         while self.tokens < length:
-            if self._chance(0.6) and self._ask_at_once():
+            if self._chance(0.75) and self._ask_at_once():
                 continue
             odds = _EARLY if self.tokens < _BEGINNING * length else _LATE
             parts[_PARTS[int(self.rng.choice(len(_PARTS), p=odds))]]()
-        return History(name, "".join(self.pieces), tuple(self.told), tuple(self.asked))
+        return History(name, "".join(self.pieces), tuple(self.told), tuple(self.asked), tuple(self.replied))
 
     # ---- parts of a history ----------------------------------------------------------------------------------
 
@@ -250,11 +298,15 @@ class _Writer:
         count = int(self.rng.integers(1, 5))
         exchanges = [self._change() if self._chance(0.4) else self._fact() for _ in range(count)]
         near = self._near_question() if self._owes_near else None
-        self._write_session([*exchanges, *self._small_talk(3)], then=[near] if near else [])
+        talk = self._small_talk(3)
+        self._write_session([*exchanges, *talk], then=[near] if near else [], opened=self._chance(0.3))
 
     def _ask(self, *, plain: float = 0.3, far: bool = False) -> None:
         """Questions, most of them in a session, or, as likely as `plain`, one as text without a chat; `far`: none of
         them near."""
+        if self._may_reply and self._chance(self.config.reply_share):
+            self._converse(far=far)
+            return
         if self._chance(plain):
             said = self._unknown_in_plain_text() if self._chance(0.12) else self._plain_question(far=far)
             if said is not None:
@@ -270,12 +322,20 @@ class _Writer:
             if found is not None:
                 exchanges.append(found)
                 asked.update(self._subjects([found]))
-        if self._chance(0.18 + 0.3 * (not exchanges)):
+        if self._chance(0.4 + 0.2 * (not exchanges)):
             exchanges.append(self._unknown())
         if not exchanges:
             self._read()
             return
         self._write_session([*exchanges, *self._small_talk(1)], opened=far or self._chance(0.5))
+
+    def _converse(self, *, far: bool) -> None:
+        """A session of ordinary talk; something may be asked for in the end."""
+        exchanges = [self._reply() for _ in range(int(self.rng.integers(1, 4)))]
+        asked = None
+        if self._chance(0.4):
+            asked = self._unknown() if self._chance(0.25) else self._question(far=far)
+        self._write_session(exchanges, then=[asked] if asked else [], opened=self._chance(0.6))
 
     def _read(self) -> None:
         """A passage, as it is or shared by the user; a sentence of it may be asked for."""
@@ -495,12 +555,25 @@ class _Writer:
             topic, _ = self._secret(alike=True)
             if topic.subject not in self.known:
                 return topic, ()
-        return self._new_fact(alike=True), ()
+        return self._like_one_told() if self._chance(0.8) else self._new_fact(instructions=False), ()
 
     def _small_talk(self, most: int) -> list[Exchange]:
         count = int(self.rng.integers(most + 1))
-        some = self.rng.permutation(len(wording.EXCHANGES))[:count]
-        return [(_Said(wording.EXCHANGES[i][0]), _Said(wording.EXCHANGES[i][1])) for i in some]
+        own = sum(self._chance(0.5) for _ in range(count)) if self._may_reply else 0
+        some = self.rng.permutation(len(wording.EXCHANGES))[: count - own]
+        exchanges = [(_Said(wording.EXCHANGES[i][0]), _Said(wording.EXCHANGES[i][1])) for i in some]
+        return exchanges + [self._reply() for _ in range(own)]
+
+    @property
+    def _may_reply(self) -> bool:
+        """Whether there are replies, and nothing that was told would change them."""
+        return bool(self.replies) and not self.known.keys() & CHANGE_ALL
+
+    def _reply(self) -> Exchange:
+        reply = self.replies[int(self.rng.integers(len(self.replies)))]
+        match = _BEGUN.match(reply.reply)
+        begun = len(match[0]) if match and self._chance(0.5) else 0
+        return _Said(reply.prompt), _Said(reply.reply, (_Mark(0, Replied(reply.reply, 0, begun)),))
 
     # ---- what there is to draw from ----------------------------------------------------------------------------
 
@@ -510,17 +583,29 @@ class _Writer:
     def _one_of(self, some: Sequence[_Known]) -> _Known:
         return some[int(self.rng.integers(len(some)))]
 
-    def _new_fact(self, *, alike: bool = False) -> Fact:
-        """A fact that was not told; `alike`: rather one of a group of which something was told, and no instruction."""
-        topics = [each.topic for each in self.known.values()]
-        groups = {topic.group for topic in topics if isinstance(topic, Fact)} if alike and self._chance(0.7) else set()
+    def _new_fact(self, *, instructions: bool = True) -> Fact:
+        """A fact that was not told."""
         while True:
             # Facts that belong to somebody are the most by far: every other one is of another kind.
             shape = self.rng.random()
-            some = INSTRUCTIONS if shape < 0.08 and not alike else FACTS if shape < 0.6 else _OTHERS
+            some = INSTRUCTIONS if shape < 0.08 and instructions else FACTS if shape < 0.6 else _OTHERS
             fact = some[int(self.rng.integers(len(some)))]
-            if fact.subject not in self.known and (fact.group in groups or not groups or self._chance(0.02)):
+            if fact.subject not in self.known:
                 return fact
+
+    def _like_one_told(self) -> Fact:
+        """A fact that was not told, but may be taken for one that was: the name of the cat if that of the dog was."""
+        told = [each.topic for each in self.known.values() if isinstance(each.topic, Fact)]
+        told = [topic for topic in told if topic.kind == "fact"]
+        if told:
+            one = told[int(self.rng.integers(len(told)))]
+            alike = [fact for fact in FACTS if fact.subject not in self.known and fact.resembles(one)]
+            # Nearest of all is what is asked for in the same words.
+            nearest = [fact for fact in alike if fact.group == one.group and fact.owner]
+            alike = nearest if nearest and self._chance(0.5) else alike
+            if alike:
+                return alike[int(self.rng.integers(len(alike)))]
+        return self._new_fact(instructions=False)
 
     def _secret(self, *, alike: bool = False) -> tuple[Topic, str]:
         """A secret and the kind of its value; `alike`: of a place that has another one, or of the name of another."""
@@ -591,7 +676,8 @@ class _Writer:
     @staticmethod
     def _subjects(exchanges: Sequence[Exchange]) -> Iterator[str]:
         """What exchanges tell and ask."""
-        return (mark.record.subject for both in exchanges for said in both for mark in said.marks)
+        records = (mark.record for both in exchanges for said in both for mark in said.marks)
+        return (record.subject for record in records if not isinstance(record, Replied))
 
     # ---- writing -----------------------------------------------------------------------------------------------
 
@@ -611,7 +697,12 @@ class _Writer:
             text += _Said(self.template.opening)
         for frame, each in zip_longest(self.template.around(len(said)), said, fillvalue=_Said("")):
             text += frame + each
-        self._write(text)
+        # Every reply is ended, whatever follows; a session that goes on with the same text need not begin with it.
+        end = self.template.end
+        if end and not opened and self.pieces and self.pieces[-1].endswith(end) and text.text.startswith(end):
+            moved = tuple(_Mark(mark.start - len(end), mark.record) for mark in text.marks)
+            text = _Said(text.text.removeprefix(end), moved)
+        self._write(text + _Said(end))
         self.session += 1
 
     def _write_plain(self, said: _Said) -> None:
@@ -627,13 +718,16 @@ class _Writer:
             start = self.characters + mark.start
             if isinstance(mark.record, Told):
                 self.told.append(dataclasses.replace(mark.record, start=start))
+            elif isinstance(mark.record, Replied):
+                self.replied.append(dataclasses.replace(mark.record, start=start))
             else:
                 self.asked.append(dataclasses.replace(mark.record, start=start))
         self.pieces.append(said.text)
         self.characters += len(said.text)
         self.tokens += len(self._ids(said.text))
         # Distances count from the end of the part that mentions a thing.
-        for subject in {mark.record.subject for mark in said.marks} & self.known.keys():
+        subjects = {mark.record.subject for mark in said.marks if not isinstance(mark.record, Replied)}
+        for subject in subjects & self.known.keys():
             self.known[subject].last = self.tokens
 
 

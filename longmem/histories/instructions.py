@@ -242,3 +242,5 @@ INSTRUCTIONS: tuple[Fact, ...] = tuple(
     )
     for subject, kind, told, changed, shown in _ROWS
 )
+# What changes ordinary replies.
+CHANGE_ALL = frozenset(("what to call the assistant", "how answers end", "how answers begin"))

@@ -10,9 +10,11 @@ from longmem.ops.dispatch import (
     gather_rows,
     reads_apart,
     topk_coded,
+    topk_listed,
     topk_scan,
 )
 from longmem.ops.joint import JointHeads, joins_at_once, joint_rows
+from longmem.ops.lists import Lists
 from longmem.ops.loss import linear_cross_entropy, linear_divergence, linear_nll
 from longmem.ops.pages import empty_rows, in_large_pages
 from longmem.ops.pools import Pools
@@ -20,6 +22,7 @@ from longmem.ops.reference import causal_mask, row_scores
 
 __all__ = [
     "JointHeads",
+    "Lists",
     "Pools",
     "attend_rows",
     "causal_logsumexp",
@@ -36,5 +39,6 @@ __all__ = [
     "reads_apart",
     "row_scores",
     "topk_coded",
+    "topk_listed",
     "topk_scan",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from longmem.ops import reference
+from longmem.ops.lists import Lists
 from longmem.ops.pools import Pools
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -58,7 +59,22 @@ def topk_coded(
     return reference.topk_coded(*inputs)
 
 
-def code_queries(query_XQE: Tensor, coder_XES: Tensor) -> Tensor:
+def topk_listed(
+    query_XQE: Tensor,
+    keys_PNE: Tensor | Pools,
+    lists: Lists,
+    top_k: int,
+    length_X: Tensor | None = None,
+    pool_X: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    if reads_apart(query_XQE.device, top_k):
+        from longmem.ops.triton import listed
+
+        return listed.topk_listed(query_XQE, keys_PNE, lists, top_k, length_X, pool_X)
+    return reference.topk_listed(query_XQE, keys_PNE, lists, top_k, length_X, pool_X)
+
+
+def code_queries(query_XQE: Tensor, coder_XES: Tensor) -> tuple[Tensor, Tensor]:
     if HAS_TRITON and query_XQE.is_cuda:
         from longmem.ops.triton import coding
 
@@ -113,5 +129,14 @@ def cross_entropy_slope(logits_XV: Tensor, target_X: Tensor, row_weight_X: Tenso
     return reference.cross_entropy_slope(logits_XV, target_X, row_weight_X)
 
 
-for _function in (topk_scan, topk_coded, code_queries, gather_rows, attend_rows, causal_logsumexp, cross_entropy_slope):
+for _function in (
+    topk_scan,
+    topk_coded,
+    topk_listed,
+    code_queries,
+    gather_rows,
+    attend_rows,
+    causal_logsumexp,
+    cross_entropy_slope,
+):
     _function.__doc__ = getattr(reference, _function.__name__).__doc__

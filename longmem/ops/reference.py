@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longmem.ops.lists import AT_ONCE, TILE, Lists
 from longmem.ops.pools import Pools
 
 # A block of scores is kept below this many elements, so that a search needs bounded memory however large the bank.
 MAX_SCORES = {"cpu": 1 << 25, "cuda": 1 << 30}
 # Keys are first ranked by the best of this many neighbours: the R best keys lie in the R best groups.
 GROUP = 16
-# Groups of keys that are chosen by their codes lie within so many keys, as far apart as they can.
-TILE = 128
 # Score of a key that does not exist; far below any real one, and finite in bfloat16.
 BEYOND = -1e30
 
@@ -124,12 +123,7 @@ def topk_coded(
             continue
         # int8 products are exact in float32 as long as rows are shorter than a thousand numbers.
         rough_QN = code_query_XQD[x].float() @ codes_ND.float().T
-        padded_QN = F.pad(rough_QN, (0, -length % TILE), value=-torch.inf)
-        best_QM = padded_QN.unflatten(-1, (-1, group, TILE // group)).amax(-2).flatten(1)
-        kept = min(2 * top_k, best_QM.shape[-1])
-        group_QM = best_QM.topk(kept, dim=-1).indices
-        first_QM = group_QM // (TILE // group) * TILE + group_QM % (TILE // group)
-        candidate_QC = (first_QM[..., None] + TILE // group * torch.arange(group, device=first_QM.device)).flatten(1)
+        candidate_QC = _keys_of_best_groups(F.pad(rough_QN, (0, -length % TILE), value=-torch.inf), top_k, group)
         score_QN = query_XQE[x].float() @ keys_NE.T
         score_QC = score_QN.gather(-1, candidate_QC.clamp(max=length - 1))
         score_QC = score_QC.masked_fill(candidate_QC >= length, -torch.inf)
@@ -139,15 +133,107 @@ def topk_coded(
     return index_XQR.masked_fill_(score_XQR == -torch.inf, 0), score_XQR
 
 
-def code_queries(query_XQE: Tensor, coder_XES: Tensor) -> Tensor:
+def _keys_of_best_groups(rough_QN: Tensor, top_k: int, group: int) -> Tensor:
+    """Keys (Q, C) of the 2 · R groups whose best is best; N is whole tiles."""
+    best_QM = rough_QN.unflatten(-1, (-1, group, TILE // group)).amax(-2).flatten(1)
+    group_QM = best_QM.topk(min(2 * top_k, best_QM.shape[-1]), dim=-1).indices
+    first_QM = group_QM // (TILE // group) * TILE + group_QM % (TILE // group)
+    return (first_QM[..., None] + TILE // group * torch.arange(group, device=first_QM.device)).flatten(1)
+
+
+def topk_listed(
+    query_XQE: Tensor,
+    keys_PNE: Tensor | Pools,
+    lists: Lists,
+    top_k: int,
+    length_X: Tensor | None = None,
+    pool_X: Tensor | None = None,
+    *,
+    group: int = GROUP,
+) -> tuple[Tensor, Tensor]:
+    """The `top_k` keys of largest dot product among those in the lists that look best, and all that are in none.
+
+    A query chooses lists by the scores of their centroids; all queries of a search read what any of them has chosen.
+    Codes rank groups of what is read beside true scores of keys that came later than the lists, and all keys of the
+    2 · R best groups are scored. What can be missed are keys of lists not read, and what a code's rounding can hide.
+
+    Args:
+        query_XQE: at most `AT_ONCE` queries of each search.
+        keys_PNE, top_k, length_X, pool_X: as for `topk_scan`; lengths are no less than the keys that are in lists.
+        lists: of the pools' first keys.
+        group: keys of a group; of each 128 keys the first group holds every (128 / `group`)-th.
+
+    Returns:
+        index_XQR and score_XQR as `topk_scan` returns them.
+
+    Raises:
+        ValueError: more queries than may be asked at once.
+    """
+    searches, queries, _ = query_XQE.shape
+    if queries > AT_ONCE:
+        raise ValueError(f"{queries} queries were given; at most {AT_ONCE} are asked at once")
+    index_XQR = torch.zeros(searches, queries, top_k, dtype=torch.int64, device=query_XQE.device)
+    score_XQR = torch.full(index_XQR.shape, -torch.inf, device=query_XQE.device)
+    for x in range(searches if queries else 0):
+        pool = x if pool_X is None else int(pool_X[x])
+        query_QE, keys_NE = query_XQE[x].float(), keys_PNE[pool]
+        keys_NE = keys_NE[: keys_PNE.shape[1] if length_X is None else int(length_X[x])]
+        code_1QS, unit_1Q = code_queries(query_QE[None], lists.coder_PES[pool : pool + 1])
+        place_M = _places_read(lists, pool, code_1QS[0])
+        late_N = torch.arange(lists.known, len(keys_NE), device=place_M.device)
+        late_N = F.pad(late_N, (0, -len(late_N) % TILE), value=-1)
+        row_N = torch.cat((lists.rows[pool][place_M, 0], late_N))
+        if not len(row_N):
+            continue
+        # int8 products are exact in float32 as long as rows are shorter than a thousand numbers.
+        listed_QM = unit_1Q.mT * (code_1QS[0].float() @ lists.codes[pool][place_M].float().T)
+        listed_QM = listed_QM + (query_QE @ lists.centre_PE[pool])[:, None]
+        rough_QN = torch.cat((listed_QM, query_QE @ keys_NE[late_N].float().T), dim=1)
+        candidate_QC = _keys_of_best_groups(rough_QN.masked_fill(row_N < 0, -torch.inf), top_k, group)
+        row_QC = row_N[candidate_QC]
+        score_QC = torch.einsum("qe,qce->qc", query_QE, keys_NE[row_QC].float())
+        score_QC = score_QC.masked_fill(row_QC < 0, -torch.inf)
+        kept = min(top_k, score_QC.shape[-1])
+        score_XQR[x, :, :kept], among_QR = score_QC.topk(kept, dim=-1)
+        index_XQR[x, :, :kept] = row_QC.gather(-1, among_QR)
+    return index_XQR.masked_fill_(score_XQR == -torch.inf, 0), score_XQR
+
+
+def _places_read(lists: Lists, pool: int, code_QS: Tensor) -> Tensor:
+    """Places (M,) of the lists that any of a search's queries reads, in whole tiles."""
+    first_L, tiles_L = lists.first_PL1[pool, :-1], lists.first_PL1[pool].diff()
+    read_L = lists_read(lists, pool, code_QS)
+    tile_M = torch.arange(TILE, device=first_L.device)
+    runs = [
+        (torch.arange(first, first + tiles, device=first_L.device)[:, None] * TILE + tile_M).flatten()
+        for first, tiles in zip(first_L[read_L].tolist(), tiles_L[read_L].tolist(), strict=True)
+    ]
+    return torch.cat([tile_M[:0], *runs])
+
+
+def lists_read(lists: Lists, pool: int, code_QS: Tensor) -> Tensor:
+    """Which lists (L,) queries that are asked at once read, given their codes: bool."""
+    tiles_L = lists.first_PL1[pool].diff()
+    score_QL = code_QS.float() @ lists.centroid_PLS[pool].float().T
+    sorted_QL, order_QL = score_QL.sort(dim=-1, descending=True)
+    wanted = tiles_L.sum().minimum(lists.reads_P[pool])
+    # The list that makes the tiles enough, and all others that score as much.
+    last_Q1 = (tiles_L[order_QL].cumsum(-1) < wanted).sum(-1, keepdim=True)
+    return (score_QL >= sorted_QL.gather(-1, last_Q1)).any(0)
+
+
+def code_queries(query_XQE: Tensor, coder_XES: Tensor) -> tuple[Tensor, Tensor]:
     """What stands for queries where keys are codes, (X, Q, S) int8: coordinates in units of each query's largest.
 
     Args:
         coder_XES: a query times its matrix is the query's coordinates.
+
+    Returns:
+        The codes, and the unit of each query (X, Q), float32.
     """
     coordinate_XQS = query_XQE.float() @ coder_XES
     unit_XQ1 = coordinate_XQS.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-    return (coordinate_XQS / unit_XQ1).round().to(torch.int8)
+    return (coordinate_XQS / unit_XQ1).round().to(torch.int8), unit_XQ1[..., 0]
 
 
 def _topk(score_XQN: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

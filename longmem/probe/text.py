@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import sysconfig
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from longmem.data import Document, TokenizedDocuments
 
 
+@lru_cache(maxsize=1)  # reading and tokenising takes seconds
 def default_documents(tokenizer: Any) -> TokenizedDocuments:
     """English text that ships with CPython: its language reference (`pydoc_data.topics`) and library docstrings."""
     return TokenizedDocuments.from_documents(python_documents(), tokenizer)

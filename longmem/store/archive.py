@@ -18,6 +18,7 @@ from longmem.errors import BankError, StoreCorruptError, StoreError, StoreNotWri
 from longmem.store.algebra import not_writable
 from longmem.store.copying import Contents, contents, put, still_held
 from longmem.store.encryption import Keys, Seal
+from longmem.store.files import new_file, sync_folder, write_bytes
 from longmem.store.manifest import MANIFEST, Manifest, blank, now
 from longmem.store.rows import add_version
 from longmem.store.segments import (
@@ -26,12 +27,9 @@ from longmem.store.segments import (
     Piece,
     Record,
     by_segment,
-    digest,
     named,
     read_segment,
     segment_name,
-    sync_folder,
-    write_bytes,
     write_segment,
 )
 from longmem.store.versions import resolve
@@ -41,7 +39,6 @@ if TYPE_CHECKING:
 
 SUMS = "SHA256SUMS"
 _SEGMENT = re.compile(rf"{SEGMENTS}/[0-9a-f]{{32}}\.safetensors")
-_BLOCK = 1 << 20
 
 
 # ---- out -----------------------------------------------------------------------------------------------------
@@ -105,7 +102,8 @@ def _pack(
             # It holds what is not this bank's, or not yet in this version; or is encrypted.
             file = path.with_name(f"{path.name}.{len(files)}")
             stack.callback(_remove, file)
-            said = write_segment(file, entries, Seal(store.keys))
+            with new_file(file) as out:
+                said = write_segment(out, file.name, entries, Seal(store.keys))
             new = NewSegment(f"{secrets.token_hex(16)}.safetensors", *said, held.name, None)
             places, token, char = [], 0, 0
             for piece in mine:
@@ -254,19 +252,11 @@ def _copy(store: MemoryStore, source: IO[bytes], bank: str) -> tuple[NewSegment,
     """Copy a segment into the store, under a temporary name; returns its sha256 as it came, too."""
     seal = store.seal(bank)
     file = secrets.token_hex(16) + ".safetensors"
-    path = store.segment_path(file).with_suffix(".tmp")
     try:
-        if seal.key_id is not None:
-            data = source.read()
-            said = write_bytes(path, seal.data(data, segment_name(file)))
-            return NewSegment(file, *said, bank, seal.key_id), hashlib.sha256(data).hexdigest()
-        with open(path, "xb") as out:
-            while block := source.read(_BLOCK):
-                out.write(block)
-            out.flush()
-            os.fsync(out.fileno())
-        sha256 = digest(path)
-        return NewSegment(file, sha256, path.stat().st_size, bank, None), sha256
+        data = source.read()
+        said = write_bytes(store.files.draft(file), seal.data(data, segment_name(file)))
+        store.files.finish(file)
+        return NewSegment(file, *said, bank, seal.key_id), hashlib.sha256(data).hexdigest()
     except BaseException:
         store.discard(file)
         raise

@@ -8,14 +8,13 @@ stay equal, so that the manifest can look them up. docs/format.md describes ever
 from __future__ import annotations
 
 import importlib
-import os
 import secrets
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from longmem.errors import MissingExtraError, StoreCorruptError, StoreError, StoreKeyError, StoreNotWritableError
+from longmem.errors import MissingExtraError, StoreCorruptError, StoreError, StoreKeyError
+from longmem.store.keys import KeyProvider
 
 MAGIC = b"LMSEALED"
 BLOCK_BYTES = 1 << 20
@@ -25,81 +24,57 @@ _HEADER_BYTES = len(MAGIC) + _ID_BYTES + _SALT_BYTES + 8
 
 
 class Keys:
-    """The folder in which the keys of a store's namespaces lie, a file each. It is made with the first key.
+    """The keys of a store's namespaces, from whoever keeps them; each is asked for once.
 
-    A key is named by its id, 32 hexadecimal digits that are derived from it: a file that holds another key is noticed.
+    A key's id is derived from it, so that another key in its place is noticed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, provider: KeyProvider) -> None:
+        self.provider = provider
         self._known: dict[str, bytes] = {}
 
-    def path(self, key_id: str) -> Path:
-        return self.folder / f"{key_id}.key"
-
     def new(self) -> str:
-        """Make a key and keep it durably, readable by the owner alone; returns its id.
+        """Make a key and have it kept; returns its id.
 
         Raises:
-            StoreNotWritableError: the folder cannot be written.
+            StoreNotWritableError: it cannot be kept.
             MissingExtraError: `cryptography` is not installed.
         """
         key = secrets.token_bytes(KEY_BYTES)
         key_id = _id_of(key)
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(self.path(key_id), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "wb") as file:
-                file.write(key.hex().encode())
-                file.flush()
-                os.fsync(file.fileno())
-            for folder in (self.folder, self.folder.parent):
-                _sync(folder)
-        except OSError as error:
-            raise StoreNotWritableError(
-                f"No key can be kept in {self.folder}: {error}. Check its permissions, or give another folder for keys."
-            ) from error
+        self.provider.put(key_id, key)
         self._known[key_id] = key
         return key_id
 
     def key(self, key_id: str) -> bytes:
-        """Raises `StoreKeyError` if there is no such key, or its file holds another."""
+        """Raises `StoreKeyError` if there is no such key, or another in its place."""
         if key_id not in self._known:
-            path = self.path(key_id)
-            try:
-                key = bytes.fromhex(path.read_text("ascii").strip())
-            except FileNotFoundError as error:
+            key = self.provider.get(key_id)
+            if key is None:
                 raise StoreKeyError(
-                    f"This is encrypted with key {key_id}, which is not in {self.folder}. Put its file back, or give "
-                    "the folder that holds it (`MemoryStore.open(…, keys=…)`). If the key was destroyed, what it "
-                    "encrypted is forgotten: delete the bank."
-                ) from error
-            except (OSError, ValueError) as error:
-                raise StoreKeyError(f"{path} cannot be read as a key: {error}. Restore it from a backup.") from error
+                    f"This is encrypted with key {key_id}, which is not in {self.provider}. Put it back, or say where "
+                    "it is (--keys, LONGMEM_KEYS, `MemoryStore.open(…, keys=…)`). If it was destroyed, what it "
+                    "encrypted is forgotten: delete the bank; `longmem encrypt` gives its name a new key."
+                )
             if len(key) != KEY_BYTES or _id_of(key) != key_id:
                 raise StoreKeyError(
-                    f"{path} holds another key than {key_id}: what is encrypted cannot be opened with it. Restore the "
-                    "right file. Nothing is lost in the store."
+                    f"{self.provider} holds another key than {key_id} under that name: what is encrypted cannot be "
+                    "opened with it. Restore the right one. Nothing is lost in the store."
                 )
             self._known[key_id] = key
         return self._known[key_id]
 
     def destroy(self, key_id: str) -> bool:
-        """Overwrite and remove a key; False if there is none. Processes that have read it can use it until they end."""
+        """Remove a key for good; False if there is none. Processes that have read it can use it until they end."""
         self._known.pop(key_id, None)
-        path = self.path(key_id)
+        return self.provider.destroy(key_id)
+
+    def has(self, key_id: str) -> bool:
+        """Whether there is such a key."""
         try:
-            with open(path, "r+b") as file:
-                file.write(bytes(path.stat().st_size))
-                file.flush()
-                os.fsync(file.fileno())
-            path.unlink()
-            _sync(self.folder)
-        except FileNotFoundError:
+            return key_id in self._known or self.provider.get(key_id) is not None
+        except StoreKeyError:
             return False
-        except OSError as error:
-            raise StoreNotWritableError(f"{path} cannot be removed: {error}. Check its permissions.") from error
-        return True
 
     def discard(self, key_id: str) -> None:
         """Remove a key with which nothing was encrypted."""
@@ -234,11 +209,3 @@ def _cryptography(module: str) -> Any:
         raise MissingExtraError(
             "Encrypted namespaces need the package cryptography. Install it: pip install 'longmem[encryption]'."
         ) from error
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longmem.bank import BankEntry, SourceSpan, packed
 from longmem.config import BankSpec
-from longmem.errors import BankMismatchError, ConfigError, SourceError, StoreNotWritableError
+from longmem.errors import BankMismatchError, ConfigError, SourceError, StoreKeyError, StoreNotWritableError
 from longmem.store.manifest import now
 from longmem.store.receipts import Receipt, add_receipt, hash_name, new_salt
 from longmem.store.release import release
@@ -79,6 +79,7 @@ class Preview:
         banks: banks of the namespace that would change.
         generated: text that drew on it, or on text that did, as far as that was recorded. It stays unless it is
             forgotten as well.
+        unreadable: banks with more of that, which cannot be shown, nor forgotten with it: their key is missing.
     """
 
     bank: str
@@ -88,6 +89,7 @@ class Preview:
     encode: int
     banks: tuple[str, ...]
     generated: tuple[Generated, ...]
+    unreadable: tuple[str, ...]
 
 
 _Span = tuple[int, int]
@@ -146,6 +148,7 @@ def preview(store: MemoryStore, name: str, stretches: Sequence[Stretch]) -> Prev
     encode = sum(plan.pieces[piece].tokens for piece in plan.changed if plan.left(piece))
     changed = set(plan.changed)
     banks = {plan.names[bank] for bank, _, piece, _ in plan.rows if piece in changed}
+    generated, unreadable = _generated(store, plan)
     return Preview(
         name,
         tuple(_texts(plan, mine)),
@@ -153,7 +156,8 @@ def preview(store: MemoryStore, name: str, stretches: Sequence[Stretch]) -> Prev
         tokens,
         encode,
         tuple(sorted(banks)),
-        tuple(_generated(store, plan)),
+        tuple(generated),
+        tuple(sorted(unreadable)),
     )
 
 
@@ -324,8 +328,10 @@ ORDER BY bank.name, piece.source, piece.char_start
 """
 
 
-def _generated(store: MemoryStore, plan: _Plan) -> list[Generated]:
-    """Text that drew on what goes, or on text that did, and would stay: pieces whole, as they were written."""
+def _generated(store: MemoryStore, plan: _Plan) -> tuple[list[Generated], set[str]]:
+    """Text that drew on what goes, or on text that did, and would stay: pieces whole, as they were written; and banks
+    with more of it, whose key is missing.
+    """
     # Where several banks hold it, the one that is asked is named.
     rows = sorted(store.manifest.query(_DREW), key=lambda row: row[6] != plan.bank)
     namespaces = dict(store.manifest.query("SELECT name, namespace FROM bank"))
@@ -335,6 +341,7 @@ def _generated(store: MemoryStore, plan: _Plan) -> list[Generated]:
     touched = [(plan.namespace, seal.name(source), spans) for source, spans in plan.spans.items()]
     touched += [(plan.namespace, seal.name(source), [(0, 2**62)]) for source in plan.whole]
     found: dict[int, Generated] = {}
+    unreadable: dict[int, str] = {}
     gone = {piece for piece in plan.pieces if not plan.left(piece)}
     grown = True
     while grown:
@@ -344,17 +351,20 @@ def _generated(store: MemoryStore, plan: _Plan) -> list[Generated]:
                 namespaces.get(bank) == where and source == what and any(max(start, a) < min(end, b) for a, b in spans)
                 for where, what, spans in touched
             )
-            if not drawn or piece in gone:
+            if not drawn or piece in gone or piece in unreadable:
                 continue
             if piece not in found:
-                for (data,) in store.manifest.query("SELECT data FROM record WHERE piece = ?", piece):
-                    text = Record.unpack(store.keys.opened(data, record_name(piece))).text
-                    found[piece] = Generated(holder, store.keys.name(of), first, first + chars, text, weight)
+                try:
+                    for (data,) in store.manifest.query("SELECT data FROM record WHERE piece = ?", piece):
+                        text = Record.unpack(store.keys.opened(data, record_name(piece))).text
+                        found[piece] = Generated(holder, store.keys.name(of), first, first + chars, text, weight)
+                except StoreKeyError:
+                    unreadable[piece] = holder
                 touched.append((namespace, of, [(first, first + chars)]))
                 grown = True
             elif weight > found[piece].weight:
                 found[piece] = dataclasses.replace(found[piece], weight=weight)
-    return list(found.values())
+    return list(found.values()), set(unreadable.values())
 
 
 # ---- doing it ------------------------------------------------------------------------------------------------

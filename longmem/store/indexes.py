@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +15,7 @@ from torch import Tensor
 from longmem.approximate import BankIndex
 from longmem.errors import StoreCorruptError
 from longmem.store.encryption import Keys, Seal
-from longmem.store.segments import write_bytes
+from longmem.store.files import write_bytes
 from longmem.store.tensors import open_tensors
 
 INDEXES = "indexes"
@@ -27,13 +27,13 @@ def index_name(bank_id: int | str) -> str:
     return f"index {bank_id}"
 
 
-def write_index(path: Path, index: BankIndex, bank_id: int, seal: Seal) -> None:
+def write_index(file: IO[bytes], index: BankIndex, bank_id: int, seal: Seal) -> None:
     """Write and sync an index file."""
     tensors, settings = index.state()
     tensors = {name: part.contiguous() for name, part in tensors.items()}
     settings["sha256"] = _digest(tensors)
     data = save(tensors, metadata={"longmem_index": str(INDEX_VERSION), "settings": json.dumps(settings)})
-    write_bytes(path, seal.data(data, index_name(bank_id)))
+    write_bytes(file, seal.data(data, index_name(bank_id)))
 
 
 def read_index(path: Path, again: str, keys: Keys, *, verify: bool) -> BankIndex:

@@ -9,14 +9,15 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from longmem.errors import StoreCorruptError, StoreError, StoreNotWritableError
+from longmem.store.twin import TABLES, TWIN, Comparison, Twin, columns_of, compare, connect, is_damage, scrub
 
 MANIFEST = "manifest.sqlite"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 APPLICATION_ID = 0x4C4D454D  # "LMEM"
 
 SCHEMA = """
@@ -129,8 +130,24 @@ CREATE TABLE encryption (
 )
 """
 
-# Format 3 had no encrypted namespaces. Format 1 had one row, in `segment`, for a piece and its file, and no copy of the
-# text outside of that file. Format 2 had pieces of one bank each, and no versions.
+COMMITS = """
+CREATE TABLE commits (
+    id     INTEGER PRIMARY KEY CHECK (id = 1),
+    number INTEGER NOT NULL
+)
+"""
+
+LOCATION = """
+CREATE TABLE location (
+    id   INTEGER PRIMARY KEY CHECK (id = 1),
+    url  TEXT    NOT NULL,
+    mark TEXT    NOT NULL
+)
+"""
+
+# Format 4 had no other location of segments, and no twin, so no numbers of commits. Format 3 had no encrypted
+# namespaces. Format 1 had one row, in `segment`, for a piece and its file, and no copy of the text outside of that
+# file. Format 2 had pieces of one bank each, and no versions.
 _PIECES_OF_1 = """
 CREATE TABLE old_piece AS SELECT id, bank, ordinal, source, char_start, chars, tokens, id AS segment, 0 AS first_token,
     0 AS first_char, created FROM old_segment;
@@ -151,15 +168,17 @@ DELETE FROM sqlite_sequence WHERE 'old_' || name IN (SELECT name FROM sqlite_seq
 UPDATE sqlite_sequence SET name = substr(name, 5) WHERE name LIKE 'old#_%' ESCAPE '#'
 """
 _BUSY_SECONDS = 30.0
+_MEND = "Nothing of the store is used until it is mended: `longmem repair --store {folder}`."
 
 
 class Manifest:
     """The database of one store. Threads share its connection under a lock; SQLite keeps processes apart."""
 
-    def __init__(self, folder: Path, database: sqlite3.Connection, *, writable: bool) -> None:
+    def __init__(self, folder: Path, database: sqlite3.Connection, *, writable: bool, twin: Twin | None = None) -> None:
         self.folder = folder
         self.writable = writable
         self._db = database
+        self._twin = twin
         self._lock = threading.RLock()
 
     @classmethod
@@ -168,23 +187,31 @@ class Manifest:
 
         Raises:
             StoreError: it belongs to another program or to another version.
-            StoreCorruptError: it is damaged.
+            StoreCorruptError: it is damaged, or its twin has other rows.
         """
-        path = folder / MANIFEST
-        with _explained(folder):
-            database = _connect(path) if writable else _connect_read_only(path)
+        path, twin = folder / MANIFEST, None
+        with explained(folder):
+            database = connect(path) if writable else _connect_read_only(path)
             try:
                 database = _check_format(database, folder, writable=writable)
+                found = compare_in(folder, writable=writable)
+                if found.damaged:
+                    raise StoreCorruptError(f"{path} is damaged: {found.meaning}. {_MEND.format(folder=folder)}")
+                if writable:
+                    twin = Twin(folder / TWIN, database)
             except BaseException:
                 database.close()
                 raise
-        return cls(folder, database, writable=writable)
+        manifest = cls(folder, database, writable=writable, twin=twin)
+        if twin is not None and found.renew:
+            manifest.renew_twin()
+        return manifest
 
     @classmethod
     def from_bytes(cls, data: bytes, path: Path) -> Manifest:
         """A manifest in memory, to be read; `path` is where it came from, for errors. Raises as `open` does."""
         database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
-        with _explained(path):
+        with explained(path):
             try:
                 database.deserialize(data)
                 database = _check_format(database, path, writable=False)
@@ -195,37 +222,47 @@ class Manifest:
 
     def close(self) -> None:
         with self._lock:
+            if self._twin is not None:
+                self._twin.close()
             self._db.close()
 
     def query(self, sql: str, *values: object) -> list[tuple]:
         """All rows of a statement."""
-        with self._lock, _explained(self.folder):
+        with self._lock, explained(self.folder):
             return self._db.execute(sql, values).fetchall()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """The write lock of the store, held until everything inside is committed or, on any exception, undone."""
         self.require_writable()
-        with self._lock, _explained(self.folder):
+        with self._lock, explained(self.folder):
             try:
                 self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
+                if self._twin is not None:
+                    self._twin.take()
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
 
+    def renew_twin(self) -> None:
+        """Make the second copy of all rows anew."""
+        assert self._twin is not None
+        with self.transaction() as database:
+            self._twin.renew()
+            # Otherwise nothing has changed that could be taken over.
+            database.execute("UPDATE commits SET number = number")
+
     def scrub(self) -> bool:
-        """Overwrite what is left of deleted rows, in the database and in its log; False if that is not possible now."""
+        """Overwrite what is left of deleted rows, in both databases and their logs; False if that is not possible."""
         with self._lock:
             try:
                 # Deleted rows are overwritten already (secure_delete); this leaves no free pages at all.
-                self._db.execute("VACUUM")
-                ((busy, _, _),) = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                return all([scrub(self._db), self._twin is None or self._twin.scrub()])
             except sqlite3.Error:
                 return False
-        return not busy
 
     def require_writable(self) -> None:
         """Raise `StoreNotWritableError` if the store is open for reading only."""
@@ -243,28 +280,33 @@ def blank() -> sqlite3.Connection:
     return database
 
 
-def _connect(manifest: Path) -> sqlite3.Connection:
-    # isolation_level=None: transactions begin where the code says so. Threads share the connection under a lock.
-    database = sqlite3.connect(manifest, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-    try:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
-        database.execute("PRAGMA foreign_keys = ON")
-        database.execute("PRAGMA secure_delete = ON")
-        # Nothing that is to be forgotten goes to temporary files.
-        database.execute("PRAGMA temp_store = MEMORY")
-    except BaseException:
-        database.close()
-        raise
-    return database
+def compare_in(folder: Path, *, writable: bool) -> Comparison:
+    """Compare the manifest of a folder with its twin.
+
+    Raises:
+        sqlite3.Error: the manifest cannot be read.
+    """
+    if not (folder / TWIN).exists():
+        return Comparison({}, {}, renew=True)
+    with closing(blank()) as new:
+        tables = {table: columns_of(new, table) for table in TABLES}
+    manifest, twin = (_uri(folder / name, writable=writable) for name in (MANIFEST, TWIN))
+    return compare(manifest, twin, tables)
+
+
+def _uri(path: Path, *, writable: bool) -> str:
+    """How SQLite is told to open a file. Where nothing can be written, it can read a log only if it need not be
+    recovered; without a log (the last writer closed it) the file is complete in itself."""
+    log = path.with_name(path.name + "-wal")
+    mode = "rw" if writable else "ro" if os.path.exists(log) else "ro&immutable=1"
+    return f"{path.absolute().as_uri()}?mode={mode}"
 
 
 def _connect_read_only(manifest: Path) -> sqlite3.Connection:
-    # SQLite reads a log with the help of a file that it cannot create here. Without a log (the last writer closed
-    # it) the manifest is complete in itself; with one it must not be ignored.
+    # SQLite reads a log with the help of a file that it cannot create here, and a log must not be ignored.
     log = manifest.with_name(manifest.name + "-wal")
     has_log = os.path.exists(log)
-    uri = manifest.absolute().as_uri() + ("?mode=ro" if has_log else "?mode=ro&immutable=1")
+    uri = _uri(manifest, writable=False)
     database = sqlite3.connect(uri, uri=True, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         database.execute("SELECT 1 FROM sqlite_master").fetchone()
@@ -313,6 +355,9 @@ def _check_format(database: sqlite3.Connection, folder: Path, *, writable: bool)
 def _create(database: sqlite3.Connection) -> None:
     _run(database, SCHEMA)
     database.execute(ENCRYPTION)
+    database.execute(COMMITS)
+    database.execute(LOCATION)
+    database.execute("INSERT INTO commits VALUES (1, 0)")
     database.execute("INSERT INTO secret VALUES (1, randomblob(32))")
     database.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
@@ -342,8 +387,12 @@ def _migrate(database: sqlite3.Connection) -> None:
             database.execute(f"INSERT INTO {table} SELECT * FROM old_{table}")
         for table in {"quarantine", "record", "piece", *old}:
             database.execute(f"DROP TABLE old_{table}")
-    if version < FORMAT_VERSION:
+    if version < 4:
         database.execute(ENCRYPTION)
+    if version < FORMAT_VERSION:
+        database.execute(COMMITS)
+        database.execute(LOCATION)
+        database.execute("INSERT INTO commits VALUES (1, 0)")
         database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
     database.execute("COMMIT")
     database.execute("PRAGMA foreign_keys = ON")
@@ -364,15 +413,15 @@ def _run(database: sqlite3.Connection, script: str) -> None:
 
 
 @contextmanager
-def _explained(folder: Path) -> Iterator[None]:
+def explained(folder: Path) -> Iterator[None]:
     """Turn SQLite's errors into errors that say what to do."""
     try:
         yield
     except sqlite3.Error as error:
         code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
         manifest = folder / MANIFEST
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise StoreCorruptError(f"{manifest} is damaged: {error}. Restore it from a backup.") from error
+        if is_damage(error):
+            raise StoreCorruptError(f"{manifest} is damaged: {error}. {_MEND.format(folder=folder)}") from error
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise StoreError(
                 f"Another process has kept {manifest} locked for {_BUSY_SECONDS:.0f} seconds. "

@@ -25,7 +25,7 @@ SIGNED_WITH = "HMAC-SHA256"
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a `forget` has removed.
+    """What a `forget` has removed, or the destruction of a key.
 
     Attributes:
         said: JSON, as it was signed; `facts` reads it, docs/format.md describes its fields.
@@ -46,6 +46,11 @@ class Receipt:
     @property
     def time(self) -> datetime:
         return datetime.fromisoformat(self.facts["time"])
+
+    @property
+    def destroyed_key(self) -> str | None:
+        """Id of the key that was destroyed, and with it all that its namespace held; None if text was forgotten."""
+        return self.facts.get("destroyed_key")
 
     def is_about(self, source: str) -> bool:
         """Whether something of a source of this name was forgotten."""

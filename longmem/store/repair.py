@@ -20,7 +20,8 @@ from longmem.bank import BankEntry, packed
 from longmem.config import BankSpec
 from longmem.errors import BankMismatchError, StoreCorruptError, StoreError, StoreNotWritableError
 from longmem.store.encryption import Seal
-from longmem.store.manifest import now
+from longmem.store.files import sync_folder
+from longmem.store.manifest import compare_in, explained, now
 from longmem.store.rows import put_record
 from longmem.store.segments import (
     QUARANTINE,
@@ -32,10 +33,9 @@ from longmem.store.segments import (
     read_segment,
     record_in,
     segment_name,
-    sync_folder,
 )
 from longmem.store.tensors import open_tensors
-from longmem.store.thinning import PIECE_TABLES, as_thinned
+from longmem.store.thinning import PIECE_TABLES, as_thinned, damaged_scores
 from longmem.store.verify import Fault, index_fault, record_of, segment_fault
 
 if TYPE_CHECKING:
@@ -128,8 +128,25 @@ def repair(
 ) -> tuple[Repair, ...]:
     """See `MemoryStore.repair`."""
     store.manifest.require_writable()
+    with explained(store.folder):
+        compared = compare_in(store.folder, writable=True)
+    if compared.damaged:
+        raise StoreCorruptError(
+            f"The manifest of {store.folder} is damaged: {compared.meaning}. Close the store and mend that first: "
+            f"`MemoryStore.rebuild`, `longmem repair --store {store.folder}`."
+        )
+    if compared.renew:
+        store.manifest.renew_twin()
+    with store.manifest.transaction():
+        # Under the lock: nobody is about to make them part of the store.
+        left = store.orphans_elsewhere()
+    store.unlink(left)
     if name is not None and store.find(name) is None:
         raise store.not_found(name)
+    for bank_id, bank in store.manifest.query("SELECT id, name FROM bank"):
+        if name in (None, bank) and (bad := damaged_scores(store, bank_id)):
+            with store.manifest.transaction() as database:
+                database.executemany("DELETE FROM score WHERE piece = ? AND name = ?", bad)
     done = []
     for (namespace,) in store.manifest.query("SELECT DISTINCT namespace FROM bank ORDER BY namespace"):
         # A namespace is mended as a whole: its banks share segments.

@@ -8,11 +8,13 @@ import sqlite3
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from longmem.errors import BankError, StoreCorruptError, StoreError, StoreNotWritableError
+from longmem.errors import BankError, StoreCorruptError, StoreError, StoreKeyError, StoreNotWritableError
 from longmem.store.encryption import Seal
+from longmem.store.files import write_bytes
 from longmem.store.manifest import now
+from longmem.store.receipts import Receipt, add_receipt, new_salt, receipts
 from longmem.store.rows import record_name
-from longmem.store.segments import SEGMENTS, segment_name, sync_folder, write_bytes
+from longmem.store.segments import segment_name
 from longmem.store.thinning import score_name
 
 if TYPE_CHECKING:
@@ -54,20 +56,76 @@ def encrypt(store: MemoryStore, namespace: str) -> None:
     store.erase(old)
 
 
-def destroy_key(store: MemoryStore, namespace: str) -> None:
+def destroy_key(store: MemoryStore, namespace: str) -> Receipt:
     """See `MemoryStore.destroy_key`."""
     store.manifest.require_writable()
-    rows = store.manifest.query("SELECT key FROM encryption WHERE namespace = ?", namespace)
-    if not rows:
-        known = store.manifest.query("SELECT namespace FROM encryption WHERE destroyed IS NULL ORDER BY namespace")
-        listed = ", ".join(name for (name,) in known) or "none"
-        raise StoreError(f"Namespace {namespace!r} is not encrypted, so it has no key. Those that have one: {listed}.")
-    # First of all: what follows is a note.
-    store.keys.destroy(rows[0][0])
     with store.manifest.transaction() as database:
-        database.execute(
-            "UPDATE encryption SET destroyed = COALESCE(destroyed, ?) WHERE namespace = ?", (now(), namespace)
+        rows = database.execute("SELECT key, destroyed FROM encryption WHERE namespace = ?", (namespace,)).fetchall()
+        if not rows:
+            raise _not_encrypted(store, namespace)
+        ((key_id, begun),) = rows
+        # From here on nobody writes with this key, whoever still has it. Whatever happens now, it can be done again.
+        _note(database, namespace, begun or now())
+    try:
+        found = store.keys.destroy(key_id)
+    except BaseException:
+        if begun is None and store.keys.has(key_id):
+            with store.manifest.transaction() as database:
+                _note(database, namespace, None)
+        raise
+    if not found and begun is None:
+        with store.manifest.transaction() as database:
+            _note(database, namespace, None)
+        raise StoreKeyError(
+            f"The key of {namespace!r}, {key_id}, is not in {store.keys.provider}, so it was not destroyed. Say where "
+            "it is (--keys, `MemoryStore.open(…, keys=…)`). If it is gone for good, delete the banks."
         )
+    with store.manifest.transaction() as database:
+        for given in receipts(store.manifest, namespace):
+            if given.destroyed_key == key_id:
+                return given
+        return _sign(database, namespace, key_id)
+
+
+def _note(database: sqlite3.Connection, namespace: str, destroyed: str | None) -> None:
+    database.execute("UPDATE encryption SET destroyed = ? WHERE namespace = ?", (destroyed, namespace))
+
+
+def _not_encrypted(store: MemoryStore, namespace: str) -> StoreError:
+    known = store.manifest.query("SELECT namespace FROM encryption WHERE destroyed IS NULL ORDER BY namespace")
+    listed = ", ".join(name for (name,) in known) or "none"
+    return StoreError(f"Namespace {namespace!r} is not encrypted, so it has no key. Those that have one: {listed}.")
+
+
+def _sign(database: sqlite3.Connection, namespace: str, key_id: str) -> Receipt:
+    """A receipt for a key, and so for all that the namespace held."""
+    banks = database.execute(
+        "SELECT name, COALESCE(SUM(tokens), 0), MIN(held.version), bank.id FROM bank "
+        "LEFT JOIN held ON held.bank = bank.id LEFT JOIN piece ON piece.id = held.piece "
+        "WHERE namespace = ? GROUP BY bank.id ORDER BY name",
+        (namespace,),
+    ).fetchall()
+    tags = database.execute("SELECT bank, name FROM tag ORDER BY name").fetchall()
+    facts = {
+        "time": now(),
+        "namespace": namespace,
+        "bank": namespace,
+        "salt": new_salt(),
+        "destroyed_key": key_id,
+        "removed": [],
+        "banks": [
+            {
+                "bank": name,
+                "tokens": tokens,
+                "encoded_again": 0,
+                "from_version": first,
+                "tags": [tag for bank, tag in tags if bank == bank_id],
+            }
+            for name, tokens, first, bank_id in banks
+        ],
+        "files": [],
+    }
+    return add_receipt(database, namespace, facts)
 
 
 def _require_encryptable(store: MemoryStore, database: sqlite3.Connection, namespace: str) -> None:
@@ -114,13 +172,14 @@ def _seal_segments(
             raise StoreCorruptError(f"{path} is damaged: its sha256 is not {sha256}. {store.mend(namespace)}")
         new = secrets.token_hex(16) + ".safetensors"
         written.append(new)
-        said = write_bytes(store.segment_path(new), seal.data(data, segment_name(new)))
+        said = write_bytes(store.files.draft(new), seal.data(data, segment_name(new)))
+        store.files.finish(new)
+        store.files.place(new, said[1])
         # A row of its own: whoever reads the old one meanwhile sees that its pieces have moved.
         row = database.execute("INSERT INTO segment (file, sha256, bytes) VALUES (?, ?, ?)", (new, *said)).lastrowid
         database.execute("UPDATE piece SET segment = ? WHERE segment = ?", (row, segment))
         database.execute("DELETE FROM segment WHERE id = ?", (segment,))
         old.append(file)
-    sync_folder(store.folder / SEGMENTS)
     return old
 
 

@@ -5,14 +5,12 @@ H memory heads, N tokens of all pieces in a file one after the other, E head siz
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from torch import Tensor
 from longmem.bank import BankEntry
 from longmem.errors import SourceError, StoreCorruptError, StoreError
 from longmem.store.encryption import Keys, Seal
+from longmem.store.files import digest, write_bytes
 from longmem.store.tensors import open_tensors
 
 SEGMENTS = "segments"
@@ -180,10 +179,11 @@ def segment_name(file: str) -> str:
     return f"segment {file.split('.')[0]}"
 
 
-def write_segment(path: Path, entries: Sequence[BankEntry], seal: Seal) -> tuple[str, int]:
+def write_segment(file: IO[bytes], name: str, entries: Sequence[BankEntry], seal: Seal) -> tuple[str, int]:
     """Write and sync a segment file; returns its sha256 and its size in bytes.
 
     Args:
+        name: of the file, by which it is sealed.
         entries: keys and values as the bank keeps them (`longmem.bank.packed`).
         seal: of the namespace that it belongs to.
     """
@@ -208,16 +208,7 @@ def write_segment(path: Path, entries: Sequence[BankEntry], seal: Seal) -> tuple
         tensors,
         metadata={"longmem_segment": str(SEGMENT_VERSION), "pieces": json.dumps(pieces)},
     )
-    return write_bytes(path, seal.data(data, segment_name(path.name)))
-
-
-def write_bytes(path: Path, data: bytes) -> tuple[str, int]:
-    """Write and sync a new file; returns its sha256 and its size."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return hashlib.sha256(data).hexdigest(), len(data)
+    return write_bytes(file, seal.data(data, segment_name(name)))
 
 
 def read_segment(
@@ -323,18 +314,3 @@ def by_segment(pieces: Sequence[Piece]) -> dict[int, list[Piece]]:
     for piece in pieces:
         segments.setdefault(piece.segment, []).append(piece)
     return segments
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and unlinks in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,103 +2,65 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import re
 import secrets
 import sqlite3
-import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 
 from longmem.bank import BankEntry
-from longmem.config import BankSpec, Precision
-from longmem.errors import BankError, BankMismatchError, BankNotFoundError, StoreError, StoreNotWritableError
+from longmem.config import BankSpec
+from longmem.errors import (
+    BankError,
+    BankMismatchError,
+    BankNotFoundError,
+    StoreError,
+    StoreKeyError,
+    StoreNotWritableError,
+    StoreUnreachableError,
+)
 from longmem.store.algebra import Diff, TextEncoder, copy_by, diff, fork, merge
 from longmem.store.archive import export, import_
+from longmem.store.bank_info import BankInfo, bank_infos, check_bank_name, mismatch
 from longmem.store.consolidate import SEGMENT_BYTES, Consolidation, consolidate
 from longmem.store.encryption import Keys, Seal
+from longmem.store.files import sync_folder
 from longmem.store.forgetting import Preview, Stretch, forget, preview, written
 from longmem.store.indexes import INDEXES
-from longmem.store.manifest import FORMAT_VERSION, MANIFEST, Manifest, now
+from longmem.store.keys import KeyFolder, KeyProvider
+from longmem.store.manifest import MANIFEST, Manifest, now
+from longmem.store.opening import can_write, create_folder, remote_of, require_empty
+from longmem.store.rebuild import Rebuilt, rebuild, restore_records
 from longmem.store.receipts import Receipt, is_genuine, receipts
 from longmem.store.release import release
+from longmem.store.remote import Remote
 from longmem.store.repair import Encoder, Repair, repair
 from longmem.store.sealing import destroy_key, encrypt
+from longmem.store.segment_files import SegmentFiles
 from longmem.store.segments import (
     IN_SEGMENT,
     PIECES,
-    QUARANTINE,
     SEGMENTS,
     NewSegment,
     Piece,
     pieces_of,
-    sync_folder,
     write_segment,
 )
 from longmem.store.stored_bank import StoredBank
+from longmem.store.sweeping import erase, known_files, orphans, sweep
+from longmem.store.twin import TWIN
 from longmem.store.verify import Report, verify
 from longmem.store.versions import Version, log, resolve, tag, tags, untag
 
 # Later than any version.
 _NEVER = 2**62
 _REVISION = "SELECT revision FROM bank WHERE id = ?"
-_NAME_PART = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9._-]+"
-_NAME = re.compile(rf"{_NAME_PART}(?:/{_NAME_PART})*")
-# A temporary file this old belongs to no append that still runs. Were it one after all (a suspended machine),
-# its rename fails and nothing is committed.
-_STALE_SECONDS = 3600
-
-
-@dataclass(frozen=True)
-class BankInfo:
-    """What the manifest knows of a bank.
-
-    Attributes:
-        tokens, sources: how many are remembered.
-        rows: how many of the tokens have keys and values: all, unless the bank was thinned.
-        bytes: size of its segment files.
-        backbone: name of the backbone that wrote it.
-        precision: how keys and values are kept: "full", "int8" or "int4".
-        created, updated: UTC; `updated` is the last append or forget.
-        namespace: the bank that it is a fork of, or its own name: banks of one namespace share segment files, and what
-            one of them forgets is forgotten by all.
-        version: the latest; 0 if nothing was ever written.
-    """
-
-    name: str
-    tokens: int
-    rows: int
-    sources: int
-    bytes: int
-    backbone: str
-    precision: Precision
-    created: datetime
-    updated: datetime
-    namespace: str
-    version: int
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Of segment files, for each row; 0 if there are none."""
-        return self.bytes / self.rows if self.rows else 0.0
-
-
-def check_bank_name(name: str) -> None:
-    """Raise `BankError` unless `name` can name a bank."""
-    if _NAME.fullmatch(name) is None:
-        raise BankError(
-            f"{name!r} cannot name a bank. Use letters, digits, '.', '_' and '-', in parts joined by '/', "
-            "such as 'notes' or 'user/1234'."
-        )
 
 
 class MemoryStore:
@@ -107,8 +69,9 @@ class MemoryStore:
     Use `MemoryStore.open`; it is a context manager, or call `close`.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, keys: Keys) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, keys: Keys, remote: Remote | None = None) -> None:
         self.folder = folder
+        self.files = SegmentFiles(folder / SEGMENTS, remote)
         self.keys = keys
         self.manifest = manifest
 
@@ -118,38 +81,96 @@ class MemoryStore:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str], *, create: bool = True, keys: str | os.PathLike[str] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        create: bool = True,
+        keys: str | os.PathLike[str] | KeyProvider | None = None,
+        segments: str | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> MemoryStore:
         """Open the store in a folder. Without one, create folder and store, or fail if `create` is False.
 
         A store that cannot be written is opened for reading; `append` and `forget` then raise.
 
         Args:
-            keys: folder of the keys of encrypted namespaces; by default beside the store, `<path>.keys`, so that a copy
-                of the store is none of its keys.
+            keys: folder of the keys of encrypted namespaces, or who else keeps them; by default a folder beside the
+                store, `<path>.keys`, so that a copy of the store is none of its keys.
+            segments: where a new store keeps its segments, if not in the folder: a location that fsspec knows, such as
+                s3://bucket/folder. The manifest remembers it.
+            storage_options: what fsspec needs to get there (`endpoint_url`, `key`, …), in place of the environment's.
 
         Raises:
             StoreNotWritableError: if there is no store and none can be created.
-            StoreError: if there is no store and `create` is False, or the folder holds something else.
+            StoreError: if there is no store and `create` is False, or the folder holds something else; if its segments
+                are elsewhere than `segments` says.
+            StoreCorruptError: if the manifest is damaged, or missing where there was one; `rebuild` mends it.
+            MissingExtraError: the package for a location of that kind is not installed.
         """
         folder = Path(path)
         manifest = folder / MANIFEST
         if not os.path.exists(manifest):
+            require_empty(folder)
             if not create:
                 raise StoreError(
                     f"No store in {folder}: it has no {MANIFEST}. "
                     "Give the folder of an existing store, or write to this one first."
                 )
+            if segments is not None:
+                Remote(segments, storage_options).require_free()
             writable = True
         else:
             writable = can_write(folder) and can_write(manifest)
         if writable:
-            _create_folder(folder)
-        beside = folder.resolve().with_name(f"{folder.resolve().name}.keys")
-        store = cls(folder, Manifest.open(folder, writable=writable), Keys(beside if keys is None else Path(keys)))
+            create_folder(folder)
+        if keys is None:
+            keys = folder.resolve().with_name(f"{folder.resolve().name}.keys")
+        provider = KeyFolder(Path(keys)) if isinstance(keys, str | os.PathLike) else keys
+        opened = Manifest.open(folder, writable=writable)
         if writable:
-            store._sweep()
+            # The names of files that were made just now.
+            sync_folder(folder)
+        try:
+            remote = remote_of(opened, segments, storage_options)
+        except BaseException:
+            opened.close()
+            raise
+        store = cls(folder, opened, Keys(provider), remote)
+        if writable:
+            sweep(store)
         return store
+
+    @classmethod
+    def rebuild(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        keys: str | os.PathLike[str] | KeyProvider | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> Rebuilt | None:
+        """Mend the manifest of a store that `open` finds damaged or missing, from its twin; None if nothing is wrong.
+
+        Rows that are not what was written are put right where they stand. A manifest that cannot be read is made anew,
+        with texts and token ids from the segments: end all other programs that have the store open first.
+
+        Raises:
+            StoreError: there is no store.
+            StoreCorruptError: the twin is missing or damaged as well. Nothing was changed.
+            StoreNotWritableError: the folder cannot be written.
+        """
+        folder = Path(path)
+        if not any((folder / name).exists() for name in (MANIFEST, TWIN)):
+            raise StoreError(f"No store in {folder}: it has no {MANIFEST}. Give the folder of an existing store.")
+        try:
+            done = rebuild(folder)
+        except OSError as error:
+            raise StoreNotWritableError(
+                f"{folder / MANIFEST} was not mended: {error}. Check the space and the permissions of {folder}."
+            ) from error
+        if done is not None and done.whole:
+            with cls.open(folder, keys=keys, storage_options=storage_options) as store:
+                restore_records(store)
+        return done
 
     def __enter__(self) -> Self:
         return self
@@ -168,34 +189,7 @@ class MemoryStore:
 
     def banks(self) -> list[BankInfo]:
         """Every bank of the store, by name."""
-        found = self.manifest.query(
-            """
-            SELECT name, COALESCE(SUM(tokens), 0), COALESCE(SUM(COALESCE(rows, tokens)), 0), COUNT(DISTINCT source),
-                   (SELECT COALESCE(SUM(bytes), 0) FROM segment WHERE id IN
-                    (SELECT segment FROM held JOIN piece ON piece.id = held.piece WHERE held.bank = bank.id)),
-                   spec, bank.created, updated, namespace,
-                   (SELECT COALESCE(MAX(number), 0) FROM version WHERE version.bank = bank.id)
-            FROM bank LEFT JOIN held ON held.bank = bank.id LEFT JOIN piece ON piece.id = held.piece
-            LEFT JOIN thinned ON thinned.piece = piece.id
-            GROUP BY bank.id ORDER BY name
-            """
-        )
-        return [
-            BankInfo(
-                name,
-                tokens,
-                rows,
-                sources,
-                size,
-                BankSpec.from_json(spec).backbone,
-                BankSpec.from_json(spec).precision,
-                datetime.fromisoformat(created),
-                datetime.fromisoformat(updated),
-                namespace,
-                version,
-            )
-            for name, tokens, rows, sources, size, spec, created, updated, namespace, version in found
-        ]
+        return bank_infos(self)
 
     def bank(
         self,
@@ -235,7 +229,7 @@ class MemoryStore:
             row = self._create_bank(name, spec)
         bank_id, stored = row
         if spec is not None and spec != stored:
-            raise BankMismatchError(_mismatch(name, stored=stored, given=spec))
+            raise BankMismatchError(mismatch(name, stored=stored, given=spec))
         if spec is not None and spec.precision not in ("full", stored.precision):
             raise BankMismatchError(
                 f"Bank {name!r} keeps keys and values in {stored.precision}, and was to be opened in {spec.precision}. "
@@ -469,7 +463,8 @@ class MemoryStore:
         """Keep a namespace encrypted from now on, with a new key of its own; what it holds is written anew.
 
         Texts, token ids, keys, values, names of sources and indexes are ciphertext on the disk then. Names of banks,
-        tags, times and sizes are not. `keys.folder` gets the key: keep it apart from copies of the store.
+        tags, times and sizes are not. The key goes to the folder of keys, or to who else keeps them: apart from copies
+        of the store.
 
         Args:
             namespace: name of a bank that is no fork below another, whether there is one yet or not.
@@ -484,17 +479,20 @@ class MemoryStore:
         check_bank_name(namespace)
         encrypt(self, namespace)
 
-    def destroy_key(self, namespace: str) -> None:
+    def destroy_key(self, namespace: str) -> Receipt:
         """Forget all that an encrypted namespace holds, in this store and in every copy and backup of it.
 
         Its banks stay, can be read by nobody, and can be deleted. Copies of the key are not known here; processes that
-        have the bank open keep it until they close it.
+        have the bank open can read it until they close it, and write nothing more. A signed receipt is kept.
+
+        Should it be interrupted, it can be done again; done twice, it gives the same receipt.
 
         Raises:
             StoreError: it is not encrypted.
+            StoreKeyError: its key is not there.
             StoreNotWritableError: the store or the key's file cannot be written.
         """
-        destroy_key(self, namespace)
+        return destroy_key(self, namespace)
 
     def seal(self, name: str) -> Seal:
         """How the namespace of a bank keeps what it writes; of one that there is not yet, the namespace of its name."""
@@ -629,7 +627,22 @@ class MemoryStore:
         )
 
     def segment_path(self, file: str) -> Path:
-        return self.folder / SEGMENTS / file
+        """Where a segment can be read; there is nothing if it is missing.
+
+        Raises:
+            StoreUnreachableError: it is elsewhere, and cannot be read there.
+        """
+        path = self.files.path(file)
+        try:
+            if self.files.fetch(file) and not self.is_committed(file):
+                # It was forgotten meanwhile.
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreNotWritableError(
+                f"{path} cannot be written, and segments that lie elsewhere are read through copies there: {error}. "
+                f"Check the space and the permissions of {path.parent}."
+            ) from error
+        return path
 
     def index_path(self, bank_id: int) -> Path:
         return self.folder / INDEXES / f"{bank_id}.safetensors"
@@ -672,7 +685,8 @@ class MemoryStore:
         file = secrets.token_hex(16) + ".safetensors"
         seal = self.seal(bank)
         try:
-            said = write_segment(self.segment_path(file).with_suffix(".tmp"), entries, seal)
+            said = write_segment(self.files.draft(file), file, entries, seal)
+            self.files.finish(file)
             return NewSegment(file, *said, bank, seal.key_id)
         except BaseException:
             self.discard(file)
@@ -681,9 +695,7 @@ class MemoryStore:
     def place(self, database: sqlite3.Connection, new: NewSegment) -> int:
         """Give a new segment its name and its row, inside a transaction; returns the row's id."""
         self.require_same_key(new.bank, new.key_id)
-        path = self.segment_path(new.file)
-        os.rename(path.with_suffix(".tmp"), path)
-        sync_folder(path.parent)
+        self.files.place(new.file, new.bytes)
         row = database.execute(
             "INSERT INTO segment (file, sha256, bytes) VALUES (?, ?, ?)", (new.file, new.sha256, new.bytes)
         ).lastrowid
@@ -709,9 +721,15 @@ class MemoryStore:
         )
 
     def require_same_key(self, bank: str, key_id: str | None) -> None:
-        """Raise `StoreError` if a bank's namespace was encrypted since something was written for it."""
+        """Raise `StoreError` if a bank's namespace got or lost its key since something was written for it."""
         if self.seal(bank).key_id != key_id:
             raise StoreError(f"Bank {bank!r} was encrypted meanwhile; nothing was changed. Try again.")
+        for (time,) in self.manifest.query("SELECT destroyed FROM encryption WHERE key = ?", key_id):
+            if time is not None:
+                raise StoreKeyError(
+                    f"The key of bank {bank!r} was destroyed on {time}: nothing can be written to it any more. Delete "
+                    "it to begin a new one. (If its destruction was interrupted, `longmem destroy-key` completes it.)"
+                )
 
     def remove_index(self, bank_id: int) -> bool:
         """Remove a bank's index, if it has one, and its bytes."""
@@ -737,99 +755,30 @@ class MemoryStore:
         # read decides nothing; the next writable open sweeps.
         with suppress(StoreError, OSError):
             if not self.is_committed(file):
-                self.segment_path(file).with_suffix(".tmp").unlink(missing_ok=True)
-                self.segment_path(file).unlink(missing_ok=True)
+                self.files.drop(file)
 
     def unlink(self, files: list[str]) -> None:
         """Unlink segment files that no row names any more."""
         try:
-            for file in files:
-                self.segment_path(file).unlink(missing_ok=True)
-            sync_folder(self.folder / SEGMENTS)
-        except OSError as error:
+            self.files.unlink(files)
+        except (OSError, StoreUnreachableError) as error:
             raise StoreNotWritableError(
-                f"Done, but a file that is no part of the store any more is still in {self.folder / SEGMENTS}: "
-                f"{error}. It goes when the store is next opened and can be written."
+                f"Done, but a file that is no part of the store any more is still there: {error}. It goes when the "
+                "store is next opened and can be written."
             ) from error
 
     def erase(self, files: list[str]) -> None:
-        """Unlink segment files of something forgotten, those in quarantine too."""
-        self.unlink(files)
-        folder = self.folder / QUARANTINE
-        try:
-            for file in files:
-                (folder / file).unlink(missing_ok=True)
-            if folder.exists():
-                sync_folder(folder)
-        except OSError as error:
-            raise StoreNotWritableError(
-                f"Forgotten, but a file is still in {folder}: {error}. Remove it by hand."
-            ) from error
-        if not self.manifest.scrub():
-            warnings.warn(
-                f"Forgotten, but deleted rows are still in {self.folder / MANIFEST}-wal, since another process reads "
-                "the store or the disk is full. They go when the last process closes it.",
-                stacklevel=3,
-            )
-
-    def _sweep(self) -> None:
-        """Remove files that crashed processes left behind."""
-        try:
-            if not self.orphans():
-                return
-            # Files get their final name under the write lock only: one without a row, seen under that lock, has no
-            # owner that could still commit it.
-            with self.manifest.transaction() as database:
-                orphans = self.orphans()
-                # A process that dies inside COMMIT can leave a whole transaction in SQLite's log that nobody sees until
-                # the log is next recovered. Its file looks like a left-over: write over the transaction first.
-                database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
-            for path in orphans:
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise StoreNotWritableError(f"{self.folder / SEGMENTS} cannot be written: {error}.") from error
+        """Unlink segment files of something forgotten, those in quarantine too, and what deleted rows have left."""
+        erase(self, files)
 
     def orphans(self) -> list[Path]:
         """Files that crashed processes left behind, of which nothing is part of the store."""
-        stale = time.time() - _STALE_SECONDS
-        paths = [path for part in (SEGMENTS, INDEXES) for path in (self.folder / part).glob("*")]
-        known = {file for (file,) in self.manifest.query("SELECT file FROM segment")}
-        known |= {self.index_path(bank_id).name for (bank_id,) in self.manifest.query("SELECT id FROM bank")}
-        orphans = [path for path in paths if path.suffix == ".safetensors" and path.name not in known]
-        for path in paths:
-            with suppress(FileNotFoundError):
-                if path.suffix == ".tmp" and path.stat().st_mtime < stale:
-                    orphans.append(path)
-        return orphans
+        return orphans(self)
 
+    def orphans_elsewhere(self) -> list[str]:
+        """Files at the location of the segments, if that is another, that are no part of the store.
 
-def _mismatch(name: str, *, stored: BankSpec, given: BankSpec) -> str:
-    different = [
-        f"{field.name}: given {getattr(given, field.name)!r}, expected {getattr(stored, field.name)!r}"
-        for field in dataclasses.fields(BankSpec)
-        if getattr(given, field.name) != getattr(stored, field.name)
-    ]
-    return (
-        f"Bank {name!r} was written by another model ({'; '.join(different)}). "
-        f"Open it with the model that wrote it (backbone {stored.backbone!r}), or use another bank name."
-    )
-
-
-def _create_folder(folder: Path) -> None:
-    try:
-        (folder / SEGMENTS).mkdir(parents=True, exist_ok=True)
-        sync_folder(folder)
-        sync_folder(folder.parent)
-    except OSError as error:
-        raise StoreNotWritableError(
-            f"No store can be created in {folder}: {error}. Give a folder that can be written."
-        ) from error
-    if not can_write(folder):
-        raise StoreNotWritableError(
-            f"No store can be created in {folder}: the folder cannot be written. "
-            "Change its permissions, or give another."
-        )
-
-
-def can_write(path: Path) -> bool:
-    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+        Raises:
+            StoreUnreachableError: they cannot be listed.
+        """
+        return self.files.elsewhere(known_files(self))

@@ -29,11 +29,12 @@ from longmem.errors import (
     StoreNotWritableError,
 )
 from longmem.retention import Cap
+from longmem.store.files import new_file, sync_folder
 from longmem.store.forgetting import Stretch
 from longmem.store.indexes import read_index, write_index
 from longmem.store.manifest import now
 from longmem.store.rows import add_piece, add_version, hold
-from longmem.store.segments import Piece, Record, check_text, named, read_segment, sync_folder
+from longmem.store.segments import Piece, Record, check_text, named, read_segment
 from longmem.store.thinning import keep_scores, scores_of, thin
 
 if TYPE_CHECKING:
@@ -226,18 +227,19 @@ class StoredBank(MemoryBank):
         try:
             path.parent.mkdir(exist_ok=True)
             seal = store.seal(self.name)
-            write_index(temporary, index, self._id, seal)
-            with store.manifest.transaction():
-                self.refresh()
-                store.require_same_key(self.name, seal.key_id)
-                if self.index is not used:
-                    raise BankIndexError(
-                        f"A source of bank {self.name!r} was forgotten while its index was made, so the index was not "
-                        "kept. Make it again."
-                    )
-                os.rename(temporary, path)
-                sync_folder(path.parent)
-                sync_folder(store.folder)
+            with new_file(temporary) as file:
+                write_index(file, index, self._id, seal)
+                with store.manifest.transaction():
+                    self.refresh()
+                    store.require_same_key(self.name, seal.key_id)
+                    if self.index is not used:
+                        raise BankIndexError(
+                            f"A source of bank {self.name!r} was forgotten while its index was made, so the index was "
+                            "not kept. Make it again."
+                        )
+                    os.rename(temporary, path)
+                    sync_folder(path.parent)
+                    sync_folder(store.folder)
         except OSError as error:
             raise StoreNotWritableError(
                 f"The index of bank {self.name!r} was not kept: {error}. "

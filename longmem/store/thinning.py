@@ -102,8 +102,26 @@ def scores_of(store: MemoryStore, bank_id: int, name: str) -> dict[int, Tensor]:
         bank_id,
         name,
     )
-    opened = [(piece, store.keys.opened(data, score_name(piece, name))) for piece, data in rows]
-    return {piece: torch.from_numpy(np.frombuffer(zlib.decompress(data), "<f4").copy()) for piece, data in opened}
+    read = {piece: _unpack_score(store, piece, name, data) for piece, data in rows}
+    # Damaged ones count as none: nothing should fail for a statistic.
+    return {piece: score_M for piece, score_M in read.items() if score_M is not None}
+
+
+def damaged_scores(store: MemoryStore, bank_id: int) -> list[tuple[int, str]]:
+    """Pieces of a bank, and names of numbers kept for them, whose bytes have changed."""
+    rows = store.manifest.query(
+        "SELECT score.piece, name, data FROM score JOIN held ON held.piece = score.piece WHERE bank = ?", bank_id
+    )
+    return [(piece, name) for piece, name, data in rows if _unpack_score(store, piece, name, data) is None]
+
+
+def _unpack_score(store: MemoryStore, piece: int, name: str, data: bytes) -> Tensor | None:
+    """Numbers as they were kept; None if their bytes have changed."""
+    try:
+        numbers = zlib.decompress(store.keys.opened(data, score_name(piece, name)))
+        return torch.from_numpy(np.frombuffer(numbers, "<f4").copy())
+    except (zlib.error, ValueError, StoreCorruptError):
+        return None
 
 
 def score_name(piece: int, name: str) -> str:

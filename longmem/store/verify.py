@@ -14,17 +14,33 @@ from safetensors import SafetensorError
 from longmem.bank import DTYPES
 from longmem.config import BankSpec
 from longmem.errors import StoreCorruptError, StoreKeyError
+from longmem.store.files import digest
 from longmem.store.indexes import read_index
+from longmem.store.manifest import MANIFEST, compare_in, explained
 from longmem.store.receipts import is_genuine, receipts
 from longmem.store.rows import record_name
-from longmem.store.segments import Piece, Record, by_segment, digest, header_of, segment_name
+from longmem.store.segments import Piece, Record, by_segment, header_of, segment_name
 from longmem.store.tensors import open_tensors
+from longmem.store.thinning import damaged_scores
+from longmem.store.twin import TWIN
 
 if TYPE_CHECKING:
     from longmem.store.store import MemoryStore
 
 Kind = Literal[
-    "missing", "size", "checksum", "unreadable", "header", "gap", "record", "index", "receipt", "manifest", "key"
+    "missing",
+    "size",
+    "checksum",
+    "unreadable",
+    "header",
+    "gap",
+    "record",
+    "score",
+    "index",
+    "receipt",
+    "manifest",
+    "twin",
+    "key",
 ]
 
 
@@ -33,9 +49,9 @@ class Fault:
     """Something that is not as it was written.
 
     Attributes:
-        bank: name; None if the fault is the manifest's.
+        bank: name; None if the fault is the manifest's, or its twin's.
         sources: names of the sources that it concerns.
-        file: of the segment or index, inside the store; None if it is in no file of its own.
+        file: name inside the store; None for what is in the manifest beside rows that have a second copy.
         kind: what is wrong.
         meaning: the same in words: what was found, what was expected, and what it means.
     """
@@ -77,10 +93,16 @@ def verify(store: MemoryStore, name: str | None, on_bytes: Callable[[int], None]
     """See `MemoryStore.verify`."""
     query = store.manifest.query
     faults = [
-        Fault(None, (), None, "manifest", f"SQLite finds the manifest damaged: {row}. Restore it from a backup.")
+        Fault(None, (), MANIFEST, "manifest", f"SQLite finds the manifest damaged: {row}.")
         for (row,) in query("PRAGMA integrity_check(20)")
         if row != "ok"
     ]
+    with explained(store.folder):
+        compared = compare_in(store.folder, writable=store.writable)
+    if compared.damaged:
+        faults.append(Fault(None, (), MANIFEST, "manifest", f"In the manifest {compared.meaning}."))
+    elif compared.renew and (store.folder / TWIN).exists():
+        faults.append(Fault(None, (), TWIN, "twin", "The manifest's second copy is damaged. Nothing is lost."))
     given = receipts(store.manifest)
     if given and not is_genuine(store.manifest, given[-1]):
         altered = "A receipt was altered or taken out: what they say was forgotten cannot be trusted."
@@ -111,7 +133,8 @@ def verify(store: MemoryStore, name: str | None, on_bytes: Callable[[int], None]
                 bare += len(pieces) - query(recorded, bank_id)[0][0]
                 quarantined += query("SELECT COUNT(reason) FROM quarantine WHERE bank = ?", bank_id)[0][0]
                 break
-    orphans = tuple(sorted(str(path.relative_to(store.folder)) for path in store.orphans()))
+    away = [f"{store.files.remote.url}/{file}" for file in store.orphans_elsewhere()] if store.files.remote else []
+    orphans = tuple(sorted([*(str(path.relative_to(store.folder)) for path in store.orphans()), *away]))
     return Report(len(banks), len(sizes), tokens, sum(sizes.values()), tuple(faults), orphans, bare, quarantined)
 
 
@@ -157,6 +180,10 @@ def bank_faults(
         except StoreCorruptError as error:
             meaning = f"{error} It is a copy; as long as the segment is whole, nothing is lost."
             yield Fault(name, (piece.source,), None, "record", meaning)
+    sources = {piece.id: piece.source for piece in pieces}
+    for piece, kind in damaged_scores(store, bank_id):
+        meaning = f"Numbers that caps go by ({kind}) have changed. They count as none; nothing else is lost."
+        yield Fault(name, (sources[piece],), None, "score", meaning)
     fault = index_fault(store, bank_id, name, sum(piece.rows for piece in pieces))
     if fault is not None:
         yield fault
@@ -178,7 +205,8 @@ def index_fault(store: MemoryStore, bank_id: int, name: str, tokens: int) -> Fau
 
 def segment_fault(store: MemoryStore, bank: str, spec: BankSpec, pieces: Sequence[Piece], size: int) -> Fault | None:
     """What is wrong with the file that holds these pieces, all that lies in it, if anything."""
-    path = store.segment_path(pieces[0].file)
+    file, remote = pieces[0].file, store.files.remote
+    path = store.segment_path(file)
 
     def fault(kind: Kind, meaning: str) -> Fault:
         sources = tuple(dict.fromkeys(piece.source for piece in pieces))
@@ -187,10 +215,16 @@ def segment_fault(store: MemoryStore, bank: str, spec: BankSpec, pieces: Sequenc
         return Fault(bank, sources, _inside(store, path), kind, f"{meaning} {lost}")
 
     try:
-        length = os.stat(path).st_size
+        if remote is not None and remote.size(file) is not None and digest(path) != pieces[0].sha256:
+            # It is the copy that is damaged, or both are.
+            path.unlink()
+            path = store.segment_path(file)
+        length = os.stat(path).st_size if remote is None else remote.size(file)
+        if length is None:
+            return fault("missing", f"The file is gone from {remote.url if remote else ''}.")
         if length != size:
             return fault("size", f"The file has {length:,} bytes, the manifest says {size:,}.")
-        sha256 = digest(path)
+        sha256 = digest(path) if remote is None else remote.digest(file)
         if sha256 != pieces[0].sha256:
             return fault("checksum", f"Its bytes have changed: sha256 {sha256}, the manifest says {pieces[0].sha256}.")
         header = [(source, start, chars, tokens) for source, start, chars, tokens in header_of(path, store.keys)]

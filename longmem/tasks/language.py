@@ -45,6 +45,10 @@ class Language(Task):
         if not found:
             raise UnavailableError(f"no text has the {needed:,} tokens that are told and asked")
 
+    def strange(self, one: Round, other: Round) -> bool:
+        """As much of another text."""
+        return one.cases[0].kind == other.cases[0].kind and one.documents[0].name != other.documents[0].name
+
     def documents(self) -> Iterator[Document]:
         """Held-out books, or else what every Python has."""
         if self.config.data is not None and (self.config.data / "books").is_dir():

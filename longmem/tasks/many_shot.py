@@ -62,6 +62,10 @@ class ManyShot(Task):
                 documents = [Document(f"{kind} {n}", "\n\n".join(told[n : n + _TOGETHER])) for n in groups]
                 yield Round(tuple(documents), tuple(self.case(kind, labelled, shots, *example) for example in asked))
 
+    def strange(self, one: Round, other: Round) -> bool:
+        """Examples of another data set."""
+        return one.cases[0].kind != other.cases[0].kind
+
     @property
     def sets(self) -> dict[str, Labelled]:
         return dict(list(SETS.items())[:2]) if self.short else SETS

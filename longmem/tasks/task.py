@@ -7,7 +7,7 @@ other Python file, given by its path.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,6 +137,16 @@ class Task(ABC):
     @abstractmethod
     def score(self, case: Case, answer: Answer) -> Mapping[str, float]:
         """Measure → value; those that mean nothing for a case are left out."""
+
+    def other(self, rounds: Sequence[Round], number: int) -> Round | None:
+        """A round that is told what has nothing to do with the cases of round `number`: the next one, from the first
+        again behind the last; None if there is none."""
+        following = [*rounds[number + 1 :], *rounds[:number]]
+        return next((each for each in following if self.strange(rounds[number], each)), None)
+
+    def strange(self, one: Round, other: Round) -> bool:
+        """Whether what `other` is told has nothing to do with what `one` is asked."""
+        return one.documents != other.documents
 
     def rng(self, *more: int) -> np.random.Generator:
         """Random numbers that no other task draws."""

@@ -10,6 +10,8 @@ from longmem.errors import UnavailableError
 from longmem.tasks.scoring import QuestionTask, asking
 from longmem.tasks.task import Case, Round
 
+_ROUNDS = 2
+
 
 class XQuad(QuestionTask):
     name = "xquad"
@@ -22,19 +24,22 @@ class XQuad(QuestionTask):
         paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
         if not paragraphs:
             raise UnavailableError(f"no data: {self.data_file('xquad')} holds no paragraphs")
-        rng = self.rng()
-        told, size = [], 0
+        # Two rounds, so that each has others' paragraphs to be told by mistake.
+        rng, told, size = self.rng(), [[]], 0
         for place in rng.permutation(len(paragraphs)):
-            told.append(place)
-            size += len(self.tokens(paragraphs[place]["context"]))
             if size >= self.config.told:
-                break
-        documents = tuple(Document(f"paragraph {place}", paragraphs[place]["context"]) for place in sorted(told))
-        asked = [
-            (question, paragraphs[place]["context"]) for place in sorted(told) for question in paragraphs[place]["qas"]
-        ]
-        some = rng.permutation(len(asked))[: self.config.cases]
-        yield Round(documents, tuple(self.case(*asked[place]) for place in some))
+                if len(told) == _ROUNDS:
+                    break
+                told, size = [*told, []], 0
+            told[-1].append(place)
+            size += len(self.tokens(paragraphs[place]["context"]))
+        for number, places in enumerate(told):
+            some = [paragraphs[place] for place in sorted(places)]
+            documents = tuple(Document(f"paragraph {place}", paragraphs[place]["context"]) for place in sorted(places))
+            asked = [self.case(question, each["context"]) for each in some for question in each["qas"]]
+            share = (self.config.cases + number) // len(told)
+            if share:
+                yield Round(documents, tuple(asked[place] for place in rng.permutation(len(asked))[:share]))
 
     def case(self, question: dict, context: str) -> Case:
         answers = tuple(dict.fromkeys(answer["text"] for answer in question["answers"]))

@@ -1,13 +1,14 @@
 """Top-k search that never keeps a score a key: exact, or exact among the groups that a copy in int8 finds promising.
 
-X searches, Q queries, P pools of N keys, E head size, R retrieved; M groups of keys, S parts of a pool, C slots for
-chosen groups or for their keys; D numbers of a code.
+X searches, Q queries, P pools of N keys, E head size, R retrieved; L tiles of 128 keys, M groups of keys in them,
+S parts of a pool, C slots for what is chosen or for its keys; D numbers of a code.
 
 The R best keys lie in the R groups of keys whose best is best. So a search streams the keys past a block of queries
 and keeps the best score of each group; chooses the R best groups of a query; scores the keys of those again; and ranks
-them. Where a query's groups hold few of all keys, those keys are read again by themselves. Otherwise all keys are
-streamed once more, which costs what the first pass did and writes only what was chosen. A chosen group has its own slot
-to write to, without atomics: the result is exact however scores are distributed, and the same every time.
+them. Where a query's groups hold few of all keys, those keys are read again by themselves; and where there are more
+groups than can be chosen from at once, the R best tiles are chosen first, since they hold the R best groups. Otherwise
+all keys are streamed once more, which costs what the first pass did and writes only what was chosen. A chosen group has
+its own slot to write to, without atomics: the result is exact however scores are distributed, and the same every time.
 
 Codes take the place of the keys in the first pass, which reads nearly all of the bytes; more groups are chosen then.
 """
@@ -28,10 +29,13 @@ from longmem.ops.triton.rows import Source, pool_at
 # Most keys that a search may ask for.
 MOST = 64
 TILE = tl.constexpr(128)
-# A query's group maxima are held in registers: those of a larger pool are chosen from in parts.
+# A query's maxima are held in registers: of more groups the best tiles are chosen first, of more tiles in parts.
 MOST_GROUPS = 4096
+MOST_TILES = 8192
 # Groups of a query that are scored again, at most; and keys of those that are ranked. Slots fit eight bits.
 WIDTH = tl.constexpr(128)
+# The same where groups are chosen by codes: more of them, and to spare, since telling the last apart takes longest.
+CODED_WIDTH = tl.constexpr(256)
 # Memory that a search may take beside its result: more queries are searched in blocks.
 MOST_BYTES = 6 << 30
 # Keys that are read again at a time.
@@ -66,9 +70,9 @@ def topk_scan(
         index_XQR, score_XQR = (torch.cat(found, dim=1) for found in zip(*blocks, strict=True))
         return index_XQR, score_XQR
     keys = _Keys.of(query_XQE.to(keys_PNE.dtype), keys_PNE, length_X, pool_X, parts)
-    best_XQM = keys.group_maxima()
+    best_XQM, tile_XQL = keys.maxima()
     if keys.few or 2 * top_k * keys.group * keys.queries <= keys.most:
-        return keys.rank_groups(*keys.choose(best_XQM, top_k, top_k + top_k // 2), top_k)
+        return keys.rank_groups(*keys.choose(best_XQM, tile_XQL, top_k, WIDTH.value), top_k)
     return keys.rank_all(best_XQM, top_k)
 
 
@@ -95,7 +99,7 @@ def topk_coded(
         return nothing
     assert codes_PND.shape[1] == keys_PNE.shape[1] and codes_PND.dtype == code_query_XQD.dtype == torch.int8
     codes = _Keys.of(code_query_XQD, codes_PND, length_X, pool_X, parts)
-    group_XQC, chosen_XQ = codes.choose(codes.group_maxima(), 2 * top_k, WIDTH.value)
+    group_XQC, chosen_XQ = codes.choose(*codes.maxima(), 2 * top_k, CODED_WIDTH.value)
     keys = _Keys.of(query_XQE.to(keys_PNE.dtype), keys_PNE, length_X, pool_X, parts)
     return keys.rank_groups(group_XQC, chosen_XQ, top_k)
 
@@ -120,7 +124,7 @@ class _Keys:
         length_X, pool_X: contiguous (kernels step through both; an expanded tensor has one element for all), or None.
         most: N.
         group: keys of a group. Small groups leave less to score again, but there are more of them to choose from.
-        part_tiles, parts: into which the groups are divided where they are chosen from.
+        least_parts: into which what is chosen from is divided, at least.
     """
 
     query_XQE: Tensor
@@ -129,8 +133,7 @@ class _Keys:
     pool_X: Tensor | None
     most: int
     group: int
-    part_tiles: int
-    parts: int
+    least_parts: int
 
     @classmethod
     def of(
@@ -141,12 +144,7 @@ class _Keys:
         pool_X = None if pool_X is None else pool_X.contiguous()
         most = keys_PNE.shape[1]
         group = 8 if most <= 8 * MOST_GROUPS else 16
-        tiles = triton.cdiv(most, TILE.value)
-        part_tiles = min(triton.cdiv(tiles, parts), MOST_GROUPS * group // TILE.value)
-        parts = triton.cdiv(tiles, part_tiles)
-        return cls(
-            query_XQE.contiguous(), Source.of(keys_PNE), length_X, pool_X, most, group, part_tiles, parts
-        )  # fmt: skip
+        return cls(query_XQE.contiguous(), Source.of(keys_PNE), length_X, pool_X, most, group, parts)
 
     @property
     def queries(self) -> int:
@@ -162,8 +160,18 @@ class _Keys:
         return self.query_XQE.shape[0] * self.queries
 
     @property
-    def part_groups(self) -> int:
-        return self.part_tiles * TILE.value // self.group
+    def tiles(self) -> int:
+        return triton.cdiv(self.most, TILE.value)
+
+    def parts(self, most_tiles: int) -> tuple[int, int]:
+        """Tiles of a part, and parts, so that none has more than so many."""
+        part_tiles = min(triton.cdiv(self.tiles, self.least_parts), most_tiles)
+        return part_tiles, triton.cdiv(self.tiles, part_tiles)
+
+    @property
+    def group_parts(self) -> tuple[int, int]:
+        """`parts` whose groups are chosen from at once."""
+        return self.parts(MOST_GROUPS * self.group // TILE.value)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An empty tensor (X, Q, …)."""
@@ -175,7 +183,7 @@ class _Keys:
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        groups = triton.cdiv(self.most, TILE.value) * TILE.value // self.group
+        groups = self.tiles * TILE.value // self.group
         return self.queries, self.most, groups, self.source.stride_p, self.source.stride_n, self.query_XQE.shape[2]
 
     @property
@@ -188,76 +196,120 @@ class _Keys:
             "ALIGNED": self.source.aligned,
         }
 
+    @property
+    def _key_bytes(self) -> int:
+        return self._constants["E"] * self.source.rows.element_size()
+
+    @property
+    def _precision(self) -> str:
+        return "ieee" if self.source.rows.dtype == torch.float32 else "tf32"
+
     def _streaming(self) -> tuple[tuple[int, int, int], int, dict[str, Any]]:
-        """Grid, keys of a program and settings of a kernel that all keys stream through."""
-        searches, block = self.query_XQE.shape[0], FEW if self.few else 128
-        tiles, blocks = triton.cdiv(self.most, TILE.value), triton.cdiv(self.queries, block)
-        # Several times the programs that run at once (five on a multiprocessor where queries are few, two elsewhere),
-        # so that the last ones leave little idle; each with enough tiles to be worth its start.
-        programs = (32 if self.few else 16) * _processors(self.query_XQE.device)
-        chunk_tiles = max(8, triton.cdiv(tiles, triton.cdiv(programs, searches * blocks)))
+        """Grid, keys of a program and settings of a kernel that all keys stream through, past many queries."""
+        searches, block = self.query_XQE.shape[0], 128
+        blocks = triton.cdiv(self.queries, block)
+        # Several times the programs that run at once (two on a multiprocessor), so that the last ones leave little
+        # idle; each with enough tiles to be worth its start.
+        programs = 16 * _processors(self.query_XQE.device)
+        chunk_tiles = max(8, triton.cdiv(self.tiles, triton.cdiv(programs, searches * blocks)))
         # As many tiles at once as let two programs share a multiprocessor's memory.
-        key_bytes = self._constants["E"] * self.source.rows.element_size()
         settings = {
             "BQ": block,
-            "PRECISION": "ieee" if self.source.rows.dtype == torch.float32 else "tf32",
-            "num_warps": 4 if self.few else 8,
-            "num_stages": 4 if key_bytes <= 128 else 3 if key_bytes <= 256 else 2,
+            "PRECISION": self._precision,
+            "num_warps": 8,
+            "num_stages": 4 if self._key_bytes <= 128 else 3 if self._key_bytes <= 256 else 2,
         }
-        return (blocks, searches, triton.cdiv(tiles, chunk_tiles)), chunk_tiles * TILE.value, settings
+        return (blocks, searches, triton.cdiv(self.tiles, chunk_tiles)), chunk_tiles * TILE.value, settings
 
-    def group_maxima(self) -> Tensor:
-        """Best score of each group, (X, Q, M); what lies beyond a search's keys is undefined."""
-        grid, chunk_keys, settings = self._streaming()
+    def _streaming_few(self) -> tuple[tuple[int, int], int, dict[str, Any]]:
+        """The same past few queries. A program is one warp, so that nothing is passed between warps; some ten run on a
+        multiprocessor."""
+        searches, at_once = self.query_XQE.shape[0], 2 if self._key_bytes <= 64 else 1
+        programs = 32 * _processors(self.query_XQE.device)
+        chunk_tiles = at_once * triton.cdiv(max(16, triton.cdiv(self.tiles, triton.cdiv(programs, searches))), at_once)
+        settings = {
+            "BQ": 8 if self.queries <= 8 else FEW,
+            "TILES": at_once,
+            "PRECISION": self._precision,
+            "num_warps": 1,
+            "num_stages": 4 if self._key_bytes <= 128 else 3 if self._key_bytes <= 512 else 2,
+        }
+        return (triton.cdiv(self.tiles, chunk_tiles), searches), chunk_tiles * TILE.value, settings
+
+    def maxima(self) -> tuple[Tensor, Tensor | None]:
+        """Best score of each group, (X, Q, M), and of each tile, (X, Q, L), where there are too many groups to choose
+        from at once. What lies beyond a search's keys is undefined."""
         best_XQM = self.new(self._shape[2])
-        _group_maxima[grid](*self._where, best_XQM, *self._shape, chunk_keys, **self._constants, **settings)
-        return best_XQM
+        best_XQL = self.new(self.tiles) if self.group_parts[1] > 1 else None
+        grid, chunk_keys, settings = self._streaming_few() if self.few else self._streaming()
+        kernel = _few_maxima if self.few else _group_maxima
+        kernel[grid](
+            *self._where, best_XQM, best_XQL, *self._shape, self.tiles, chunk_keys, **self._constants, **settings
+        )  # fmt: skip
+        return best_XQM, best_XQL
 
-    def choose(self, best_XQM: Tensor, count: int, most: int) -> tuple[Tensor, Tensor]:
-        """The `count` best groups of each query and, where that is cheaper than telling them apart, up to `most`:
-        (X, Q, C), and how many (X, Q)."""
-        value_XQSC = self.new(self.parts, WIDTH.value)
-        group_XQSC, chosen_XQS = self._choose_in_parts(best_XQM, count, most, value_XQSC=value_XQSC)
-        # What was chosen in some parts is chosen from again, until that is one part.
-        at_once = MOST_GROUPS // WIDTH.value
-        while (parts := chosen_XQS.shape[2]) > 1:
+    def choose(self, best_XQM: Tensor, best_XQL: Tensor | None, count: int, width: int) -> tuple[Tensor, Tensor]:
+        """The `count` best groups of each query and, where that is cheaper than telling them apart, up to half as many
+        more, at most `width`: (X, Q, C), and how many (X, Q)."""
+        if best_XQL is None:
+            group_XQSC, chosen_XQS = self._choose_in_parts(best_XQM, self.group, *self.group_parts, count, width)
+            return group_XQSC[:, :, 0], chosen_XQS[:, :, 0]
+        # Tiles, in parts; tiles that were chosen in some parts again, until that is one part; and groups of those.
+        part_tiles, parts = self.parts(MOST_TILES)
+        value_XQSC = self.new(parts, width)
+        chosen = self._choose_in_parts(
+            best_XQL, TILE.value, part_tiles, parts, count, width, value_XQSC=value_XQSC, within_XQM=best_XQM
+        )
+        while parts > 1:
+            inputs = value_XQSC, *chosen
+            at_once = min(max(2, MOST_TILES // width), triton.next_power_of_2(parts))
             left = triton.cdiv(parts, at_once)
-            inputs = value_XQSC, group_XQSC, chosen_XQS
-            value_XQSC, group_XQSC, chosen_XQS = (
-                self.new(left, *old.shape[3:], dtype=old.dtype) for old in inputs
-            )  # fmt: skip
-            width = min(at_once, triton.next_power_of_2(parts)) * WIDTH.value
+            value_XQSC, *chosen = (self.new(left, *old.shape[3:], dtype=old.dtype) for old in inputs)
             _choose_again[(self.rows, left)](
-                *inputs, value_XQSC, group_XQSC, chosen_XQS, parts,
-                M=width, R=count, KEEP=most, num_warps=_warps(width),
+                *inputs, value_XQSC, *chosen, best_XQM if left == 1 else None, parts, best_XQM.shape[2],
+                GROUP=self.group, M=at_once * width, R=count, W=width, num_warps=self._warps(at_once * width),
             )  # fmt: skip
-        return group_XQSC[:, :, 0], chosen_XQS[:, :, 0]
+            parts = left
+        index_XQSC, chosen_XQS = chosen
+        return index_XQSC[:, :, 0], chosen_XQS[:, :, 0]
 
     def _choose_in_parts(
         self,
         best_XQM: Tensor,
+        keys: int,
+        part_tiles: int,
+        parts: int,
         count: int,
-        most: int,
+        width: int,
         *,
         value_XQSC: Tensor | None = None,
         slot_XQM: Tensor | None = None,
+        within_XQM: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The best groups of each part, (X, Q, S, C), and how many."""
-        group_XQSC = self.new(self.parts, WIDTH.value, dtype=torch.int32)
-        chosen_XQS = self.new(self.parts, dtype=torch.int32)
-        width = triton.next_power_of_2(self.part_groups)
-        _choose_groups[(self.rows, self.parts)](
-            best_XQM, self.length_X, slot_XQM, value_XQSC, group_XQSC, chosen_XQS,
-            self.queries, self.most, best_XQM.shape[2], self.part_groups,
-            GROUP=self.group, M=width, R=count, KEEP=most, num_warps=_warps(width),
+        """The best groups or tiles, of so many keys each, of each part: (X, Q, S, C), and how many. If that is one
+        part of tiles, the best groups `within_XQM` the best tiles."""
+        index_XQSC = self.new(parts, width, dtype=torch.int32)
+        chosen_XQS = self.new(parts, dtype=torch.int32)
+        most = triton.next_power_of_2(part_tiles * TILE.value // keys)
+        within_XQM = within_XQM if parts == 1 else None
+        _choose[(self.rows, parts)](
+            best_XQM, self.length_X, slot_XQM, value_XQSC, index_XQSC, chosen_XQS, within_XQM,
+            self.queries, self.most, best_XQM.shape[2], part_tiles * TILE.value // keys,
+            0 if within_XQM is None else within_XQM.shape[2],
+            KEYS=keys, GROUP=self.group, M=most, R=count, W=width, num_warps=self._warps(most),
         )  # fmt: skip
-        return group_XQSC, chosen_XQS
+        return index_XQSC, chosen_XQS
+
+    def _warps(self, width: int) -> int:
+        """Warps that choose from so many: many where few programs run, whose instructions count."""
+        return max(1, min(16, width // 256) if self.rows <= 512 else min(4, width // 512))
 
     def rank_groups(self, group_XQC: Tensor, chosen_XQ: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """The best keys of some groups, which are read again: indices and scores (X, Q, R)."""
-        score_XQC = self.new(WIDTH.value * self.group)
-        _score_chosen[(self.rows, WIDTH.value * self.group // ROWS.value)](
-            *self._where, group_XQC, chosen_XQ, score_XQC, *self._shape, **self._constants, num_warps=4
+        width = group_XQC.shape[2]
+        score_XQC = self.new(width * self.group)
+        _score_chosen[(self.rows, width * self.group // ROWS.value)](
+            *self._where, group_XQC, chosen_XQ, score_XQC, *self._shape, **self._constants, W=width, num_warps=4
         )
         return self._rank(score_XQC, group_XQC, chosen_XQ, 1, top_k)
 
@@ -265,15 +317,18 @@ class _Keys:
         """The best keys of the best groups, all keys being streamed again: indices and scores (X, Q, R)."""
         # Which slot of a query's candidates a group was given; −1 if it was not chosen.
         slot_XQM = self.new(best_XQM.shape[2], dtype=torch.int8)
-        group_XQSC, chosen_XQS = self._choose_in_parts(best_XQM, top_k, top_k + top_k // 2, slot_XQM=slot_XQM)
-        score_XQSC = self.new(self.parts, WIDTH.value * self.group)
+        part_tiles, parts = self.group_parts
+        group_XQSC, chosen_XQS = self._choose_in_parts(
+            best_XQM, self.group, part_tiles, parts, top_k, WIDTH.value, slot_XQM=slot_XQM
+        )
+        score_XQSC = self.new(parts, WIDTH.value * self.group)
         grid, chunk_keys, settings = self._streaming()
         _score_all[grid](
-            *self._where, slot_XQM, score_XQSC, *self._shape, chunk_keys, self.part_tiles * TILE.value, self.parts,
+            *self._where, slot_XQM, score_XQSC, *self._shape, chunk_keys, part_tiles * TILE.value, parts,
             **self._constants, **settings, maxnreg=128,
         )  # fmt: skip
-        index_XQSR, score_XQSR = self._rank(score_XQSC, group_XQSC, chosen_XQS, self.parts, top_k)
-        if self.parts == 1:
+        index_XQSR, score_XQSR = self._rank(score_XQSC, group_XQSC, chosen_XQS, parts, top_k)
+        if parts == 1:
             return index_XQSR, score_XQSR
         score_XQR, among_XQR = score_XQSR.topk(top_k, dim=-1)
         return index_XQSR.gather(-1, among_XQR), score_XQR
@@ -284,19 +339,17 @@ class _Keys:
         """The best keys of each part, one part after the other: (X, Q, S · R)."""
         index_XQR = self.new(parts * top_k, dtype=torch.int64)
         score_XQR = self.new(parts * top_k)
+        few = self.rows <= 512
         _rank_keys[(self.rows, parts)](
             score_XQSC, group_XQSC, chosen_XQS, self.length_X, score_XQR, index_XQR, self.queries, self.most,
-            GROUP=self.group, R=top_k, num_warps=4,
+            GROUP=self.group, R=top_k, W=group_XQSC.shape[-1], AT_ONCE=WIDTH.value if few else 16,
+            num_warps=8 if few else 4,
         )  # fmt: skip
         return index_XQR, score_XQR
 
 
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _warps(width: int) -> int:
-    return max(1, min(4, width // 512))
 
 
 @triton.jit
@@ -316,19 +369,77 @@ def _block_of_queries(query_ptr, x, q, queries, head_dim, E: tl.constexpr):
 
 
 @triton.jit
-def _product(query, key, PRECISION: tl.constexpr):
-    """Scores (queries, keys), float32."""
-    if query.dtype == tl.int8:
-        score = tl.dot(query, key, out_dtype=tl.int32).to(tl.float32)
+def _product(left, right, PRECISION: tl.constexpr):
+    """Scores, int32 of codes and float32 of others."""
+    if left.dtype == tl.int8:
+        score = tl.dot(left, right, out_dtype=tl.int32)
     else:
-        score = tl.dot(query, key, input_precision=PRECISION)
+        score = tl.dot(left, right, input_precision=PRECISION)
     return score
 
 
 @triton.jit
+def _few_maxima(
+    query_ptr, keys_ptr, address_ptr, pool_ptr, length_ptr, best_ptr, tile_ptr,
+    queries, most, num_groups, stride_p, stride_n, head_dim, num_tiles, chunk_keys,
+    E: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, BQ: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `_group_maxima`, for few queries: one warp, which holds all keys of a group in the same thread."""
+    x, first = tl.program_id(1), tl.program_id(0) * chunk_keys
+    q, e, k = tl.arange(0, BQ), tl.arange(0, E), tl.arange(0, TILES * TILE)
+    query_EQ = tl.load(
+        query_ptr + (x * queries + q)[None, :].to(tl.int64) * head_dim + e[:, None],
+        mask=(q < queries)[None, :] & (e < head_dim)[:, None],
+        other=0,
+    )
+    there = tl.minimum(first + chunk_keys, _length(length_ptr, x, most))
+    keys = pool_at(keys_ptr, address_ptr, pool_ptr, x, stride_p, ALIGNED)
+    row = (x * queries + q).to(tl.int64)
+    whole = first + tl.maximum(there - first, 0) // (TILES * TILE) * (TILES * TILE)
+    for start in range(first, whole, TILES * TILE):
+        n = (start + k).to(tl.int64)
+        key_NE = tl.load(keys + n[:, None] * stride_n + e[None, :], mask=(e < head_dim)[None, :], other=0)
+        score_NQ = _product(key_NE, query_EQ, PRECISION)
+        _store_few(score_NQ, row, q < queries, start, best_ptr, tile_ptr, num_groups, num_tiles, GROUP, TILES, BQ)
+    if whole < there:
+        n = whole + k
+        key_NE = tl.load(
+            keys + n[:, None].to(tl.int64) * stride_n + e[None, :],
+            mask=(n < there)[:, None] & (e < head_dim)[None, :],
+            other=0,
+        )
+        score_NQ = tl.where((n < there)[:, None], _product(key_NE, query_EQ, PRECISION).to(tl.float32), float("-inf"))
+        _store_few(score_NQ, row, q < queries, whole, best_ptr, tile_ptr, num_groups, num_tiles, GROUP, TILES, BQ)
+
+
+@triton.jit
+def _store_few(
+    score_NQ, row, wanted, start, best_ptr, tile_ptr, num_groups, num_tiles,
+    GROUP: tl.constexpr, TILES: tl.constexpr, BQ: tl.constexpr,
+):  # fmt: skip
+    """Maxima of groups and tiles from `start` on."""
+    EACH: tl.constexpr = TILE // GROUP
+    best = tl.max(tl.reshape(score_NQ, (TILES, GROUP, EACH, BQ)), axis=1)
+    group = start // GROUP + tl.arange(0, TILES * EACH)
+    tl.store(
+        best_ptr + row[None, :] * num_groups + group[:, None],
+        tl.reshape(best, (TILES * EACH, BQ)).to(tl.float32),
+        mask=wanted[None, :] & (group < num_groups)[:, None],
+    )
+    if tile_ptr is not None:
+        tile = start // TILE + tl.arange(0, TILES)
+        tl.store(
+            tile_ptr + row[None, :] * num_tiles + tile[:, None],
+            tl.max(best, axis=1).to(tl.float32),
+            mask=wanted[None, :] & (tile < num_tiles)[:, None],
+        )
+
+
+@triton.jit
 def _group_maxima(
-    query_ptr, keys_ptr, address_ptr, pool_ptr, length_ptr, best_ptr,
-    queries, most, num_groups, stride_p, stride_n, head_dim, chunk_keys,
+    query_ptr, keys_ptr, address_ptr, pool_ptr, length_ptr, best_ptr, tile_ptr,
+    queries, most, num_groups, stride_p, stride_n, head_dim, num_tiles, chunk_keys,
     E: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, BQ: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Best score of each group. Group g of a tile holds its keys g, g + TILE / GROUP, g + 2 · TILE / GROUP, …"""
@@ -338,14 +449,17 @@ def _group_maxima(
     query = _block_of_queries(query_ptr, x, q, queries, head_dim, E)
     there = tl.minimum(first + chunk_keys, _length(length_ptr, x, most))
     keys = pool_at(keys_ptr, address_ptr, pool_ptr, x, stride_p, ALIGNED)
-    at = best_ptr + (x * queries + q)[:, None].to(tl.int64) * num_groups + g[None, :]
+    row = (x * queries + q).to(tl.int64)
+    at = best_ptr + row[:, None] * num_groups + g[None, :]
     whole = first + tl.maximum(there - first, 0) // TILE * TILE
     for start in range(first, whole, TILE):
         n = (start + tile).to(tl.int64)
         key = tl.load(keys + n[None, :] * stride_n + e[:, None], mask=(e < head_dim)[:, None], other=0)
-        score = _product(query, key, PRECISION)
+        score = _product(query, key, PRECISION).to(tl.float32)
         best = tl.max(tl.reshape(score, (BQ, GROUP, TILE // GROUP)), axis=1)
         tl.store(at + start // GROUP, best, mask=(q < queries)[:, None])
+        if tile_ptr is not None:
+            tl.store(tile_ptr + row * num_tiles + start // TILE, tl.max(best, axis=1), mask=q < queries)
     if whole < there:
         n = whole + tile
         key = tl.load(
@@ -353,9 +467,11 @@ def _group_maxima(
             mask=(n < there)[None, :] & (e < head_dim)[:, None],
             other=0,
         )
-        score = tl.where((n < there)[None, :], _product(query, key, PRECISION), float("-inf"))
+        score = tl.where((n < there)[None, :], _product(query, key, PRECISION).to(tl.float32), float("-inf"))
         best = tl.max(tl.reshape(score, (BQ, GROUP, TILE // GROUP)), axis=1)
         tl.store(at + whole // GROUP, best, mask=(q < queries)[:, None])
+        if tile_ptr is not None:
+            tl.store(tile_ptr + row * num_tiles + whole // TILE, tl.max(best, axis=1), mask=q < queries)
 
 
 @triton.jit
@@ -389,55 +505,80 @@ def _place(value, real, low, high):
 
 
 @triton.jit
-def _choose_groups(
-    best_ptr, length_ptr, slot_ptr, value_ptr, group_ptr, chosen_ptr, queries, most, num_groups, part_groups,
-    GROUP: tl.constexpr, M: tl.constexpr, R: tl.constexpr, KEEP: tl.constexpr,
-):  # fmt: skip
-    """The R best groups of a query in a part and, where that is cheaper than telling them apart, up to KEEP. Groups
-    that tie are taken from the front."""
-    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    tiles = (_length(length_ptr, row // queries, most) + TILE - 1) // TILE
-    m = part * part_groups + tl.arange(0, M)
-    there = m < tl.minimum(tiles * (TILE // GROUP), (part + 1) * part_groups)
-    best = tl.load(best_ptr + row * num_groups + m, mask=there, other=float("-inf"))
-    place, chosen = _best_places(best, R, KEEP)
-    if slot_ptr is not None:
-        tl.store(slot_ptr + row * num_groups + m, place.to(tl.int8), mask=there)
-    row = row * tl.num_programs(1) + part
-    tl.store(group_ptr + row * WIDTH + place, m, mask=place >= 0)
-    if value_ptr is not None:
-        tl.store(value_ptr + row * WIDTH + place, best, mask=place >= 0)
-    tl.store(chosen_ptr + row, chosen)
+def _best_places(best, R: tl.constexpr, W: tl.constexpr):
+    """A place below W for each of the R best values, perhaps for half as many more; −1 for others. And how many."""
+    real = best > float("-inf")
+    wanted = tl.minimum(R, tl.sum(real.to(tl.int32), axis=0))
+    low, high = _bracket(best, real, wanted, tl.minimum(W, wanted + wanted // 2))
+    place, chosen = _place(best, real, low, high)
+    return tl.where(place < W, place, -1), tl.minimum(W, chosen)
 
 
 @triton.jit
-def _best_places(best, R: tl.constexpr, KEEP: tl.constexpr):
-    """A place below WIDTH for each of the R best values, perhaps for up to KEEP; −1 for others. And how many."""
-    real = best > float("-inf")
-    wanted = tl.minimum(R, tl.sum(real.to(tl.int32), axis=0))
-    low, high = _bracket(best, real, wanted, tl.minimum(KEEP, wanted + wanted // 2))
-    place, chosen = _place(best, real, low, high)
-    return tl.where(place < WIDTH, place, -1), tl.minimum(WIDTH, chosen)
+def _choose(
+    best_ptr, length_ptr, slot_ptr, value_ptr, index_ptr, chosen_ptr, within_ptr,
+    queries, most, num, part_num, num_groups,
+    KEYS: tl.constexpr, GROUP: tl.constexpr, M: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
+):  # fmt: skip
+    """The R best groups, or tiles, of a query in a part and, where that is cheaper than telling them apart, half as
+    many more. Those that tie are taken from the front. They hold KEYS keys each."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    tiles = (_length(length_ptr, row // queries, most) + TILE - 1) // TILE
+    m = part * part_num + tl.arange(0, M)
+    there = m < tl.minimum(tiles * (TILE // KEYS), (part + 1) * part_num)
+    best = tl.load(best_ptr + row * num + m, mask=there, other=float("-inf"))
+    place, chosen = _best_places(best, R, W)
+    if slot_ptr is not None:
+        tl.store(slot_ptr + row * num + m, place.to(tl.int8), mask=there)
+    at = row * tl.num_programs(1) + part
+    tl.store(index_ptr + at * W + place, m, mask=place >= 0)
+    if value_ptr is not None:
+        tl.store(value_ptr + at * W + place, best, mask=place >= 0)
+    if within_ptr is None:
+        tl.store(chosen_ptr + at, chosen)
+    else:
+        _choose_within(within_ptr + row * num_groups, index_ptr + at * W, chosen_ptr + at, chosen, GROUP, R, W)
 
 
 @triton.jit
 def _choose_again(
-    value_ptr, group_ptr, chosen_ptr, to_value_ptr, to_group_ptr, to_chosen_ptr, parts,
-    M: tl.constexpr, R: tl.constexpr, KEEP: tl.constexpr,
+    value_ptr, index_ptr, chosen_ptr, to_value_ptr, to_index_ptr, to_chosen_ptr, within_ptr, parts, num_groups,
+    GROUP: tl.constexpr, M: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """As `_choose_groups`, of those that were chosen in M / WIDTH parts."""
+    """As `_choose`, of tiles that were chosen in M / W parts."""
     row, left = tl.program_id(0).to(tl.int64), tl.program_id(1)
     m = tl.arange(0, M)
-    part = left * (M // WIDTH) + m // WIDTH
+    part = left * (M // W) + m // W
     held = tl.load(chosen_ptr + row * parts + part, mask=part < parts, other=0)
-    at, there = (row * parts + part) * WIDTH + m % WIDTH, m % WIDTH < held
+    at, there = (row * parts + part) * W + m % W, m % W < held
     best = tl.load(value_ptr + at, mask=there, other=float("-inf"))
-    group = tl.load(group_ptr + at, mask=there, other=0)
-    place, chosen = _best_places(best, R, KEEP)
-    row = row * tl.num_programs(1) + left
-    tl.store(to_group_ptr + row * WIDTH + place, group, mask=place >= 0)
-    tl.store(to_value_ptr + row * WIDTH + place, best, mask=place >= 0)
-    tl.store(to_chosen_ptr + row, chosen)
+    index = tl.load(index_ptr + at, mask=there, other=0)
+    place, chosen = _best_places(best, R, W)
+    at = row * tl.num_programs(1) + left
+    tl.store(to_index_ptr + at * W + place, index, mask=place >= 0)
+    tl.store(to_value_ptr + at * W + place, best, mask=place >= 0)
+    if within_ptr is None:
+        tl.store(to_chosen_ptr + at, chosen)
+    else:
+        _choose_within(within_ptr + row * num_groups, to_index_ptr + at * W, to_chosen_ptr + at, chosen, GROUP, R, W)
+
+
+@triton.jit
+def _choose_within(
+    best_ptr, index_ptr, chosen_ptr, tiles, GROUP: tl.constexpr, R: tl.constexpr, W: tl.constexpr
+):  # fmt: skip
+    """The R best groups of a query's chosen tiles, which `index_ptr` holds, take their place."""
+    EACH: tl.constexpr = TILE // GROUP
+    c = tl.arange(0, W * EACH)
+    tl.debug_barrier()
+    tile = tl.load(index_ptr + c // EACH, mask=c < tiles * EACH, other=0)
+    group = tile * EACH + c % EACH
+    best = tl.load(best_ptr + group, mask=c < tiles * EACH, other=float("-inf"))
+    place, chosen = _best_places(best, R, W)
+    # All have read which tiles there are.
+    tl.debug_barrier()
+    tl.store(index_ptr + place, group, mask=place >= 0)
+    tl.store(chosen_ptr, chosen)
 
 
 @triton.jit
@@ -465,7 +606,7 @@ def _score_all(
             mask=(n < there)[None, :] & (e < head_dim)[:, None],
             other=0,
         )
-        score = _product(query, key, PRECISION)
+        score = _product(query, key, PRECISION).to(tl.float32)
         score = tl.permute(tl.reshape(score, (BQ, GROUP, TILE // GROUP)), (0, 2, 1))
         at = ((b * parts + start // part_keys) * WIDTH)[:, None, None] + slot
         tl.store(scores + at * GROUP + j[None, None, :], score, mask=slot >= 0)
@@ -481,7 +622,7 @@ def _keys_of(group, j, GROUP: tl.constexpr):
 def _score_chosen(
     query_ptr, keys_ptr, address_ptr, pool_ptr, length_ptr, group_ptr, chosen_ptr, score_ptr,
     queries, most, num_groups, stride_p, stride_n, head_dim,
-    E: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr,
+    E: tl.constexpr, GROUP: tl.constexpr, ALIGNED: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Scores of the keys of chosen groups, reading those alone: ROWS candidates of one query."""
     row = tl.program_id(0).to(tl.int64)
@@ -490,7 +631,7 @@ def _score_chosen(
     if tl.program_id(1) * ROWS < candidates:
         x = row // queries
         query = tl.load(query_ptr + row * head_dim + e, mask=e < head_dim, other=0.0).to(tl.float32)
-        group = tl.load(group_ptr + row * WIDTH + c // GROUP, mask=c < candidates, other=0)
+        group = tl.load(group_ptr + row * W + c // GROUP, mask=c < candidates, other=0)
         n = _keys_of(group, c % GROUP, GROUP)
         is_key = (c < candidates) & (n < _length(length_ptr, x, most))
         keys = pool_at(keys_ptr, address_ptr, pool_ptr, x, stride_p, ALIGNED)
@@ -499,22 +640,22 @@ def _score_chosen(
             mask=is_key[:, None] & (e < head_dim)[None, :],
             other=0.0,
         )
-        tl.store(score_ptr + row * (WIDTH * GROUP) + c, tl.sum(key.to(tl.float32) * query[None, :], axis=1))
+        tl.store(score_ptr + row * (W * GROUP) + c, tl.sum(key.to(tl.float32) * query[None, :], axis=1))
 
 
 @triton.jit
 def _rank_keys(
     candidate_ptr, group_ptr, chosen_ptr, length_ptr, score_ptr, index_ptr, queries, most,
-    GROUP: tl.constexpr, R: tl.constexpr,
+    GROUP: tl.constexpr, R: tl.constexpr, W: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """The R best candidates of a query in a part, best first; of those that tie, the one that lies first."""
     query_row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = query_row * tl.num_programs(1) + part
-    w, c = tl.arange(0, WIDTH), tl.arange(0, WIDTH * GROUP)
+    w, c = tl.arange(0, WIDTH), tl.arange(0, W * GROUP)
     candidates = tl.load(chosen_ptr + row) * GROUP
-    at = candidate_ptr + row * (WIDTH * GROUP)
+    at = candidate_ptr + row * (W * GROUP)
     score = tl.load(at + c, mask=c < candidates, other=float("-inf"))
-    group = tl.load(group_ptr + row * WIDTH + c // GROUP, mask=c < candidates, other=0)
+    group = tl.load(group_ptr + row * W + c // GROUP, mask=c < candidates, other=0)
     index = _keys_of(group, c % GROUP, GROUP)
     real = (c < candidates) & (index < _length(length_ptr, query_row // queries, most)) & (score > float("-inf"))
 
@@ -530,9 +671,9 @@ def _rank_keys(
     # A key's rank is the number of better ones.
     score = tl.load(at + w, mask=w < held, other=0.0)
     index = tl.load(at + WIDTH + w, mask=w < held, other=0.0).to(tl.int32, bitcast=True)
-    better = tl.zeros((WIDTH, 16), tl.int32)
-    for start in range(0, held, 16):
-        i = start + tl.arange(0, 16)
+    better = tl.zeros((WIDTH, AT_ONCE), tl.int32)
+    for start in range(0, held, AT_ONCE):
+        i = start + tl.arange(0, AT_ONCE)
         other = tl.load(at + i, mask=i < held, other=float("-inf"))
         other_index = tl.load(at + WIDTH + i, mask=i < held, other=0.0).to(tl.int32, bitcast=True)
         tie = (other[None, :] == score[:, None]) & (other_index[None, :] < index[:, None])
