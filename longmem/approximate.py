@@ -225,7 +225,7 @@ def _choose(
         return Sketch.choose(keys_1NE, query_1QE, top_k=top_k, target=target)
     # With every list read, an inverted file finds what a sketch does: that must be more than the target. How many
     # coordinates it takes depends little on how many keys there are, and trying them on all takes minutes.
-    some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // _TRIED)]
+    some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // _TRIED)].contiguous()
     size = Sketch.choose(some_1nE, query_1QE, top_k=top_k, target=(1 + target) / 2).size
     wanted = {"top_k": top_k, "target": target}
     on_cpu = keys_1NE.device.type == "cpu"
