@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmem import checkpoint
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).parent / "sidenets"
 # A text whose mean key and value centre those of banks in few bits. Part of the format: do not change it.
 CENTRE = Path(__file__).parent / "centre.txt"
+# Tokens that a GPU encodes at a time: enough to be busy, and few enough for the memory of a small one.
+BATCH_TOKENS = 1 << 15
 
 
 class ModelCache:
@@ -353,37 +356,37 @@ class LongMem(nn.Module):
         Args:
             token_ids_N: the whole source so far.
             start: tokens before it are context only.
-            batch_size: windows a batch; 16 on a GPU, 1 elsewhere.
+            batch_size: windows a batch; on a GPU as many as `BATCH_TOKENS` are, 1 elsewhere. All windows of a batch take
+                as long as its longest.
             on_tokens: called with the number of tokens just encoded.
         """
-        device = self.device
-        batch_size = batch_size or (16 if device.type == "cuda" else 1)
-        tokens_N = token_ids_N.to("cpu", torch.int64)
-        windows = self.config.encode.windows(start, tokens_N.numel())
-        keys, values = [], []
-        while windows:
-            size = windows[0][2] - windows[0][0]
-            group = [w for w in windows[:batch_size] if w[2] - w[0] == size]
-            windows = windows[len(group) :]
-            prefix_B1 = torch.full((len(group), 1), self.backbone.prefix_token_id)
-            input_ids_BT = torch.cat((prefix_B1, torch.stack([tokens_N[w[0] : w[2]] for w in group])), dim=1)
+        device, encode = self.device, self.config.encode
+        if batch_size is None:
+            batch_size = max(1, BATCH_TOKENS // (encode.stride + encode.overlap)) if device.type == "cuda" else 1
+        windows = encode.windows(start, token_ids_N.numel())
+        batches = -(-len(windows) // batch_size)
+        shape = (len(self.config.memory_heads), max(0, token_ids_N.numel() - start), self.backbone.head_dim)
+        keys_HNE, values_HNE = (torch.empty(shape, dtype=DTYPES[self.bank_spec.dtype], device=device) for _ in range(2))
+        # To the device at once: each copy waits for all that it has to do. Behind them zeros, which no token sees.
+        pad = max((end - first for first, _, end in windows), default=0)
+        padded_P = F.pad(token_ids_N.to(device, torch.int64), (0, pad))
+        for batch in range(batches):
+            # All batches of about one size: a small one takes a GPU nearly as long as a large one.
+            group = windows[batch * len(windows) // batches : (batch + 1) * len(windows) // batches]
+            size = max(end - first for first, _, end in group)
+            prefix_B1 = torch.full((len(group), 1), self.backbone.prefix_token_id, device=device)
+            rows = [padded_P[first : first + size] for first, _, _ in group]
+            input_ids_BT = torch.cat((prefix_B1, torch.stack(rows)), dim=1)
             # +1: the prefix is never remembered
             context = min(kept - first for first, kept, _ in group) + 1
-            key_HBTE, value_HBTE = self._by_head(
-                self.backbone.encode(input_ids_BT.to(device), self.config.memory_layers, first=context)
-            )
+            found = self._by_head(self.backbone.encode(input_ids_BT, self.config.memory_layers, first=context))
             for row, (first, kept, end) in enumerate(group):
                 new = slice(kept - first + 1 - context, end - first + 1 - context)
-                keys.append(key_HBTE[:, row, new])
-                values.append(value_HBTE[:, row, new])
+                for all_HNE, found_HBTE in zip((keys_HNE, values_HNE), found, strict=True):
+                    all_HNE[:, kept - start : end - start] = found_HBTE[:, row, new]
                 if on_tokens is not None:
                     on_tokens(end - kept)
-        if not keys:
-            empty = torch.empty(
-                len(self.config.memory_heads), 0, self.backbone.head_dim, dtype=DTYPES[self.bank_spec.dtype]
-            )
-            return empty, empty.clone()
-        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+        return keys_HNE, values_HNE
 
     @torch.no_grad()
     def surprise(
