@@ -13,9 +13,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -356,8 +358,8 @@ class LongMem(nn.Module):
         Args:
             token_ids_N: the whole source so far.
             start: tokens before it are context only.
-            batch_size: windows a batch; on a GPU as many as `BATCH_TOKENS` are, 1 elsewhere. All windows of a batch take
-                as long as its longest.
+            batch_size: windows a batch; on a GPU as many as `BATCH_TOKENS` are, 1 elsewhere. All windows of a batch
+                take as long as its longest.
             on_tokens: called with the number of tokens just encoded.
         """
         device, encode = self.device, self.config.encode
@@ -513,7 +515,9 @@ class LongMem(nn.Module):
         new_N = torch.tensor(encoded["input_ids"], dtype=torch.int64)
         before_N = new_N[:0] if before_N is None else before_N
         keys_HNE, values_HNE = self.encode(torch.cat((before_N, new_N)), len(before_N), on_tokens=on_tokens)
-        offsets_N2 = torch.tensor(encoded["offset_mapping"], dtype=torch.int64).reshape(-1, 2) + char_start
+        # Of millions of pairs a tensor is made ten times faster this way.
+        flat = np.fromiter(chain.from_iterable(encoded["offset_mapping"]), np.int64, 2 * len(new_N))
+        offsets_N2 = torch.from_numpy(flat).view(-1, 2) + char_start
         return BankEntry(source, text, char_start, new_N, offsets_N2, keys_HNE, values_HNE)
 
     # ---- use -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
-from safetensors.torch import save
 from torch import Tensor
 
 from longmem.bank import BankEntry
 from longmem.errors import SourceError, StoreCorruptError, StoreError
 from longmem.store.encryption import Keys, Seal
-from longmem.store.tensors import open_tensors
+from longmem.store.tensors import as_parts, open_tensors
 
 SEGMENTS = "segments"
 QUARANTINE = "quarantine"
@@ -180,23 +180,24 @@ def segment_name(file: str) -> str:
     return f"segment {file.split('.')[0]}"
 
 
-def write_segment(path: Path, entries: Sequence[BankEntry], seal: Seal) -> tuple[str, int]:
+def write_segment(path: Path, entries: Sequence[BankEntry], seal: Seal, record: bytes | None = None) -> tuple[str, int]:
     """Write and sync a segment file; returns its sha256 and its size in bytes.
 
     Args:
         entries: keys and values as the bank keeps them (`longmem.bank.packed`).
         seal: of the namespace that it belongs to.
+        record: of all entries, packed, where that has been done.
     """
 
     def joined(tensors: list[Tensor]) -> Tensor:
-        # safetensors takes neither strided tensors nor two views of the same memory.
-        return torch.cat([tensor.detach().cpu() for tensor in tensors], 1).clone(memory_format=torch.contiguous_format)
+        # Of a single piece as it is: nothing is copied that can be written from where it lies.
+        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)).detach().cpu().contiguous()
 
     pieces = [[entry.source, entry.char_start, len(entry.text), len(entry)] for entry in entries]
     tensors = {
         "keys": joined([entry.keys_HNE for entry in entries]),
         "values": joined([entry.values_HNE for entry in entries]),
-        "record": torch.frombuffer(bytearray(Record.of_all(entries).pack()), dtype=torch.uint8),
+        "record": torch.frombuffer(bytearray(record or Record.of_all(entries).pack()), dtype=torch.uint8),
     }
     if any(entry.kept_K is not None for entry in entries):
         first, kept = 0, []
@@ -204,20 +205,35 @@ def write_segment(path: Path, entries: Sequence[BankEntry], seal: Seal) -> tuple
             kept.append(first + (torch.arange(len(entry)) if entry.kept_K is None else entry.kept_K))
             first += len(entry)
         tensors["kept"] = torch.cat(kept).to(torch.int32)
-    data = save(
-        tensors,
-        metadata={"longmem_segment": str(SEGMENT_VERSION), "pieces": json.dumps(pieces)},
-    )
-    return write_bytes(path, seal.data(data, segment_name(path.name)))
+    parts = as_parts(tensors, {"longmem_segment": str(SEGMENT_VERSION), "pieces": json.dumps(pieces)})
+    if seal.key_id is not None:
+        parts = [seal.data(b"".join(parts), segment_name(path.name))]
+    return write_parts(path, parts)
 
 
 def write_bytes(path: Path, data: bytes) -> tuple[str, int]:
     """Write and sync a new file; returns its sha256 and its size."""
-    with open(path, "xb") as file:
-        file.write(data)
+    return write_parts(path, [data])
+
+
+def write_parts(path: Path, parts: Sequence[bytes | memoryview]) -> tuple[str, int]:
+    """Write and sync a new file that consists of these one after the other; returns its sha256 and its size."""
+
+    def digest_of_all() -> str:
+        sha256 = hashlib.sha256()
+        for part in parts:
+            sha256.update(part)
+        return sha256.hexdigest()
+
+    # Neither waits for the other: the one takes a processor, the other a disk.
+    with ThreadPoolExecutor(1) as beside, open(path, "xb") as file:
+        sha256 = beside.submit(digest_of_all)
+        for part in parts:
+            file.write(part)
+        size = file.tell()
         file.flush()
         os.fsync(file.fileno())
-    return hashlib.sha256(data).hexdigest(), len(data)
+        return sha256.result(), size
 
 
 def read_segment(
