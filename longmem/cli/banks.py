@@ -36,6 +36,7 @@ def write(
         str | None, typer.Option(help="Name in the bank, for a single text; the path by default.")
     ] = None,
     precision: common.BankPrecision = None,
+    windows: common.BankWindows = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     as_json: common.Json = False,
@@ -48,7 +49,7 @@ def write(
     check_bank_name(bank)
     texts = _read(files, source, store)
     loaded = common.load_model(model, device)
-    spec = common.spec_of(loaded, precision)
+    spec = common.spec_of(loaded, precision, windows)
     _check_room([len(text.encode()) for text in texts.values()], store, loaded.bank_spec.bytes_per_token)
     with MemoryStore.open(store) as opened:
         if not opened.writable:
@@ -57,6 +58,7 @@ def write(
             )
         target = opened.bank(bank, spec, device=loaded.device)
         common.check_precision(target, bank, precision)
+        common.check_windows(target, bank, windows)
         _check_new(texts, target.sources, bank)
         written = {}
         tokens = sum(_about_tokens(loaded.tokenizer, text) for text in texts.values())
