@@ -102,9 +102,7 @@ class Windows:
         room: tokens of the windows that a step looks at, its own included: all of them where steps must be alike.
     """
 
-    def __init__(
-        self, length_B: Tensor, capacity: int, run: Callable[..., LayerStep], branch: Branch
-    ) -> None:
+    def __init__(self, length_B: Tensor, capacity: int, run: Callable[..., LayerStep], branch: Branch) -> None:
         self.length_B, self.capacity, self.run, self.branch = length_B, capacity, run, branch
         self.rows = length_B.shape[0]
         self.room = capacity
