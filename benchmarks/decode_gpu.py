@@ -7,7 +7,8 @@ The backbone has SmolLM2-135M's shape and random weights, banks hold random keys
 to be computed. Of every step p20, p50 and p80. `share` is the speed against the backbone alone (`memory=0`) in the same
 runtime with the same batch. `--profile` prints the kernels of a step with their times, and how long the host is busy
 with banks before the step is launched; `--both` runs the SideNet behind the backbone as well as beside it, in turn over
-the same banks. The file is written anew after every figure, so that a time limit loses none. On a CPU a small model stands in, to see that the script runs.
+the same banks. The file is written anew after every figure, so that a time limit loses none. On a CPU a small model
+stands in, to see that the script runs.
 """
 
 from __future__ import annotations

@@ -270,7 +270,7 @@ def make_lists(keys_HNE: Tensor, query_HTGE: Tensor) -> tuple[dict[float, BankIn
     for keys_1NE, query_TGE in zip(keys_HNE.split(1), query_HTGE, strict=True):
         query_1QE, now = query_TGE.flatten(0, 1)[None], time.perf_counter()
         # As `BankIndex.choose` does.
-        some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // (1 << 17))]
+        some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // (1 << 17))].contiguous()
         size = Sketch.choose(some_1nE, query_1QE, top_k=TOP_K, target=(1 + max(TARGETS)) / 2).size
         now = lap("size", now)
         for more in range(size, keys_1NE.shape[-1] + 1, 16):

@@ -394,7 +394,8 @@ def time_segments(times: Times, tiny: bool) -> None:
 
 def by_codes(sketch: Sketch, coder_XES: Tensor, query_XQE: Tensor, keys_XNE: Tensor) -> tuple[Tensor, Tensor]:
     """As `GpuSketch.search` does it, the coding of the queries included."""
-    return kernels.topk_coded(query_XQE, keys_XNE, kernels.code_queries(query_XQE, coder_XES), sketch.codes_XNS, 64)
+    coded_XQS, _ = kernels.code_queries(query_XQE, coder_XES)
+    return kernels.topk_coded(query_XQE, keys_XNE, coded_XQS, sketch.codes_XNS, 64)
 
 
 def time_others(times: Times, tiny: bool) -> None:

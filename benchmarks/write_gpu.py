@@ -42,11 +42,12 @@ def wait() -> None:
 
 
 def prefill(model: LongMem, ids_N: Tensor, window: int, batch_tokens: int) -> None:
-    for ids in ids_N.split(window * max(1, batch_tokens // window)):
+    # To the device at once, as `encode` does it.
+    for ids in ids_N.to(DEVICE).split(window * max(1, batch_tokens // window)):
         rows_BT = ids[: len(ids) // window * window].view(-1, window)
         for part_BT in (rows_BT, ids[rows_BT.numel() :][None]):
             if part_BT.numel():
-                model.backbone(part_BT.to(DEVICE), boundaries={model.backbone.num_layers})
+                model.backbone(part_BT, boundaries={model.backbone.num_layers})
 
 
 def encode(model: LongMem, ids_N: Tensor, windows: EncodeConfig, batch_size: int) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--model", help="a SideNet; otherwise random weights")
     parser.add_argument("--text", type=Path, help="what --model writes; random tokens otherwise")
     parser.add_argument("--tokens", type=int, default=1 << 18 if DEVICE == "cuda" else 5000)
-    parser.add_argument("--windows", nargs="+", default=["768+256", "960+64", "1792+256", "1984+64"])
+    parser.add_argument("--windows", nargs="+", default=["768+256", "960+63", "1984+63", "2016+31"])
     parser.add_argument("--batches", type=int, nargs="+", default=[16, 64] if DEVICE == "cuda" else [2])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true")

@@ -222,7 +222,7 @@ def _choose(
     # With every list read, lists find what a sketch does. On a CPU that must be well above the target: what too few
     # coordinates miss has to be made up for by lists, and those are made and chosen by the same coordinates.
     above = (3 + target) / 4 if kind == "cpu" else (1 + target) / 2
-    some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // _TRIED[kind])]
+    some_1nE = keys_1NE[:, :: -(-keys_1NE.shape[1] // _TRIED[kind])].contiguous()
     least = Sketch.choose(some_1nE, query_1QE, top_k=top_k, target=above).size
     if kind == "cpu":
         lists_of, sizes = InvertedFile.choose, (*range(least + _MORE, head_dim, 8), head_dim)

@@ -20,7 +20,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from longmem.decoding import KeyValueBuffer, LayerStep, RowDecoder, RowLayer
-from longmem.encoding import encode_window, exact_in_bfloat16
+from longmem.encoding import Passes, encode_window, exact_in_bfloat16, layer_keys_values
 from longmem.families import Rotary, family_of
 from longmem.ops.cpu import has_bfloat16_products
 from longmem.pretrained import load_pretrained
@@ -60,6 +60,7 @@ class Backbone(nn.Module):
         self.tokenizer = tokenizer
         self.name = name
         self._rows: _Rows | None = None
+        self._passes = Passes()
 
     @classmethod
     def from_pretrained(cls, name: str, *, dtype: torch.dtype = torch.float32, device: str = "auto") -> Backbone:
@@ -191,30 +192,32 @@ class Backbone(nn.Module):
 
     def keys_values(self, layer: int, hidden_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys before rotary and values of a layer, each (B, K, T, E), from the hidden states at its boundary."""
-        _, key_BKTE, value_BKTE = self.family.qkv(self.layers[layer], hidden_BTD)
-        return key_BKTE, value_BKTE
+        return layer_keys_values(self.family, self.layers[layer], hidden_BTD)
 
     @torch.no_grad()
     def encode(
         self, input_ids_BT: Tensor, layers: Collection[int], *, first: int = 0
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        """`keys_values` of some layers for a window of text, of the tokens from `first` on.
+        """`keys_values` of some layers for a window of text, of the tokens from `first` on, by the shortest way
+        (`longmem.encoding`).
 
-        On a CPU by the shortest way (`longmem.encoding`). There weights in float32 that bfloat16 holds exactly are
-        multiplied in bfloat16 if the processor can: as a GPU does, but with sums of layers kept in float32.
+        On a CPU weights in float32 that bfloat16 holds exactly are multiplied in bfloat16 if the processor can: as a
+        GPU does, but with sums of layers kept in float32.
         """
-        if self.device.type != "cpu":
-            hidden_states = self(input_ids_BT, boundaries=layers).hidden_states
-            return {layer: self.keys_values(layer, hidden_states[layer][:, first:]) for layer in layers}
-        positions_BT = torch.arange(input_ids_BT.shape[1]).expand_as(input_ids_BT)
+        positions_1T = torch.arange(input_ids_BT.shape[1], device=self.device)[None]
         with torch.autocast("cpu", torch.bfloat16, enabled=self._encodes_in_bfloat16):
-            x_BTD = self.family.embed(self.base, input_ids_BT, positions_BT)
-            rotary_of = self.rotary_of(x_BTD, positions_BT)
-            return encode_window(self.family, list(self.layers), x_BTD, rotary_of, layers, first)
+            x_BTD = self.family.embed(self.base, input_ids_BT, positions_1T)
+            rotary_of = self.rotary_of(x_BTD, positions_1T)
+            return encode_window(self.family, list(self.layers), x_BTD, rotary_of, layers, first, self._passes)
 
     @cached_property
     def _encodes_in_bfloat16(self) -> bool:
-        return self.dtype == torch.float32 and has_bfloat16_products() and exact_in_bfloat16(self.layers.parameters())
+        return (
+            self.device.type == "cpu"
+            and self.dtype == torch.float32
+            and has_bfloat16_products()
+            and exact_in_bfloat16(self.layers.parameters())
+        )
 
     def position_embeddings(self, layer: int, hidden_BTD: Tensor, positions_BT: Tensor) -> Rotary:
         """(cos, sin) of a layer's rotary embedding at the given positions."""
@@ -279,6 +282,8 @@ class Backbone(nn.Module):
         """Run compiled layers from now on (`torch.compile`): faster on a GPU, where many calls have the same shape."""
         self._run_layers = [torch.compile(layer) for layer in self.layers]
         self._trunks.clear()
+        if self.device.type != "cpu":
+            self._passes = Passes.compiled()
 
     @cached_property
     def _run_layers(self) -> list[Any]:

@@ -24,14 +24,58 @@ RetentionPolicy = Literal["oldest", "spread", "duplicates", "attention", "surpri
 
 
 @dataclass(frozen=True)
+class EncodeConfig:
+    """How a source is cut into windows when it is written.
+
+    Token p of a source is always encoded in the same window: the `stride` tokens of its cell
+    `p // stride`, behind up to `overlap` tokens of left context from the same source, behind a prefix token
+    that is never stored and serves as attention sink. The keys and values of a token are therefore a
+    pure function of the source's own tokens up to it, whenever and in however many pieces it is written.
+    """
+
+    stride: int = 768
+    overlap: int = 256
+
+    def __post_init__(self) -> None:
+        if self.stride < 1 or self.overlap < 0:
+            raise ConfigError(
+                f"Encoding windows need stride >= 1 and overlap >= 0; got stride={self.stride}, overlap={self.overlap}."
+            )
+
+    @classmethod
+    def from_text(cls, text: str) -> EncodeConfig:
+        """Stride and overlap as `str` gives them: 768+256.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        parts = text.split("+")
+        if len(parts) != 2 or not all(part.isascii() and part.isdecimal() for part in parts):
+            raise ConfigError(f"Encoding windows are given as new tokens + context, such as 768+256; got {text!r}.")
+        return cls(*map(int, parts))
+
+    def __str__(self) -> str:
+        return f"{self.stride}+{self.overlap}"
+
+    def windows(self, start: int, total: int) -> list[tuple[int, int, int]]:
+        """The windows in which tokens [start, total) of a source are encoded, one for each cell: first token of the
+        window, first one to keep, and end."""
+        found = []
+        for cell in range(start // self.stride, -(-total // self.stride)):
+            begin, end = cell * self.stride, min((cell + 1) * self.stride, total)
+            found.append((max(0, begin - self.overlap), max(begin, start), end))
+        return found
+
+
+@dataclass(frozen=True)
 class BankSpec:
     """What a bank's tensors mean: two banks are compatible only if their specs are equal.
 
     The backbone's name is for people and not compared: the same weights may be loaded by another name.
     `weights` is the sha256 of the backbone's parameters (`Backbone.weights_hash`): stored keys are only
     meaningful to the very weights that produced them. `precision` and `centre` say how a bank keeps what it is given
-    and are chosen when it is made (`LongMem.bank_spec_in`); they are not compared, since any model of the right weights
-    reads and writes all precisions.
+    and are chosen when it is made (`LongMem.bank_spec_in`), like `encode`; they are not compared, since any model of
+    the right weights reads and writes all precisions, in all windows.
 
     Attributes:
         dtype: of keys and values as they are given and read.
@@ -39,6 +83,7 @@ class BankSpec:
         centre: what is subtracted before rounding: little-endian float32 in base64, of shape (2, H, E), for keys and
             values of H memory heads of size E. None is 0. It must not depend on what the bank will remember, or a
             trace of the first text would outlive its being forgotten.
+        encode: how its sources are cut, whichever model writes them, and encodes again what is left of them.
     """
 
     backbone: str = field(compare=False)
@@ -48,6 +93,7 @@ class BankSpec:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     precision: Precision = field(default="full", compare=False)
     centre: str | None = field(default=None, compare=False, repr=False)
+    encode: EncodeConfig = field(default=EncodeConfig(768, 256), compare=False)
 
     def __post_init__(self) -> None:
         if self.precision not in ("full", "int8", "int4"):
@@ -63,12 +109,15 @@ class BankSpec:
         if self.precision == "full":
             # As it was before there was a choice, for programs that know of none.
             del fields["precision"], fields["centre"]
+        if self.encode == EncodeConfig(768, 256):
+            del fields["encode"]  # as all banks were written
         return json.dumps(fields, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> BankSpec:
         fields = json.loads(text)
         fields["memory_heads"] = tuple(MemoryHead(*head) for head in fields["memory_heads"])
+        fields["encode"] = EncodeConfig(**fields.get("encode", {"stride": 768, "overlap": 256}))
         return cls(**fields)
 
     @property
@@ -93,35 +142,6 @@ class BankSpec:
         if self.precision == "full":
             raise ConfigError("A bank of precision full rounds nothing.")
         return 8 if self.precision == "int8" else 4
-
-
-@dataclass(frozen=True)
-class EncodeConfig:
-    """How a source is cut into windows when it is written.
-
-    Token p of a source is always encoded in the same window: the `stride` tokens of its cell
-    `p // stride`, behind up to `overlap` tokens of left context from the same source, behind a prefix token
-    that is never stored and serves as attention sink. The keys and values of a token are therefore a
-    pure function of the source's own tokens up to it, whenever and in however many pieces it is written.
-    """
-
-    stride: int = 768
-    overlap: int = 256
-
-    def __post_init__(self) -> None:
-        if self.stride < 1 or self.overlap < 0:
-            raise ConfigError(
-                f"Encoding windows need stride >= 1 and overlap >= 0; got stride={self.stride}, overlap={self.overlap}."
-            )
-
-    def windows(self, start: int, total: int) -> list[tuple[int, int, int]]:
-        """The windows in which tokens [start, total) of a source are encoded, one for each cell: first token of the
-        window, first one to keep, and end."""
-        found = []
-        for cell in range(start // self.stride, -(-total // self.stride)):
-            begin, end = cell * self.stride, min((cell + 1) * self.stride, total)
-            found.append((max(0, begin - self.overlap), max(begin, start), end))
-        return found
 
 
 @dataclass(frozen=True)

@@ -528,7 +528,8 @@ def remember_tokens(
     """
     past = bank.length_of(source)
     before_N = bank.tokens_of(source)
-    keys_HNE, values_HNE = model.encode(torch.cat((before_N, token_ids_N)), len(before_N))
+    ids_N = torch.cat((before_N, token_ids_N))
+    keys_HNE, values_HNE = model.encode(ids_N, len(before_N), windows=bank.spec.encode)
     bank.append(BankEntry(source, text, past, token_ids_N, offsets_N2 + past, keys_HNE, values_HNE, drew_on=drew_on))
     model.keep_to_cap(bank)
 

@@ -117,7 +117,7 @@ def _surprise(
             )
         model.check(bank)
         tokens_M = bank.tokens_of(piece.source)[: start + piece.tokens]
-        found[piece.id] = model.surprise(tokens_M, start, on_tokens=on_tokens)
+        found[piece.id] = model.surprise(tokens_M, start, windows=bank.spec.encode, on_tokens=on_tokens)
     return found
 
 

@@ -309,6 +309,17 @@ def test_a_bank_in_few_bits(tiny_model_dir, notes):
     assert ok("recall", *at("few"), "bees", *words)
 
 
+def test_a_bank_in_windows_of_its_own(tiny_model_dir, notes):
+    words = ("--model", tiny_model_dir, *CPU)
+    ok("write", *at("long"), "notes.txt", "--windows", "99+29", *words)
+    ok("write", *at("long"), "notes.txt", "--source", "again", *words)
+    for bank, asked in (("long", "98+29"), ("notes", "99+29")):
+        said = fails("write", *at(bank), "notes.txt", "--source", "x", "--windows", asked, *words)
+        assert "windows are chosen when it is made" in " ".join(said.split())
+    assert "768+256" in fails("write", *at("new"), "notes.txt", "--windows", "much", *words)
+    assert "windows" in fails("merge", "long", *at("notes"))
+
+
 def test_a_bank_is_brought_down_to_a_size(tiny_model_dir, notes):
     words = ("--model", tiny_model_dir, "--unit", "4")
     (before,) = json.loads(ok("banks", "--store", "memories", "--json"))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,15 +19,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import longmem
 import longmem.contenders
 import longmem.tasks
 from longmem.cli import app
 from longmem.comparison.html import html, plot
 from longmem.comparison.markdown import Notes, markdown, summary
 from longmem.comparison.own import read_questions
-from longmem.comparison.result import Comparison, figure
+from longmem.comparison.result import Cell, Comparison, Named, figure
 from longmem.comparison.run import RunConfig, compare
+from longmem.comparison.tokens import key_share, token_figures
 from longmem.contenders.contender import Contender, ContenderConfig, Prompt
+from longmem.contenders.extended import Extended
 from longmem.contenders.longmem import LongMemContender
 from longmem.contenders.longmem_wrong import LongMemWrong
 from longmem.contenders.memgpt import MemGpt
@@ -144,6 +150,32 @@ def test_a_rerun_gives_the_same_figures(model: LongMem, own: tuple[type[Task], t
     assert run(0) != run(1)
 
 
+def test_a_rerun_in_another_process_gives_the_same_figures(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Whatever order Python gives to sets there."""
+    (tmp_path / "bees.txt").write_text("\n\n".join(f"Hive {n} stands on roof {n % 3}." for n in range(40)))
+    (tmp_path / "q.jsonl").write_text(f"{GOOD}\n" + GOOD.replace("the bees", "hive 7"))
+    command = [sys.executable, "-m", "longmem", "eval", "qa", "--model", str(tiny_model_dir), "--device", "cpu"]
+    command += ["--documents", "bees.txt", "--questions", "q.jsonl", "--window", "600"]
+    command += ["--contenders", "window,rag-bm25,memgpt,longmem"]
+    path = f"{Path(longmem.__file__).parent.parent}"
+    runs = [
+        subprocess.Popen(
+            [*command, "--out", seed],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for seed in ("1", "2")
+    ]
+    assert [(run.wait(), run.stderr.read() if run.returncode and run.stderr else b"") for run in runs] == [(0, b"")] * 2
+    one, two = (Comparison.load(tmp_path / seed / "report.json").cells for seed in ("1", "2"))
+    assert {contender for (_, contender), cell in one.items() if cell.figures} >= {"window", "memgpt", "longmem"}
+    assert {place: (c.figures, c.cases) for place, c in one.items()} == {
+        place: (c.figures, c.cases) for place, c in two.items()
+    }
+
+
 def test_an_empty_cell_says_why(model: LongMem, tmp_path: Path) -> None:
     (tmp_path / "t.py").write_text(
         TASK.replace('evidence=(f"The colour is {colour}.",), ', "").replace("room=4", "room=4")
@@ -218,6 +250,60 @@ def test_what_is_strange_to_a_case(model: LongMem) -> None:
     }
     assert numbers == {"passkey": [1, 2, 0, 0], "language": [2, 3, 0, 1], "many-shot-4": [1, 2, 3, 0]}
     assert PassKey(config, model.tokenizer).other(some[:1], 0) is None
+
+
+def scored_by_token(**losses: list[list[float]]) -> Comparison:
+    """Contenders that were each given the same continuations."""
+    cells = {}
+    for name, cases in losses.items():
+        name = name.replace("_", "-")
+        rows = [{"kind": "", "query": str(n), "log_probabilities": row} for n, row in enumerate(cases)]
+        cells["language", name] = Cell("language", name, cases=rows)
+    names = [Named(name, "") for _, name in cells]
+    return Comparison([Named("language", "", language.Language.measures)], names, {"seed": 0}, {}, cells)
+
+
+def test_key_tokens_are_what_the_long_window_alone_knows() -> None:
+    result = scored_by_token(
+        window=[[-5.0, -5.0, -1.0, -9.0], [-1.0, -1.0]],
+        extended=[[-1.0, -2.5, -1.0, -1.0], [-1.0, -1.0]],
+        longmem_empty=[[-4.0, -4.0, -1.0, -4.0], [-1.0, -1.05]],
+        longmem=[[-2.0, -4.5, -1.0, -3.0], [-1.0, -1.0]],
+    )
+    # The second token gained as much, but is not likely even so.
+    assert key_share(result, "language") == pytest.approx(100 * 2 / 6)
+    found = token_figures(result, "language")
+    losses = {"window": 7.0, "extended": 1.0, "longmem-empty": 4.0, "longmem": 2.5}
+    assert {name: np.log(each.figures["key tokens"].value) for name, each in found.items()} == pytest.approx(losses)
+    assert (found["longmem"].base, found["extended"].base) == ("longmem-empty", "window")
+    # Two of four better and one worse; none of two by more than the margin.
+    assert [found["longmem"].figures[name].value for name in ("better", "worse")] == pytest.approx([25.0, 12.5])
+    assert set(found["longmem-empty"].figures) == {"key tokens"}
+    assert "Key tokens, 33.3 % of all" in markdown(result) and "Key tokens, 33.3 % of all" in html(result)
+
+
+def test_no_key_tokens_without_a_judge() -> None:
+    result = scored_by_token(window=[[-5.0]], longmem=[[-2.0]])
+    assert token_figures(result, "language") == {} and "Key tokens" not in markdown(result)
+    # None of the tokens is one: shares alone.
+    alike = scored_by_token(window=[[-1.0]], extended=[[-1.0]], longmem=[[-0.5]])
+    assert {name: set(each.figures) for name, each in token_figures(alike, "language").items()} == {
+        "extended": {"better", "worse"},
+        "longmem": {"better", "worse"},
+    }
+    assert token_figures(alike, "language")["longmem"].base == "window"
+
+
+def test_continuations_are_kept_token_by_token(model: LongMem) -> None:
+    rivals = [Window, Extended, LongMemContender]
+    config = ContenderConfig(window=800, extended=1000)
+    result = compare(model, [language.Language], rivals, TaskConfig(cases=1, told=64), config)
+    cells = [result.cell("language", each.name) for each in rivals]
+    assert all(len(cell.cases) == 1 for cell in cells), [cell.reason for cell in cells]
+    for row in (row for cell in cells for row in cell.cases):
+        assert len(row["log_probabilities"]) == row["tokens"]
+        assert sum(row["log_probabilities"]) == pytest.approx(row["log_probability"], abs=0.001 * row["tokens"])
+    assert set(token_figures(result, "language")) >= {"extended", "longmem"}
 
 
 def test_a_cell_ends_when_its_time_is_up(model: LongMem, own: tuple[type[Task], type[Contender]]) -> None:

@@ -128,14 +128,29 @@ specs = st.builds(
     memory_heads=st.lists(st.builds(MemoryHead, st.integers(0, 40), st.integers(0, 8))).map(tuple),
     head_dim=st.integers(1, 256),
     dtype=st.sampled_from(["bfloat16", "float32"]),
+    encode=st.builds(EncodeConfig, st.integers(1, 9000), st.integers(0, 999)),
 )
 
 
 @given(specs)
 def test_a_spec_survives_json(spec: BankSpec) -> None:
     again = BankSpec.from_json(spec.to_json())
-    assert again == spec and again.backbone == spec.backbone
+    assert again == spec and again.backbone == spec.backbone and again.encode == spec.encode
+    assert EncodeConfig.from_text(str(spec.encode)) == spec.encode
     assert all(isinstance(head, MemoryHead) for head in again.memory_heads)
+
+
+def test_banks_that_do_not_say_their_windows_have_those_that_all_had() -> None:
+    """The format's, not the default, should that ever change."""
+    spec = BankSpec("tiny", "0", (MemoryHead(1, 0),), 8)
+    assert "encode" not in json.loads(spec.to_json())
+    assert BankSpec.from_json(spec.to_json()).encode == EncodeConfig(768, 256)
+
+
+@pytest.mark.parametrize("text", ["", "768", "768+", "+256", "768+256+1", "768-256", "a+b", "-1+3", "0+5", "٣+1"])
+def test_what_is_no_windows_is_named(text: str) -> None:
+    with pytest.raises(ConfigError, match="windows"):
+        EncodeConfig.from_text(text)
 
 
 def test_bytes_of_a_token_are_those_of_its_keys_and_values() -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from longmem import backbone as backbone_module
+from longmem import encoding
 from longmem.backbone import Backbone
-from longmem.encoding import exact_in_bfloat16
+from longmem.encoding import Passes, causal_attention, exact_in_bfloat16, layer_keys_values, pass_layer
+from longmem.ops import cpu
 
 LAYERS = (1, 2)
 
@@ -30,6 +33,49 @@ def test_keys_and_values_are_those_of_the_backbone(family: str, first: int) -> N
     for layer in LAYERS:
         for mine, whole in zip(found[layer], backbone.keys_values(layer, seen.hidden_states[layer]), strict=True):
             torch.testing.assert_close(mine, whole[:, :, first:], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@torch.no_grad()
+def test_attention_of_other_devices(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = Backbone(tiny.causal_lm(family))
+    expected = backbone.encode(windows(), LAYERS)
+    monkeypatch.setattr(encoding.cpu, "causal_attention", causal_attention)
+    for layer, found in backbone.encode(windows(), LAYERS).items():
+        for mine, other in zip(found, expected[layer], strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5, 30])
+def test_one_attention_is_the_other(dtype: torch.dtype, window: int | None) -> None:
+    torch.manual_seed(0)
+    query_BHTE, key_BKTE, value_BKTE = (torch.randn(2, heads, 20, 8, dtype=dtype) for heads in (6, 2, 2))
+    rough = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(
+        causal_attention(query_BHTE, key_BKTE, value_BKTE, 0.3, window),
+        cpu.causal_attention(query_BHTE, key_BKTE, value_BKTE, 0.3, window),
+        atol=rough,
+        rtol=rough,
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt2"])
+@torch.no_grad()
+def test_one_compiled_pass_serves_all_layers(family: str) -> None:
+    backbone = Backbone(tiny.causal_lm(family))
+    ids_BT, top = windows(tokens=40), backbone.num_layers - 1
+    expected = backbone.encode(ids_BT, [1, top], first=3)
+    torch._dynamo.reset()
+    of_layer, of_top = CompileCounter(), CompileCounter()
+    backbone._passes = Passes(
+        torch.compile(pass_layer, backend=of_layer), torch.compile(layer_keys_values, backend=of_top)
+    )
+    found = backbone.encode(ids_BT, [1, top], first=3)
+    assert of_layer.frame_count == of_top.frame_count == 1
+    for layer, pair in expected.items():
+        for mine, other in zip(found[layer], pair, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

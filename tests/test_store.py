@@ -24,7 +24,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from longmem.approximate import BankIndex, fingerprint
 from longmem.bank import BankEntry, MemoryBank, centre_text, packed, unpacked
@@ -42,6 +42,7 @@ from longmem.errors import (
 from longmem.lists import KeyLists
 from longmem.store import MemoryStore, StoredBank, segments
 from longmem.store.files import new_file
+from longmem.store.tensors import as_parts
 
 SPEC = BankSpec("tiny", "0" * 64, (MemoryHead(1, 0), MemoryHead(2, 1)), 8)
 FORMAT_DOC = Path(__file__).parents[1] / "docs" / "format.md"
@@ -1029,3 +1030,38 @@ def test_a_commit_that_only_the_log_knows_does_not_come_back_without_its_file(fo
         shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("*-shm"))
         with MemoryStore.open(tmp_path / "copy") as recovered:
             assert recovered.bank("notes").sources == ("a",)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([torch.uint8, torch.bfloat16, torch.int32, torch.float64]), st.integers(0, 7)),
+        max_size=5,
+    ),
+    st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=2),
+)
+@settings(deadline=None)
+def test_parts_of_a_file_are_one_that_safetensors_reads(
+    shapes: list[tuple[torch.dtype, int]], metadata: dict[str, str]
+) -> None:
+    tensors = {str(i): (torch.randn(3, size, 5) * 9).to(dtype) for i, (dtype, size) in enumerate(shapes)}
+    data = b"".join(as_parts(tensors, metadata))
+    found = load(data)
+    assert found.keys() == tensors.keys()
+    assert all(found[name].dtype == tensors[name].dtype for name in tensors)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert header.pop("__metadata__") == metadata
+    for name, said in header.items():  # may be read where it lies
+        assert said["data_offsets"][0] % tensors[name].element_size() == 0
+
+
+def test_an_entry_is_stored_from_any_memory(folder: Path) -> None:
+    """Keys and values that are parts of other tensors, in any order of dimensions."""
+    entry = make_entry("a", "some text")
+    noise = torch.full((9, 2, 16), float("nan"), dtype=torch.bfloat16)
+    noise[:, :, ::2] = entry.keys_HNE.transpose(0, 1)
+    strided = replace(entry, keys_HNE=noise[:, :, ::2].transpose(0, 1))
+    with MemoryStore.open(folder) as store:
+        store.bank("notes", SPEC).append(strided)
+    with MemoryStore.open(folder) as store:
+        assert torch.equal(store.bank("notes").keys_HNE, entry.keys_HNE)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from test_store import assert_same, files_of, largest_file, make_entry, make_index, readable, segment_files
 
 from longmem.bank import BankEntry, DrawnOn, MemoryBank
-from longmem.config import Precision
+from longmem.config import EncodeConfig, Precision
 from longmem.errors import (
     BankMismatchError,
     BankNotFoundError,
@@ -24,6 +24,7 @@ from longmem.errors import (
     StoreCorruptError,
     StoreNotWritableError,
 )
+from longmem.generation import remember_tokens
 from longmem.model import LongMem
 from longmem.store import MemoryStore, Stretch
 from longmem.store.traces import needles, traces
@@ -81,6 +82,31 @@ def test_a_part_of_a_text_is_forgotten(folder: Path, model: LongMem) -> None:
         # And it can be written to again.
         write(bank, model, [("diary", "More.")])
         assert_same(store.bank("notes"), write(never, model, [("diary", "More.")]))
+
+
+def test_what_is_left_is_encoded_in_the_windows_of_the_bank(folder: Path, model: LongMem) -> None:
+    spec = dataclasses.replace(model.bank_spec, encode=EncodeConfig(17, 3))
+    assert spec.encode != model.config.encode
+    with MemoryStore.open(folder) as store:
+        bank = write(store.bank("notes", spec), model, [("diary", TINY_TEXT + SECRET + TINY_TEXT)])
+        plain = write(model.new_bank(), model, [("diary", TINY_TEXT + SECRET + TINY_TEXT)])
+        assert not torch.equal(bank.keys_HNE, plain.keys_HNE)
+        store.forget("notes", [Stretch("diary", len(TINY_TEXT), len(TINY_TEXT) + len(SECRET))], model)
+    with MemoryStore.open(folder) as store:
+        again = store.bank("notes", model.bank_spec)  # the windows are the bank's own, whoever opens it
+        assert again.spec.encode == spec.encode
+        never = write(MemoryBank(spec), model, [("diary", TINY_TEXT * 2)])
+        assert_same(again, never)
+        offsets_N2 = torch.stack((torch.arange(30), torch.arange(1, 31)), dim=1)
+        for bank in (again, never):
+            remember_tokens(model, bank, torch.arange(30, 60), "x" * 30, offsets_N2, source="chat")
+        assert_same(again, never)
+        # A repair makes the same, too.
+        keys_HNE = again.keys_HNE.clone()
+        file = min((folder / "segments").iterdir())
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        store.repair(model)
+        assert torch.equal(store.bank("notes").keys_HNE, keys_HNE)
 
 
 @settings(max_examples=30)

@@ -22,6 +22,7 @@ from conftest import TINY_TEXT
 from test_store import SPEC, make_entry, make_index, readable
 
 from longmem.bank import BankEntry
+from longmem.config import EncodeConfig
 from longmem.errors import StoreKeyError
 from longmem.model import LongMem
 from longmem.store import MemoryStore, Stretch
@@ -224,7 +225,9 @@ class Model:
 
     bank_spec = SPEC
 
-    def encode(self, token_ids_N: torch.Tensor, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(
+        self, token_ids_N: torch.Tensor, start: int = 0, *, windows: EncodeConfig | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         seen_N = token_ids_N.cumsum(0)[start:] % 251
         keys_HNE = seen_N.bfloat16().expand(2, 8, -1).transpose(1, 2).contiguous()
         return keys_HNE, -keys_HNE

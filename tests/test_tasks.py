@@ -18,13 +18,13 @@ from longmem.data import Document, TokenizedDocuments
 from longmem.errors import ConfigError, UnavailableError
 from longmem.model import LongMem
 from longmem.registry import found
-from longmem.tasks import many_shot, summaries
+from longmem.tasks import language, many_shot, summaries
 from longmem.tasks import task as task_module
 from longmem.tasks.facts import Facts
 from longmem.tasks.needles import Pairs, PassKey
 from longmem.tasks.scoring import exact, f1, normalised
 from longmem.tasks.scoring import found as stands_in
-from longmem.tasks.task import Answer, Case, Task, TaskConfig
+from longmem.tasks.task import Answer, Case, Round, Task, TaskConfig
 from longmem.tasks.xquad import XQuad
 
 
@@ -279,6 +279,36 @@ def test_language_is_one_text(data: Path, tokenizer: Any) -> None:
     assert len(kinds) == 2 and len(set(kinds.values())) == 1
     with pytest.raises(UnavailableError, match="no text has the"):
         list(found(longmem.tasks, Task)["language"](TaskConfig(data, told=100_000), tokenizer).rounds())
+
+
+def test_language_tells_other_texts_beyond_the_past(
+    data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("b", "c"):
+        (data / "books" / f"{name}.txt").write_text((data / "books" / "a.txt").read_text().replace("bees", name * 3))
+    monkeypatch.setattr(language, "_PAST", 1024)
+
+    def rounds(told: int) -> list[Round]:
+        return list(language.Language(TaskConfig(data, cases=2, told=told), tokenizer).rounds())
+
+    near, far = rounds(3000)
+    assert [len(each.documents) for each in (near, far)] == [1, 2]
+    own = far.documents[-1]
+    assert own == near.documents[0] and far.cases[0].continuation == near.cases[0].continuation
+    (other,) = far.documents[:-1]
+    assert other.name != own.name
+    counts = [len(tokenizer(each.text)["input_ids"]) for each in (other, own)]
+    # A text that is cut may end in other tokens.
+    assert sum(counts) == pytest.approx(3000, abs=2) and counts[1] == pytest.approx(1024, abs=1)
+    # With less, the same is told as before there were others.
+    assert rounds(1024)[0].documents == near.documents
+    task = language.Language(TaskConfig(data, cases=2, told=3000), tokenizer)
+    assert not task.strange(near, far) and not task.strange(far, near)
+    mixed = Round((own, other), far.cases)
+    assert not task.strange(Round((other,), far.cases), mixed) and not task.strange(far, mixed)
+    assert task.strange(far, Round((other,), far.cases))
+    with pytest.raises(UnavailableError, match="the texts are too few"):
+        rounds(10_000_000)
 
 
 def test_rouge_needs_its_library(data: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -24,6 +24,8 @@ _TOKENIZING = 200
 _PROVENANCE = 28
 # Copies of a text's keys and values that exist while it is written: collected, joined, in the file, in the bank.
 _COPIES = 4
+# Characters of a text by which its tokens are estimated.
+_BEGINNING = 20_000
 
 
 def write(
@@ -34,6 +36,7 @@ def write(
         str | None, typer.Option(help="Name in the bank, for a single text; the path by default.")
     ] = None,
     precision: common.BankPrecision = None,
+    windows: common.BankWindows = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     keys: common.Keys = None,
@@ -47,7 +50,7 @@ def write(
     check_bank_name(bank)
     texts = _read(files, source, store)
     loaded = common.load_model(model, device)
-    spec = common.spec_of(loaded, precision)
+    spec = common.spec_of(loaded, precision, windows)
     _check_room([len(text.encode()) for text in texts.values()], store, loaded.bank_spec.bytes_per_token)
     with MemoryStore.open(store, keys=keys) as opened:
         if not opened.writable:
@@ -56,9 +59,10 @@ def write(
             )
         target = opened.bank(bank, spec, device=loaded.device)
         common.check_precision(target, bank, precision)
+        common.check_windows(target, bank, windows)
         _check_new(texts, target.sources, bank)
         written = {}
-        tokens = sum(len(loaded.tokenizer(text, add_special_tokens=False).input_ids) for text in texts.values())
+        tokens = sum(_about_tokens(loaded.tokenizer, text) for text in texts.values())
         with common.counting("remembering", tokens, "tokens") as advance:
             for name, text in texts.items():
                 written[name] = loaded.write_text(target, text, source=name, on_tokens=advance)
@@ -69,6 +73,13 @@ def write(
             common.print_json({"bank": bank, "written": rows, "tokens": len(target), "sources": len(target.sources)})
         else:
             common.out.print(f"Bank {bank} remembers {common.contents(target)}.", markup=False, highlight=False)
+
+
+def _about_tokens(tokenizer: Any, text: str) -> int:
+    """How many tokens a text has, by its beginning: to cut a long one takes longer than a GPU takes to encode it."""
+    beginning = text[:_BEGINNING]
+    tokens = len(tokenizer(beginning, add_special_tokens=False).input_ids)
+    return round(tokens * len(text) / max(1, len(beginning)))
 
 
 def _read(files: Sequence[str], source: str | None, folder: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from longmem.config import EncodeConfig
 from longmem.config import Precision as Kept
 from longmem.errors import BankMismatchError, ConfigError, SourceError
 
@@ -74,6 +76,15 @@ BankPrecision = Annotated[
         "--precision",
         help="How a new bank keeps keys and values: full, int8 (about half the bytes), or int4 (about a quarter).",
         show_default="full",
+    ),
+]
+BankWindows = Annotated[
+    str | None,
+    typer.Option(
+        "--windows",
+        help="How a new bank's texts are cut to be read: new tokens + context. 1984+63 reads long ones fastest on a "
+        "GPU; small additions to a text take longer.",
+        show_default="768+256",
     ),
 ]
 Search = Annotated[
@@ -141,9 +152,19 @@ def contents(bank: MemoryBank) -> str:
     return f"{len(bank):,} tokens of {sources} source{'' if sources == 1 else 's'}"
 
 
-def spec_of(model: LongMem, precision: Kept | None) -> BankSpec:
-    """What a bank for this model holds, in the precision that was asked for."""
-    return model.bank_spec if precision is None else model.bank_spec_in(precision)
+def spec_of(model: LongMem, precision: Kept | None, windows: str | None = None) -> BankSpec:
+    """What a bank for this model holds, in the precision and the windows that were asked for."""
+    spec = model.bank_spec if precision is None else model.bank_spec_in(precision)
+    return spec if windows is None else dataclasses.replace(spec, encode=EncodeConfig.from_text(windows))
+
+
+def check_windows(bank: MemoryBank, name: str, windows: str | None) -> None:
+    """Raise `BankMismatchError` if the bank was made with other windows than were asked for."""
+    if windows is not None and EncodeConfig.from_text(windows) != bank.spec.encode:
+        raise BankMismatchError(
+            f"Bank {name!r} is written in windows of {bank.spec.encode}; --windows {windows} was asked for. A bank's "
+            "windows are chosen when it is made: leave the option out, or use another --bank."
+        )
 
 
 def check_precision(bank: MemoryBank, name: str, precision: Kept | None) -> None:

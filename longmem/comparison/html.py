@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from longmem.comparison.markdown import PRICES, Notes, best_of, heading, late, own, prices, shown, told
+from longmem.comparison.markdown import (
+    PRICES,
+    TOKEN_HEAD,
+    Notes,
+    about_tokens,
+    best_of,
+    heading,
+    late,
+    own,
+    prices,
+    shown,
+    token_rows,
+    told,
+)
 from longmem.comparison.result import Cell, Comparison, Figure, Named
 from longmem.tasks.task import Measure
 
@@ -32,6 +45,9 @@ def html(comparison: Comparison) -> str:
         if about := f"{own(task).removeprefix(', ')} {late(comparison, task)}".strip():
             parts.append(f"<p>{escape(about)}</p>")
         parts.append(_details(task, cells, notes))
+        if of_tokens := token_rows(comparison, task):
+            rows = [f"<tr><td>{escape(name)}</td>{''.join(map(_td, rest))}</tr>" for name, *rest in of_tokens]
+            parts += [f"<p>{escape(about_tokens(comparison, task))}</p>", _table(TOKEN_HEAD, rows)]
     reasons = "".join(f"<li>{escape(text)}</li>" for text in notes.texts)
     if reasons:
         parts.append(f"<h2>Empty cells</h2><ol>{reasons}</ol>")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from longmem.comparison.result import Cell, Comparison, Figure, Named
+from longmem.comparison.tokens import GAIN, LIKELY, MARGIN, MEASURES, key_share, token_figures
 from longmem.tasks.task import Measure
 
 
@@ -60,7 +61,30 @@ def details(comparison: Comparison, task: Named, notes: Notes) -> str:
         figures = [shown(measure, cell.figures.get(measure.name)) for measure in measures]
         rows.append([cell.contender, *figures, *of_kinds, *prices(cell)])
     count = max((figure.cases for cell in _cells(comparison, task) for figure in cell.figures.values()), default=0)
-    return f"### {task.name}: {task.title}\n\n{count} cases{own(task)}.{late(comparison, task)}\n\n{table(head, rows)}"
+    parts = [f"### {task.name}: {task.title}", f"{count} cases{own(task)}.{late(comparison, task)}", table(head, rows)]
+    if of_tokens := token_rows(comparison, task):
+        parts += [about_tokens(comparison, task), table(TOKEN_HEAD, of_tokens)]
+    return "\n\n".join(parts)
+
+
+TOKEN_HEAD = ("", "key tokens, perplexity", "better %", "worse %", "than")
+
+
+def token_rows(comparison: Comparison, task: Named) -> list[list[str]]:
+    """The cells of `TOKEN_HEAD`, where continuations were scored token by token."""
+    rows = []
+    for name, each in token_figures(comparison, task.name).items():
+        figures = [shown(measure, each.figures.get(measure.name)) for measure in MEASURES]
+        rows.append([name, *figures, "" if name == each.base else each.base])
+    return rows
+
+
+def about_tokens(comparison: Comparison, task: Named) -> str:
+    return (
+        f"Key tokens, {key_share(comparison, task.name):.1f} % of all: extended makes them more probable than window "
+        f"does by more than {GAIN:g} nats, and gives them more than {LIKELY:g} nats. They are chosen by these two, so "
+        f"extended is at its best there and window at its worst. Better and worse: by more than {MARGIN:g} nats."
+    )
 
 
 def own(task: Named) -> str:

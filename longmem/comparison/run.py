@@ -274,7 +274,7 @@ def scored(case: Case, losses: Sequence[list[float]], text: str = "", drawn_on: 
         right = case.choices.index(case.answers[0])
         return Answer(case.choices[int(scores.argmax())], float(scores.log_softmax(0)[right]), 1)
     (only,) = losses or ([],)
-    return Answer(text.strip(), sum(only), len(only), drawn_on)
+    return Answer(text.strip(), sum(only), len(only), drawn_on, tuple(only) if case.continuation else ())
 
 
 def _row(case: Case, answer: Answer) -> dict[str, Any]:
@@ -285,6 +285,7 @@ def _row(case: Case, answer: Answer) -> dict[str, Any]:
         "given": answer.text,
         "log_probability": answer.log_probability,
         "tokens": answer.tokens,
+        **({"log_probabilities": [round(each, 3) for each in answer.log_probabilities]} if case.continuation else {}),
     }
 
 

@@ -170,6 +170,12 @@ def merge(store: MemoryStore, name: str, other: str, version: int | str | None) 
                 f"Bank {name!r} keeps keys and values in {spec.precision}, {other!r} in {other_spec.precision}: rows "
                 f"of one mean nothing in the other. Write the texts of {other!r} to {name!r} instead."
             )
+        if spec.encode != other_spec.encode:
+            raise BankMismatchError(
+                f"Bank {name!r} is written in windows of {spec.encode}, {other!r} in {other_spec.encode}: what is left "
+                f"after forgetting could not be encoded again as it was. Write the texts of {other!r} to {name!r} "
+                "instead."
+            )
         if store.seal(other).key_id is not None and store.seal(name).key_id is None:
             raise StoreError(
                 f"Bank {other!r} is encrypted and {name!r} is not: nothing was merged. Encrypt it first: "

@@ -424,8 +424,8 @@ def _entries(
             f"A part of source {plan.pieces[changed[0]].source!r} is to be forgotten, and the rest of it encoded "
             "again: give the model that wrote the bank (`forget(…, model=model)`, --model), or forget the whole source."
         )
-    if model.bank_spec != BankSpec.from_json(spec):
-        written = BankSpec.from_json(spec)
+    written = BankSpec.from_json(spec)
+    if model.bank_spec != written:
         raise BankMismatchError(
             f"Bank {plan.bank!r} was written by backbone {written.backbone!r} (weights {written.weights[:12]}…); the "
             f"model given is {model.bank_spec.backbone!r} (weights {model.bank_spec.weights[:12]}…). Give its own, "
@@ -446,11 +446,9 @@ def _entries(
             earlier = plan.before[earlier]
         text, ids_N, offsets_N2 = _without(model, plan, piece)
         before_N = torch.cat([record.token_ids_N[:0], *reversed(past)])
-        keys_HNE, values_HNE = model.encode(torch.cat((before_N, ids_N)), len(before_N))
-        entry = packed(
-            BankEntry(held.source, text, start, ids_N, offsets_N2 + start, keys_HNE, values_HNE),
-            BankSpec.from_json(spec),
-        )
+        whole_N = torch.cat((before_N, ids_N))
+        keys_HNE, values_HNE = model.encode(whole_N, len(before_N), windows=written.encode)
+        entry = packed(BankEntry(held.source, text, start, ids_N, offsets_N2 + start, keys_HNE, values_HNE), written)
         made[piece] = _thinned(store, plan, piece, entry)
         if on_tokens is not None:
             on_tokens(len(ids_N))

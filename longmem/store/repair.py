@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from longmem.bank import BankEntry, packed
-from longmem.config import BankSpec
+from longmem.config import BankSpec, EncodeConfig
 from longmem.errors import BankMismatchError, StoreCorruptError, StoreError, StoreNotWritableError
 from longmem.store.encryption import Seal
 from longmem.store.files import sync_folder
@@ -51,7 +51,9 @@ class Encoder(Protocol):
     @property
     def tokenizer(self) -> Any: ...
 
-    def encode(self, token_ids_N: Tensor, start: int = 0) -> tuple[Tensor, Tensor]: ...
+    def encode(
+        self, token_ids_N: Tensor, start: int = 0, *, windows: EncodeConfig | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ def _repair_namespace(
         for segment, pieces in segments.items():
             stay, leave = [p for p in pieces if p.id not in plan.out], [p for p in pieces if p.id in plan.out]
             if segment in plan.damaged:
-                entries = [packed(entry, spec) for entry in _encoded(model, stay, plan, on_tokens)]
+                entries = [packed(entry, spec) for entry in _encoded(model, spec.encode, stay, plan, on_tokens)]
                 entries = [as_thinned(store, *both) for both in zip(stay, entries, strict=True)]
                 encoded |= {piece.id for piece in stay}
             elif leave and stay:
@@ -366,7 +368,11 @@ def _cut(pieces: Sequence[Piece], plan: _Plan) -> None:
 
 
 def _encoded(
-    model: Encoder, wanted: Sequence[Piece], plan: _Plan, on_tokens: Callable[[int], None] | None
+    model: Encoder,
+    windows: EncodeConfig,
+    wanted: Sequence[Piece],
+    plan: _Plan,
+    on_tokens: Callable[[int], None] | None,
 ) -> list[BankEntry]:
     """Pieces as a fresh write of the same token ids would give them, each behind those before it in its source."""
     entries = []
@@ -377,7 +383,8 @@ def _encoded(
             past.append(plan.known[earlier].token_ids_N)
             earlier = plan.before[earlier]
         before_N = torch.cat([record.token_ids_N[:0], *reversed(past)])
-        keys_HNE, values_HNE = model.encode(torch.cat((before_N, record.token_ids_N)), len(before_N))
+        ids_N = torch.cat((before_N, record.token_ids_N))
+        keys_HNE, values_HNE = model.encode(ids_N, len(before_N), windows=windows)
         place = (piece.source, record.text, piece.char_start, record.token_ids_N, record.offsets_N2)
         entries.append(BankEntry(*place, keys_HNE, values_HNE))
         if on_tokens is not None:

@@ -17,14 +17,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
-from safetensors.torch import save
 from torch import Tensor
 
 from longmem.bank import BankEntry
 from longmem.errors import SourceError, StoreCorruptError, StoreError
 from longmem.store.encryption import Keys, Seal
-from longmem.store.files import digest, write_bytes
-from longmem.store.tensors import open_tensors
+from longmem.store.files import digest, write_parts
+from longmem.store.tensors import as_parts, open_tensors
 
 SEGMENTS = "segments"
 QUARANTINE = "quarantine"
@@ -179,24 +178,27 @@ def segment_name(file: str) -> str:
     return f"segment {file.split('.')[0]}"
 
 
-def write_segment(file: IO[bytes], name: str, entries: Sequence[BankEntry], seal: Seal) -> tuple[str, int]:
+def write_segment(
+    file: IO[bytes], name: str, entries: Sequence[BankEntry], seal: Seal, record: bytes | None = None
+) -> tuple[str, int]:
     """Write and sync a segment file; returns its sha256 and its size in bytes.
 
     Args:
         name: of the file, by which it is sealed.
         entries: keys and values as the bank keeps them (`longmem.bank.packed`).
         seal: of the namespace that it belongs to.
+        record: of all entries, packed, where that has been done.
     """
 
     def joined(tensors: list[Tensor]) -> Tensor:
-        # safetensors takes neither strided tensors nor two views of the same memory.
-        return torch.cat([tensor.detach().cpu() for tensor in tensors], 1).clone(memory_format=torch.contiguous_format)
+        # Of a single piece as it is: nothing is copied that can be written from where it lies.
+        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)).detach().cpu().contiguous()
 
     pieces = [[entry.source, entry.char_start, len(entry.text), len(entry)] for entry in entries]
     tensors = {
         "keys": joined([entry.keys_HNE for entry in entries]),
         "values": joined([entry.values_HNE for entry in entries]),
-        "record": torch.frombuffer(bytearray(Record.of_all(entries).pack()), dtype=torch.uint8),
+        "record": torch.frombuffer(bytearray(record or Record.of_all(entries).pack()), dtype=torch.uint8),
     }
     if any(entry.kept_K is not None for entry in entries):
         first, kept = 0, []
@@ -204,11 +206,10 @@ def write_segment(file: IO[bytes], name: str, entries: Sequence[BankEntry], seal
             kept.append(first + (torch.arange(len(entry)) if entry.kept_K is None else entry.kept_K))
             first += len(entry)
         tensors["kept"] = torch.cat(kept).to(torch.int32)
-    data = save(
-        tensors,
-        metadata={"longmem_segment": str(SEGMENT_VERSION), "pieces": json.dumps(pieces)},
-    )
-    return write_bytes(file, seal.data(data, segment_name(name)))
+    parts = as_parts(tensors, {"longmem_segment": str(SEGMENT_VERSION), "pieces": json.dumps(pieces)})
+    if seal.key_id is not None:
+        parts = [seal.data(b"".join(parts), segment_name(name))]
+    return write_parts(file, parts)
 
 
 def read_segment(

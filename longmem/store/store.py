@@ -676,8 +676,11 @@ class MemoryStore:
             f"--bank {bank}`; or restore the file from a backup. Other banks can be used."
         )
 
-    def write_segment(self, entries: Sequence[BankEntry], bank: str) -> NewSegment:
+    def write_segment(self, entries: Sequence[BankEntry], bank: str, record: bytes | None = None) -> NewSegment:
         """Write a segment of a bank under a temporary name, which means nothing until `place` has been committed.
+
+        Args:
+            record: of all entries, packed, where that has been done.
 
         Raises:
             OSError: the disk is full or cannot be written.
@@ -685,7 +688,7 @@ class MemoryStore:
         file = secrets.token_hex(16) + ".safetensors"
         seal = self.seal(bank)
         try:
-            said = write_segment(self.files.draft(file), file, entries, seal)
+            said = write_segment(self.files.draft(file), file, entries, seal, record)
             self.files.finish(file)
             return NewSegment(file, *said, bank, seal.key_id)
         except BaseException:

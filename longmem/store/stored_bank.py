@@ -100,10 +100,13 @@ class StoredBank(MemoryBank):
         self.check(entry)
         check_text(entry)
         kept = packed(entry, self.spec)
+        on_host = dataclasses.replace(kept, keys_HNE=kept.keys_HNE.cpu(), values_HNE=kept.values_HNE.cpu())
+        if self.device.type == "cpu":
+            kept = on_host  # copied from a GPU once, for disk and memory
         new = None
         try:
-            new = store.write_segment([kept], self.name)
             record = Record.of(entry).pack()
+            new = store.write_segment([on_host], self.name, record)
             with store.manifest.transaction() as database:
                 # Under the write lock nobody else extends the bank: what holds now holds until the commit.
                 self.refresh()

@@ -1,4 +1,4 @@
-"""Safetensors files of a store: mapped as they are, or decrypted in memory."""
+"""Safetensors files of a store: written from where their tensors lie; mapped as they are, or decrypted in memory."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _DTYPES = {
     "I64": torch.int64,
     "U8": torch.uint8,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @contextmanager
@@ -46,6 +47,33 @@ def open_tensors(path: Path, keys: Keys, name: str) -> Iterator[Any]:
     else:
         with safe_open(path, framework="pt") as tensors:
             yield tensors
+
+
+def as_parts(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """A safetensors file as `safetensors.torch.save` makes it, in parts one after the other: a header, then the memory
+    of the tensors themselves, where that makes copies of all.
+
+    Args:
+        tensors: contiguous, on the CPU.
+    """
+    # Largest numbers first, as there: each then lies where its type may lie.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": _NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    said = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    said += b" " * (-len(said) % 8)
+    return [len(said).to_bytes(8, "little") + said, *(_memory(tensors[name]) for name in names)]
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    return tensor.flatten().view(torch.uint8).numpy().data
 
 
 class _Slice:

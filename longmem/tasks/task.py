@@ -64,12 +64,14 @@ class Answer:
         log_probability: of the first right answer or the continuation, in nats; among choices, relative to these.
         tokens: that this probability is of.
         drawn_on: stretches of the documents that it was answered from, as far as can be told.
+        log_probabilities: of each token of a continuation.
     """
 
     text: str
     log_probability: float
     tokens: int
     drawn_on: tuple[str, ...] = ()
+    log_probabilities: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,84 @@
+"""Which tokens of a continuation a contender makes more probable, and how it does at those that need their long past.
+
+A mean over all tokens hides what memory is for: most tokens follow from the last sentence. Key tokens are those that
+the backbone's long window makes far more probable than its short one and finds likely then (LongPPL, Fang et al. 2024,
+arXiv:2410.23771, section 3: gain above 2 nats, log-probability above −2, here with the backbone as its own judge).
+
+X tokens of a continuation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from longmem.comparison.result import Cell, Comparison, Figure, figure
+from longmem.tasks.task import Measure
+
+GAIN, LIKELY = 2.0, -2.0
+# Nats by which a token must differ to count as better or worse.
+MARGIN = 0.1
+# The judges, and what others are compared with.
+_SHORT, _LONG, _EMPTY = "window", "extended", "longmem-empty"
+MEASURES = (
+    Measure("key tokens", "perplexity", higher=False),
+    Measure("better"),
+    Measure("worse", higher=False),
+)
+
+
+@dataclass(frozen=True)
+class TokenFigures:
+    """Of one contender on one task.
+
+    Attributes:
+        base: with what it is compared: the same weights with an empty bank, or the backbone with its short window.
+        figures: measure → figure. Perplexity of key tokens; share of all tokens better and worse than under `base`.
+    """
+
+    base: str
+    figures: dict[str, Figure]
+
+
+def token_figures(comparison: Comparison, task: str) -> dict[str, TokenFigures]:
+    """Contender → figures, over the continuations that it and those it is compared with were given; empty where none
+    were given, or a judge was not asked."""
+    told = {each.name: _by_case(comparison.cell(task, each.name)) for each in comparison.contenders}
+    short, long = told.get(_SHORT, {}), told.get(_LONG, {})
+    seed, found = int(comparison.settings.get("seed", 0)), {}
+    for name, mine in told.items():
+        base = _EMPTY if name.startswith("longmem") and told.get(_EMPTY) else _SHORT
+        cases = [case for case in mine if case in short and case in long and case in told[base]]
+        rows = [(mine[case], told[base][case], long[case] - short[case], long[case]) for case in cases]
+        keys = [(gain_X > GAIN) & (long_X > LIKELY) for _, _, gain_X, long_X in rows]
+        figures = {}
+        if some := [
+            (-own_X[key_X].mean(), key_X.sum()) for (own_X, *_), key_X in zip(rows, keys, strict=True) if key_X.any()
+        ]:
+            figures["key tokens"] = figure(MEASURES[0], *map(np.array, zip(*some, strict=True)), seed)
+        if rows and name != base:
+            gains = [own_X - base_X for own_X, base_X, *_ in rows]
+            for measure, sign in ((MEASURES[1], 1), (MEASURES[2], -1)):
+                share_C = np.array([(sign * gain_X > MARGIN).mean() for gain_X in gains])
+                figures[measure.name] = figure(measure, share_C, np.ones(len(share_C)), seed)
+        if figures:
+            found[name] = TokenFigures(base, figures)
+    return found
+
+
+def key_share(comparison: Comparison, task: str) -> float:
+    """How many of all tokens are key tokens, in percent."""
+    short, long = (_by_case(comparison.cell(task, name)) for name in (_SHORT, _LONG))
+    keys = [(long[case] - short[case] > GAIN) & (long[case] > LIKELY) for case in short if case in long]
+    return 100 * float(np.concatenate(keys).mean()) if keys else 0.0
+
+
+def _by_case(cell: Cell) -> Mapping[tuple[str, str], np.ndarray]:
+    """Log-probability of each token, by case."""
+    return {
+        (row["kind"], row["query"]): np.array(row["log_probabilities"])
+        for row in cell.cases
+        if row.get("log_probabilities")
+    }
