@@ -57,7 +57,8 @@ def token_figures(comparison: Comparison, task: str) -> dict[str, TokenFigures]:
         if some := [
             (-own_X[key_X].mean(), key_X.sum()) for (own_X, *_), key_X in zip(rows, keys, strict=True) if key_X.any()
         ]:
-            figures["key tokens"] = figure(MEASURES[0], *map(np.array, zip(*some, strict=True)), seed)
+            loss_C, count_C = (np.array(column) for column in zip(*some, strict=True))
+            figures["key tokens"] = figure(MEASURES[0], loss_C, count_C, seed)
         if rows and name != base:
             gains = [own_X - base_X for own_X, base_X, *_ in rows]
             for measure, sign in ((MEASURES[1], 1), (MEASURES[2], -1)):
