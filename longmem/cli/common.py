@@ -82,7 +82,7 @@ BankWindows = Annotated[
     str | None,
     typer.Option(
         "--windows",
-        help="How a new bank's texts are cut to be read: new tokens + context. 1984+63 reads long ones fastest on a "
+        help="How a new bank's texts are cut to be read: new tokens + context. 1984+63 reads long ones faster on a "
         "GPU; small additions to a text take longer.",
         show_default="768+256",
     ),
