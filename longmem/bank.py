@@ -173,6 +173,7 @@ class MemoryBank:
         self._texts: dict[int, list[tuple[int, str]]] = {}
         # Token ids and offsets of each piece of a source, also of tokens that have no row any more.
         self._tokens: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._written: dict[str, int] = {}
         self._index: BankIndex | None = None
         # Attention that each token of a source got and that nobody has taken yet.
         self._attended: dict[str, Tensor] = {}
@@ -325,7 +326,7 @@ class MemoryBank:
 
     def written(self, source: str) -> int:
         """How many tokens of a source were written, with rows or without."""
-        return sum(len(ids_M) for ids_M, _ in self._tokens.get(self._sources.get(source, -1), []))
+        return self._written.get(source, 0)
 
     def offsets_of(self, source: str) -> Tensor:
         """[start, end) of each token of a source (M, 2), in characters, int64 on the CPU."""
@@ -372,6 +373,7 @@ class MemoryBank:
         self._texts = {new: self._texts[self._sources[name]] for new, name in enumerate(names)}
         self._tokens = {new: self._tokens[self._sources[name]] for new, name in enumerate(names)}
         self._sources = {name: new for new, name in enumerate(names)}
+        self._written.pop(source)
         self._attended.pop(source, None)
         return forgotten
 
@@ -434,6 +436,7 @@ class MemoryBank:
         self._sources[entry.source] = index
         self._texts.setdefault(index, []).append((entry.char_start, entry.text))
         self._tokens.setdefault(index, []).append((ids_M, offsets_M2))
+        self._written[entry.source] = before + len(entry)
         self._length += entry.rows
 
     def _reserve(self, tokens: int) -> None:
