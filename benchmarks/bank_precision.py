@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=8192)
     parser.add_argument("--segments", type=int, default=2)
     parser.add_argument("--documents", type=int, default=8, help="how many of those that are long enough")
+    parser.add_argument("--first", type=int, default=0, help="leave out so many of them")
     parser.add_argument("--named", default="", help="only documents whose name holds this")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -83,7 +84,7 @@ def main() -> None:
     ways = ways_for(model)
     losses: dict[str, list[float]] = {name: [] for name in ("empty", *ways)}
     names = []
-    for index in chosen[: args.documents]:
+    for index in chosen[args.first :][: args.documents]:
         names.append(documents.names[index])
         tokens_1N = torch.from_numpy(documents[index][:needed].astype(np.int64))[None].to(model.device)
         keys_HNE, values_HNE = (rows_HNE.to(model.device) for rows_HNE in model.encode(tokens_1N[0]))
