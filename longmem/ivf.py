@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longmem.clusters import moved, nearest
 from longmem.errors import ConfigError
 from longmem.ops import cpu, in_large_pages
 from longmem.sketch import MEASURED, Basis, halves, recall, with_tail
@@ -331,8 +332,10 @@ def _clusters(coordinates: Callable[[Tensor], Tensor], num_keys: int, num_lists:
     random = torch.Generator().manual_seed(seed)
     cells = -(-num_lists // _CELL)
     sample_n = torch.randperm(num_keys, generator=random)[: _POINTS * cells * 16]
-    centroid_CS = _centroids(coordinates(sample_n), cells, random)
-    cell_N = torch.cat([_nearest(coordinates(row_n), centroid_CS) for row_n in torch.arange(num_keys).split(_BLOCK)])
+    point_nS = coordinates(sample_n)
+    # (Samples are in random order.)
+    centroid_CS = moved(point_nS, point_nS[:cells], _ROUNDS, random)
+    cell_N = torch.cat([nearest(coordinates(row_n), centroid_CS) for row_n in torch.arange(num_keys).split(_BLOCK)])
     list_N, made = torch.empty_like(cell_N), 0
     for cell in range(cells):
         row_n = (cell_N == cell).nonzero()[:, 0]
@@ -341,31 +344,9 @@ def _clusters(coordinates: Callable[[Tensor], Tensor], num_keys: int, num_lists:
         point_nS = coordinates(row_n)
         wanted = max(1, round(len(row_n) * num_lists / num_keys))
         sample_n = torch.randperm(len(row_n), generator=random)[: _POINTS * wanted]
-        nearest_n = _nearest(point_nS, _centroids(point_nS[sample_n], wanted, random))
+        some_nS = point_nS[sample_n]
+        nearest_n = nearest(point_nS, moved(some_nS, some_nS[:wanted], _ROUNDS, random))
         used, list_n = nearest_n.unique(return_inverse=True)
         list_N[row_n] = list_n + made
         made += len(used)
     return list_N, made
-
-
-def _centroids(point_NS: Tensor, count: int, random: torch.Generator) -> Tensor:
-    """k-means: centroids (count, S) of points."""
-    centroid_CS = point_NS[:count].clone()  # points come in random order
-    for _ in range(_ROUNDS):
-        nearest_N = _nearest(point_NS, centroid_CS)
-        number_C1 = torch.bincount(nearest_N, minlength=count)[:, None]
-        mean_CS = torch.zeros_like(centroid_CS).index_add_(0, nearest_N, point_NS) / number_C1.clamp(min=1)
-        # One that is nearest to nothing begins anew at some point.
-        anew_CS = point_NS[torch.randint(len(point_NS), (count,), generator=random)]
-        centroid_CS = torch.where(number_C1 > 0, mean_CS, anew_CS)
-    return centroid_CS
-
-
-def _nearest(point_NS: Tensor, centroid_CS: Tensor) -> Tensor:
-    """The nearest centroid of each point, (N,) int64."""
-    # |p − c|² is |p|², which is the same for all centroids, less twice p·c − |c|² / 2.
-    less_C = centroid_CS.square().sum(-1) / -2
-    parts = point_NS.split(max(1, (1 << 21) // len(centroid_CS)))  # so that scores stay in the cache
-    # (NumPy looks for the largest with vector instructions.)
-    found = [torch.addmm(less_C, part_nS, centroid_CS.T).numpy().argmax(-1) for part_nS in parts]
-    return torch.from_numpy(np.concatenate(found))
