@@ -360,6 +360,30 @@ def passages(
     return texts, count / max(1, len(starts))
 
 
+def other_text(
+    model: LongMem,
+    documents: TokenizedDocuments | None,
+    *,
+    tokens: int,
+    size: int,
+    seed: int,
+    on_passage: Callable[[int], None] | None = None,
+) -> tuple[list[BankEntry], float]:
+    """`passages` of documents, encoded, and how often each stands among them; nothing for no tokens.
+
+    Raises:
+        ConfigError: tokens are wanted of no documents.
+        SourceError: no document has a passage.
+    """
+    if not tokens:
+        return [], 0.0
+    if documents is None:
+        raise ConfigError(f"remembered={tokens} tokens of other text need documents; got none.")
+    rng = np.random.default_rng(seed)
+    texts, repeats = passages(documents, model.tokenizer, tokens=tokens, size=size, rng=rng)
+    return encode_filler(model, texts, on_passage), repeats
+
+
 def encode_filler(
     model: LongMem, texts: Sequence[str], on_passage: Callable[[int], None] | None = None
 ) -> list[BankEntry]:

@@ -13,8 +13,6 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-
 from longmem.bank import BankEntry
 from longmem.data import TokenizedDocuments
 from longmem.errors import ConfigError
@@ -25,9 +23,8 @@ from longmem.evals.answers import (
     Question,
     ask_everywhere,
     cases_at_once,
-    encode_filler,
     encode_texts,
-    passages,
+    other_text,
     save_json,
     score_group,
     under_all_conditions,
@@ -118,15 +115,8 @@ def facts(
         ConfigError: the sessions with their question do not fit the backbone's window.
     """
     advance = on_case or (lambda steps: None)
-    texts: list[str] = []
-    repeats = 0.0
-    if config.remembered:
-        if filler is None:
-            raise ConfigError(f"remembered={config.remembered} tokens of other text need documents; got none.")
-        rng = np.random.default_rng(config.seed)
-        size = config.passage
-        texts, repeats = passages(filler, model.tokenizer, tokens=config.remembered, size=size, rng=rng)
-    entries = encode_filler(model, texts, advance)
+    size, seed = config.passage, config.seed
+    entries, repeats = other_text(model, filler, tokens=config.remembered, size=size, seed=seed, on_passage=advance)
     outcomes: dict[str, list[dict[str, Outcome]]] = {kind: [] for kind in KINDS}
     rows = []
     chats = generate_chats(config.cases, config.wording, config.chats)

@@ -15,14 +15,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from longmem.bank import MemoryBank
 from longmem.data import TokenizedDocuments
 from longmem.errors import ConfigError
-from longmem.evals.answers import bank_of, encode_filler, encode_texts, passages, save_json, wilson
+from longmem.evals.answers import bank_of, encode_texts, other_text, save_json, wilson
 from longmem.evals.chats import ChatConfig, generate_chats
 from longmem.evals.facts import between, opening_and_turn, session_text
 from longmem.model import LongMem
@@ -190,16 +189,11 @@ def same_tokens(model: LongMem, prompt_N: Tensor, reply: Sequence[int], bank: Me
 def _bank(
     model: LongMem, filler: TokenizedDocuments | None, config: OrdinaryConfig, advance: Callable[[int], None]
 ) -> MemoryBank:
-    texts: list[str] = []
-    if config.remembered:
-        if filler is None:
-            raise ConfigError(f"remembered={config.remembered} tokens of other text need documents; got none.")
-        rng = np.random.default_rng(config.seed)
-        texts, _ = passages(filler, model.tokenizer, tokens=config.remembered, size=config.passage, rng=rng)
     chats = islice(generate_chats(config.chats, "unseen", ChatConfig(seed=config.seed)), config.chats)
     sessions = [session_text(model.tokenizer, session) for chat in chats for session in chat.sessions]
     encoded = [dataclasses.replace(each, source=f"chat/{i}") for i, each in enumerate(encode_texts(model, sessions))]
-    others = encode_filler(model, texts, advance)
+    size, seed = config.passage, config.seed
+    others, _ = other_text(model, filler, tokens=config.remembered, size=size, seed=seed, on_passage=advance)
     return bank_of(model, between(others, encoded) if encoded else others)
 
 
