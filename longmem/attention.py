@@ -22,13 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longmem.evidence import PassageSums
 from longmem.index import Retrieved
 from longmem.ops import JointHeads, causal_mask
 
 # Bank size at which the size bias is 0, so that it and the plain bias can be learned apart.
 REFERENCE_SIZE = 16384
-# Bank size up to which nothing is sharpened: that of most banks in training.
-SHARPENED_FROM = 32768
+# log of the sum of attention from which evidence counts, at the start: a twentieth of one token's attention.
+EVIDENCE_FROM = -3.0
 
 
 def local_attention(
@@ -104,10 +105,9 @@ class MemoryAttention(nn.Module):
     log of the bank's size b₁ (0; the size is counted in units of 16,384 tokens); and a null key with its bias, which
     takes attention that would otherwise go to useless memories. With `newest_wins` also what being older costs
     (`longmem.ops.reference.discounted`), as a number and a vector that the query is multiplied by: a question may ask
-    for the newest of several memories, or for the one before. With `sharpening` β > 0 what was found among N > 32,768
-    tokens counts as the p-norm of exponentiated scores, not as their sum, p = 1 + β · ln(N / 32,768): the best counts
-    as before, while many that match worse, of which a larger bank has more, add up to less. With `fusion="gate"` the
-    paper's static gate σ(g) instead of all (equation 5).
+    for the newest of several memories, or for the one before. With `passage_evidence` also how much scores are raised
+    in passages that other queries found (`longmem.evidence`): a gain, a number and a vector as well (0), and log of the
+    sum from which it counts. With `fusion="gate"` the paper's static gate σ(g) instead of all (equation 5).
 
     Args:
         layer: backbone layer whose keys are queried.
@@ -126,14 +126,14 @@ class MemoryAttention(nn.Module):
         scaling: float,
         fusion: Literal["joint", "gate"],
         newest_wins: bool = False,
-        sharpening: float = 0.0,
+        passage_evidence: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.scaling = scaling
         self.fusion = fusion
         self.newest_wins = newest_wins
-        self.sharpening = sharpening
+        self.passage_evidence = passage_evidence
         if fusion == "gate":
             # σ(−4) ≈ 0.02: close to the backbone at the start, with a gradient.
             self.gate_KG = nn.Parameter(torch.full((kv_heads, group), -4.0))
@@ -146,9 +146,18 @@ class MemoryAttention(nn.Module):
         if newest_wins:
             self.newest_KG = nn.Parameter(torch.zeros(kv_heads, group))
             self.newest_query_KGE = nn.Parameter(torch.zeros(kv_heads, group, head_dim))
+        if passage_evidence:
+            self.evidence_KG = nn.Parameter(torch.zeros(kv_heads, group))
+            self.evidence_query_KGE = nn.Parameter(torch.zeros(kv_heads, group, head_dim))
+            self.evidence_from_KG = nn.Parameter(torch.full((kv_heads, group), EVIDENCE_FROM))
 
     def forward(
-        self, query_BKGTE: Tensor, local_BKGTE: Tensor, local_logsumexp_BKGT: Tensor, found: Retrieved
+        self,
+        query_BKGTE: Tensor,
+        local_BKGTE: Tensor,
+        local_logsumexp_BKGT: Tensor,
+        found: Retrieved,
+        sums: PassageSums | None = None,
     ) -> tuple[Tensor, MemoryRead]:
         """joint − local attention output (B, K, G, T, E), and what was read.
 
@@ -157,12 +166,14 @@ class MemoryAttention(nn.Module):
             local_BKGTE: output of local attention.
             local_logsumexp_BKGT: its log-sum-exp (not used by the gate).
             found: what the bank returned for these queries.
+            sums: what passages drew before, and below; they go on with these queries. None is nothing.
         """
+        bias_BKGTR = None
+        if self.passage_evidence:
+            bias_BKGTR = self._raise(query_BKGTE, local_logsumexp_BKGT, found, sums or PassageSums())
         if self.fusion == "joint":
             inputs = query_BKGTE, local_BKGTE, local_logsumexp_BKGT
-            joined = found.join(
-                *inputs, self._joint_heads, self.scaling, REFERENCE_SIZE, self.sharpening, SHARPENED_FROM
-            )
+            joined = found.join(*inputs, self._joint_heads, self.scaling, REFERENCE_SIZE, bias_BKGTR)
             if joined is not None:
                 difference_BKGTE, mass_BKGT, log_weight_BKGTR = joined
                 return difference_BKGTE, MemoryRead(
@@ -170,46 +181,59 @@ class MemoryAttention(nn.Module):
                     mass_BKGT,
                     found,
                     weigh=lambda: log_weight_BKGTR,
-                    match=lambda: found.log_weights(
-                        self._scaled(query_BKGTE) * self._power(found)[..., None], self.scaling
-                    ),
+                    match=lambda: found.log_weights(self._scaled(query_BKGTE), self.scaling),
                 )
         discount_BKGT = None
         if self.newest_wins:
             asked_BKGT = (query_BKGTE * self.newest_query_KGE[..., None, :]).sum(-1).float() * self.scaling
             discount_BKGT = self.newest_KG[..., None] + asked_BKGT
-        power_B111 = self._power(found)
+        rest_BKGT = local_logsumexp_BKGT
         if self.fusion == "joint":
-            null_BKGT = (query_BKGTE * self.null_key_KGE[..., None, :]).sum(-1).float() * self.scaling
-            query_BKGTE = self._scaled(query_BKGTE) * power_B111[..., None]
-            discount_BKGT = None if discount_BKGT is None else discount_BKGT * power_B111
-        memory_BKGTE, memory_BKGT = found.attend(query_BKGTE, self.scaling, discount_BKGT)
+            rest_BKGT = self._rest(query_BKGTE, local_logsumexp_BKGT)
+            query_BKGTE = self._scaled(query_BKGTE)
+        memory_BKGTE, memory_BKGT = found.attend(query_BKGTE, self.scaling, discount_BKGT, bias_BKGTR)
         if self.fusion == "gate":
             mass_BKGT = self.gate_KG.sigmoid()[..., None].expand(memory_BKGT.shape)
             mass_BKGT = mass_BKGT.masked_fill(memory_BKGT == -torch.inf, 0.0)
         else:
-            log_size_B111 = (found.bank_size_B.clamp(min=1) / REFERENCE_SIZE).log()[:, None, None, None]
-            memory_BKGT = (
-                memory_BKGT / power_B111 + self.bias_KG[..., None] + self.size_bias_KG[..., None] * log_size_B111
-            )
-            rest_BKGT = torch.logaddexp(local_logsumexp_BKGT, null_BKGT + self.null_bias_KG[..., None])
             # Where nothing was found the log-sum-exp is −inf and the mass exactly 0.
-            mass_BKGT = torch.sigmoid(memory_BKGT - rest_BKGT)
+            mass_BKGT = torch.sigmoid(memory_BKGT + self._bias(found) - rest_BKGT)
         difference_BKGTE = mass_BKGT[..., None].to(local_BKGTE.dtype) * (
             memory_BKGTE.to(local_BKGTE.dtype) - local_BKGTE
         )
         match = partial(found.log_weights, query_BKGTE, self.scaling)
         return difference_BKGTE, MemoryRead(
-            self.layer, mass_BKGT, found, weigh=partial(match, discount_BKGT), match=match
+            self.layer, mass_BKGT, found, weigh=partial(match, discount_BKGT, bias_BKGTR), match=match
         )
+
+    @torch.no_grad()
+    def _drawn(self, query_BKGTE: Tensor, local_logsumexp_BKGT: Tensor, found: Retrieved) -> Tensor:
+        """Share of the attention (B, K, G, T, R) that each retrieved token would get by its match alone."""
+        match_BKGTR = found.matches(self.scale_KG * self.scaling)
+        rest_BKGT = self._rest(query_BKGTE, local_logsumexp_BKGT) - self._bias(found)
+        all_BKGT = torch.logaddexp(match_BKGTR.logsumexp(-1), rest_BKGT)
+        return (match_BKGTR - all_BKGT[..., None]).exp()
+
+    def _raise(self, query_BKGTE: Tensor, local_logsumexp_BKGT: Tensor, found: Retrieved, sums: PassageSums) -> Tensor:
+        """What evidence adds to scores, (B, K, G, T, R)."""
+        drawn_BKGTR = self._drawn(query_BKGTE, local_logsumexp_BKGT, found)
+        sum_BKGTR = sums.evidence(self.layer, found.index_BKGTR, drawn_BKGTR)
+        counted_BKGTR = (sum_BKGTR * (-self.evidence_from_KG.float()).exp()[..., None, None]).log1p()
+        asked_BKGT = (query_BKGTE * self.evidence_query_KGE[..., None, :]).sum(-1).float() * self.scaling
+        return (self.evidence_KG[..., None] + asked_BKGT)[..., None] * counted_BKGTR
+
+    def _rest(self, query_BKGTE: Tensor, local_logsumexp_BKGT: Tensor) -> Tensor:
+        """log-sum-exp (B, K, G, T) of what memory competes with: local keys and the null key."""
+        null_BKGT = (query_BKGTE * self.null_key_KGE[..., None, :]).sum(-1).float() * self.scaling
+        return torch.logaddexp(local_logsumexp_BKGT, null_BKGT + self.null_bias_KG[..., None])
+
+    def _bias(self, found: Retrieved) -> Tensor:
+        """What is added to the scores of all that a row found, (B, K, G, 1)."""
+        log_size_B111 = (found.bank_size_B.clamp(min=1) / REFERENCE_SIZE).log()[:, None, None, None]
+        return self.bias_KG[..., None] + self.size_bias_KG[..., None] * log_size_B111
 
     def _scaled(self, query_BKGTE: Tensor) -> Tensor:
         return query_BKGTE.float() * self.scale_KG[..., None, None].float()
-
-    def _power(self, found: Retrieved) -> Tensor:
-        """p of each row, (B, 1, 1, 1) float32: exactly 1 in banks that are not large."""
-        larger_B = (found.bank_size_B / SHARPENED_FROM).clamp(min=1)
-        return (1 + self.sharpening * larger_B.log())[:, None, None, None]
 
     @property
     def _joint_heads(self) -> JointHeads:

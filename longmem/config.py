@@ -164,8 +164,8 @@ class SideNetConfig:
             outputs by a learned static gate a head (paper, equation 5).
         newest_wins: heads may learn to discount what they found by how much of the attention goes to what was
             remembered later ("joint" only). A bank has no other sense of order.
-        sharpening: how much more the best matches count for each log of a bank's size beyond that of training
-            ("joint" only; see `longmem.attention.MemoryAttention`); 0 for not at all.
+        passage_evidence: what lies in a passage that other queries found counts for more ("joint" only; see
+            `longmem.evidence`), by how much is learned.
         encode: how sources are cut when they are written.
     """
 
@@ -177,7 +177,7 @@ class SideNetConfig:
     chunk_size: int = 1
     fusion: Literal["joint", "gate"] = "joint"
     newest_wins: bool = False
-    sharpening: float = 0.0
+    passage_evidence: bool = False
     encode: EncodeConfig = EncodeConfig()
 
     def __post_init__(self) -> None:
@@ -206,10 +206,8 @@ class SideNetConfig:
             )
         if self.newest_wins and self.fusion != "joint":
             raise ConfigError(f"newest_wins discounts shares of a joint softmax; fusion is {self.fusion!r}.")
-        if self.sharpening < 0:
-            raise ConfigError(f"sharpening must not be negative; got {self.sharpening}.")
-        if self.sharpening and self.fusion != "joint":
-            raise ConfigError(f"sharpening is of a joint softmax; fusion is {self.fusion!r}.")
+        if self.passage_evidence and self.fusion != "joint":
+            raise ConfigError(f"passage_evidence raises scores of a joint softmax; fusion is {self.fusion!r}.")
 
     @property
     def memory_layers(self) -> tuple[int, ...]:

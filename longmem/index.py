@@ -47,16 +47,33 @@ class Retrieved:
     index_BKGTR: Tensor
     bank_size_B: Tensor
 
-    def attend(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self,
+        query_BKGTE: Tensor,
+        scaling: float,
+        discount_BKGT: Tensor | None = None,
+        bias_BKGTR: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Attention over what each query found: outputs (B, K, G, T, E) and log-sum-exps (B, K, G, T).
 
         Args:
             discount_BKGT: what being older costs, in nats for the whole of the attention.
+            bias_BKGTR: what is added to scores.
         """
         raise NotImplementedError
 
-    def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
+    def scores(
+        self,
+        query_BKGTE: Tensor,
+        scaling: float,
+        discount_BKGT: Tensor | None = None,
+        bias_BKGTR: Tensor | None = None,
+    ) -> Tensor:
         """Scaled scores (B, K, G, T, R) of what each query found, −inf where nothing was."""
+        raise NotImplementedError
+
+    def matches(self, scaling_KG: Tensor) -> Tensor:
+        """Scores (B, K, G, T, R) as the search gave them, times `scaling_KG`: no query, no gradient."""
         raise NotImplementedError
 
     def join(
@@ -67,16 +84,21 @@ class Retrieved:
         heads: JointHeads,
         scaling: float,
         reference_size: float,
-        sharpening: float,
-        sharpened_from: float,
+        bias_BKGTR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """All of joint attention in one launch (`ops.joint_rows`); None where it takes more than one."""
         return None
 
-    def log_weights(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
+    def log_weights(
+        self,
+        query_BKGTE: Tensor,
+        scaling: float,
+        discount_BKGT: Tensor | None = None,
+        bias_BKGTR: Tensor | None = None,
+    ) -> Tensor:
         """log of each retrieved token's share (B, K, G, T, R) among those that its query found; where it found nothing,
         all have the same."""
-        score_BKGTR = self.scores(query_BKGTE, scaling, discount_BKGT)
+        score_BKGTR = self.scores(query_BKGTE, scaling, discount_BKGT, bias_BKGTR)
         return score_BKGTR.masked_fill(~self.valid_BKGTR.any(-1, keepdim=True), 0.0).log_softmax(-1)
 
 
@@ -108,10 +130,17 @@ class RetrievedRows(Retrieved):
         """False where the bank held fewer than R tokens."""
         return self.score_BKGTR > -torch.inf
 
-    def attend(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self,
+        query_BKGTE: Tensor,
+        scaling: float,
+        discount_BKGT: Tensor | None = None,
+        bias_BKGTR: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         shape_BKGT = query_BKGTE.shape[:-1]
+        extra = *self._newest(discount_BKGT), None if bias_BKGTR is None else _flat(bias_BKGTR)
         output_XQE, logsumexp_XQ = attend_rows(
-            _flat(query_BKGTE), self.keys_PNE, self.values_PNE, *self._places, scaling, *self._newest(discount_BKGT)
+            _flat(query_BKGTE), self.keys_PNE, self.values_PNE, *self._places, scaling, *extra
         )
         return output_XQE.view(*shape_BKGT, -1), logsumexp_XQ.view(shape_BKGT)
 
@@ -123,22 +152,38 @@ class RetrievedRows(Retrieved):
         heads: JointHeads,
         scaling: float,
         reference_size: float,
-        sharpening: float,
-        sharpened_from: float,
+        bias_BKGTR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         if not joins_at_once(query_BKGTE.device):
             return None
         rows = self.keys_PNE, self.values_PNE, self.pool_BK, self.slot_BKGTR, self.score_BKGTR, self.order_BKGTR
-        sizes = reference_size, sharpening, sharpened_from
         return joint_rows(
-            query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows, self.bank_size_B, heads, scaling, *sizes
+            query_BKGTE,
+            local_BKGTE,
+            local_logsumexp_BKGT,
+            *rows,
+            self.bank_size_B,
+            heads,
+            scaling,
+            reference_size,
+            bias_BKGTR,
         )
 
-    def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
+    def scores(
+        self,
+        query_BKGTE: Tensor,
+        scaling: float,
+        discount_BKGT: Tensor | None = None,
+        bias_BKGTR: Tensor | None = None,
+    ) -> Tensor:
         pool_X, slot_XQR, valid_XQR = self._places
         key_XQRE = gather_rows(self.keys_PNE, slot_XQR, pool_X)
-        score_XQR = row_scores(_flat(query_BKGTE), key_XQRE, valid_XQR, scaling, *self._newest(discount_BKGT))
-        return score_XQR.view(self.slot_BKGTR.shape)
+        extra = *self._newest(discount_BKGT), None if bias_BKGTR is None else _flat(bias_BKGTR)
+        return row_scores(_flat(query_BKGTE), key_XQRE, valid_XQR, scaling, *extra).view(self.slot_BKGTR.shape)
+
+    def matches(self, scaling_KG: Tensor) -> Tensor:
+        found_BKGTR = self.score_BKGTR * scaling_KG.detach().float()[..., None, None]
+        return found_BKGTR.masked_fill(~self.valid_BKGTR, -torch.inf)
 
     def rows(self, rows_PNE: Tensor | Pools) -> Tensor:
         """Rows (B, K, G, T, R, E) of `keys_PNE` or `values_PNE`."""
@@ -195,9 +240,19 @@ class RetrievedTogether(Retrieved):
         size_BS = torch.stack([part.bank_size_B for part in self.parts], dim=-1)
         return (size_BS * self.log_weight_BS.exp()).sum(-1)
 
-    def attend(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def attend(
+        self,
+        query_BKGTE: Tensor,
+        scaling: float,
+        discount_BKGT: Tensor | None = None,
+        bias_BKGTR: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         outputs, logsumexps = zip(
-            *(part.attend(query_BKGTE, scaling, discount_BKGT) for part in self.parts), strict=True
+            *(
+                part.attend(query_BKGTE, scaling, discount_BKGT, bias)
+                for part, bias in zip(self.parts, self._split(bias_BKGTR), strict=True)
+            ),
+            strict=True,
         )
         logsumexp_BKGTS = torch.stack(logsumexps, dim=-1) + self.log_weight_BS[:, None, None, None]
         logsumexp_BKGT = logsumexp_BKGTS.logsumexp(-1)
@@ -208,15 +263,34 @@ class RetrievedTogether(Retrieved):
             output_BKGTE = output_BKGTE + share_BKGTS[..., number, None].to(part_BKGTE.dtype) * part_BKGTE
         return output_BKGTE, logsumexp_BKGT
 
-    def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
-        log_weights = self.log_weight_BS[:, None, None, None, :, None].unbind(-2)
-        return torch.cat(
+    def scores(
+        self,
+        query_BKGTE: Tensor,
+        scaling: float,
+        discount_BKGT: Tensor | None = None,
+        bias_BKGTR: Tensor | None = None,
+    ) -> Tensor:
+        biases = self._split(bias_BKGTR)
+        return self._weighted(
             [
-                part.scores(query_BKGTE, scaling, discount_BKGT) + log_weight
-                for part, log_weight in zip(self.parts, log_weights, strict=True)
-            ],
-            dim=-1,
+                part.scores(query_BKGTE, scaling, discount_BKGT, bias)
+                for part, bias in zip(self.parts, biases, strict=True)
+            ]
         )
+
+    def matches(self, scaling_KG: Tensor) -> Tensor:
+        return self._weighted([part.matches(scaling_KG) for part in self.parts])
+
+    def _weighted(self, scores: list[Tensor]) -> Tensor:
+        """Scores (B, K, G, T, R) of all banks together."""
+        log_weights = self.log_weight_BS[:, None, None, None, :, None].unbind(-2)
+        return torch.cat([score + weight for score, weight in zip(scores, log_weights, strict=True)], dim=-1)
+
+    def _split(self, bias_BKGTR: Tensor | None) -> Sequence[Tensor | None]:
+        """One bias a bank."""
+        if bias_BKGTR is None:
+            return [None] * len(self.parts)
+        return bias_BKGTR.split([part.index_BKGTR.shape[-1] for part in self.parts], dim=-1)
 
 
 def _flat(per_query: Tensor) -> Tensor:

@@ -51,11 +51,15 @@ BATCH_TOKENS = 1 << 15
 
 
 class ModelCache:
-    """Keys and values of the local window, of backbone and SideNet, for token-by-token generation."""
+    """Keys and values of the local window, of backbone and SideNet, for token-by-token generation.
 
-    def __init__(self, backbone: Backbone) -> None:
+    Args:
+        ends_B: tokens of each row of what is read first that are more than padding; None is all.
+    """
+
+    def __init__(self, backbone: Backbone, ends_B: Tensor | None = None) -> None:
         self.backbone = backbone.new_cache()
-        self.sidenet = SideNetCache()
+        self.sidenet = SideNetCache(ends_B)
 
     @property
     def length(self) -> int:
@@ -206,9 +210,13 @@ class LongMem(nn.Module):
         """An empty bank in memory, on the model's device."""
         return MemoryBank(self.bank_spec, self.device)
 
-    def new_cache(self) -> ModelCache:
-        """An empty cache for `forward`."""
-        return ModelCache(self.backbone)
+    def new_cache(self, ends_B: Tensor | None = None) -> ModelCache:
+        """An empty cache for `forward`.
+
+        Args:
+            ends_B: int64, tokens of each row of what is read first that are more than padding; None is all.
+        """
+        return ModelCache(self.backbone, ends_B)
 
     @torch.no_grad()
     def compile_decoding(self) -> None:

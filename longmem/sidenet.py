@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from longmem.attention import MemoryAttention, MemoryRead, local_attention, pick_heads
 from longmem.config import SideNetConfig
 from longmem.decoding import KeyValueBuffer, LayerStep, RowDecoder, RowLayer
+from longmem.evidence import PassageSums
 from longmem.families import Family, Rotary
 from longmem.index import Retrieve
 from longmem.ops import causal_logsumexp
@@ -37,10 +38,16 @@ from longmem.windows import Branch, WindowBuffer, Windows
 
 
 class SideNetCache:
-    """Rotated keys and values of every SideNet layer, for token-by-token generation."""
+    """Rotated keys and values of every SideNet layer, and what passages of banks drew of its attention, for
+    token-by-token generation.
 
-    def __init__(self) -> None:
+    Args:
+        ends_B: tokens of each row of what is read first that are more than padding; None is all.
+    """
+
+    def __init__(self, ends_B: Tensor | None = None) -> None:
         self._kept: defaultdict[tuple[int, str], KeyValueBuffer] = defaultdict(KeyValueBuffer)
+        self.sums = PassageSums(ends_B)
 
     def of(self, layer: int, stream: str) -> KeyValueBuffer:
         """What `layer` holds of a stream ("x", or "plain" for the uncorrected one)."""
@@ -112,7 +119,7 @@ class SideNetLayer(nn.Module):
                 family.scaling(source),
                 config.fusion,
                 config.newest_wins,
-                config.sharpening,
+                config.passage_evidence,
             )
             self.memory.to(weight_DF.device)
             # Only the columns of memory heads can matter: elsewhere joint and local attention are equal.
@@ -127,6 +134,7 @@ class SideNetLayer(nn.Module):
         retrieve: Retrieve | None,
         cache: SideNetCache | Windows | None,
         memory: float,
+        sums: PassageSums,
     ) -> tuple[Tensor | None, MemoryRead | None]:
         """The next difference d (None stands for exactly 0), and what was read.
 
@@ -137,10 +145,13 @@ class SideNetLayer(nn.Module):
             retrieve: the bank; None is an empty one.
             cache: keys and values of earlier tokens, extended in place.
             memory: scales what memory adds.
+            sums: what passages drew of the attention of earlier tokens and of the layers below.
         """
         x_BTD = hidden_BTD if difference_BTD is None else hidden_BTD + difference_BTD
         local = self._local(x_BTD, rotary, cache, "x")
-        delta_BTD, read = (None, None) if retrieve is None or not self.kv_heads else self._read_memory(local, retrieve)
+        delta_BTD, read = None, None
+        if retrieve is not None and self.kv_heads:
+            delta_BTD, read = self._read_memory(local, retrieve, sums)
         change_BTD = delta_BTD if delta_BTD is None or memory == 1.0 else memory * delta_BTD
         if self.update == "alpha":
             step_BTD = self.alpha_D * (local.output() - x_BTD)
@@ -192,11 +203,12 @@ class SideNetLayer(nn.Module):
             output=lambda: step.output_BTD,
         )
 
-    def _read_memory(self, local: _Local, retrieve: Retrieve) -> tuple[Tensor, MemoryRead]:
+    def _read_memory(self, local: _Local, retrieve: Retrieve, sums: PassageSums) -> tuple[Tensor, MemoryRead]:
         """Δ_mem, and what was read."""
         query_BKGTE = self._memory_heads(local.query_BHTE)
         found = retrieve(self.lo, query_BKGTE.detach())
-        joint_BKGTE, read = self.memory(query_BKGTE, self._memory_heads(local.heads_BHTE), local.logsumexp(), found)
+        heads_BKGTE = self._memory_heads(local.heads_BHTE)
+        joint_BKGTE, read = self.memory(query_BKGTE, heads_BKGTE, local.logsumexp(), found, sums)
         correction_BTF = joint_BKGTE.flatten(1, 2).transpose(1, 2).flatten(2)
         correction_BTD = torch.nn.functional.linear(correction_BTF, self.memory_output_DF)
         if not self.family.norms_branch:
@@ -290,6 +302,8 @@ class SideNet(nn.Module):
             memory: 1 is the trained strength; between 0 and 1 what memory adds, and d as a whole, are scaled.
         """
         branch = cache.branch if isinstance(cache, Windows) else Branch()
+        sums = PassageSums() if cache is None else cache.sums
+        sums.start()
         difference_BTD: Tensor | None = None
         reads = []
         with branch:
@@ -297,7 +311,7 @@ class SideNet(nn.Module):
                 assert isinstance(layer, SideNetLayer)
                 branch.wait(layer.lo)
                 hidden_BTD, rotary = hidden_states[layer.lo], rotary_of(layer.lo)
-                difference_BTD, read = layer(difference_BTD, hidden_BTD, rotary, retrieve, cache, memory)
+                difference_BTD, read = layer(difference_BTD, hidden_BTD, rotary, retrieve, cache, memory, sums)
                 if read is not None:
                     reads.append(read)
             if difference_BTD is None:

@@ -26,6 +26,7 @@ from longmem.config import BankSpec
 from longmem.data import to_device
 from longmem.decoding import KeyValueBuffer
 from longmem.errors import ConfigError
+from longmem.evidence import SteadyPassageSums
 from longmem.group import BankGroup, Readable
 from longmem.index import PlacedReader, Retrieve
 from longmem.model import LongMem, ModelCache
@@ -54,12 +55,16 @@ def read_on(
 class BatchCache:
     """Local windows of B texts: what `LongMem.read` extends by one token a row."""
 
-    def __init__(self, rows: int, capacity: int, device: torch.device, *, compile: bool) -> None:
+    def __init__(
+        self, rows: int, capacity: int, memory_layers: tuple[int, ...], device: torch.device, *, compile: bool
+    ) -> None:
         self.length_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.takes_B = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.sums = SteadyPassageSums(memory_layers, rows, self.takes_B)
         run = torch.compile(window_step, dynamic=False) if compile else window_step
         branch = SideBranch(device) if device.type == "cuda" else Branch()
         self.backbone = Windows(self.length_B, capacity, run, branch)
-        self.sidenet = Windows(self.length_B, capacity, run, branch)
+        self.sidenet = Windows(self.length_B, capacity, run, branch, self.sums)
 
     def look_at(self, room: int) -> None:
         """Steps look at the first `room` tokens of each window from now on."""
@@ -94,7 +99,8 @@ class BatchDecoder:
                 f"{longest}."
             )
         self.model, self.rows, self.capacity, self.memory = model, rows, capacity, memory
-        self._cache = BatchCache(rows, capacity, model.device, compile=compile)
+        layers = model.config.memory_layers if model.config.passage_evidence else ()
+        self._cache = BatchCache(rows, capacity, layers, model.device, compile=compile)
         self._lengths = [0] * rows
         self._token_B1 = torch.zeros(rows, 1, dtype=torch.int64, device=model.device)
         self._recorded: _Recorded | None = None
@@ -137,7 +143,8 @@ class BatchDecoder:
                 raise ConfigError(f"A text of {len(tokens_N)} tokens does not fit a window of {self.capacity}.")
         # Shorter texts are padded behind their end, where no token looks.
         ids_BT = pad_sequence([tokens_N.cpu() for tokens_N in texts.values()], batch_first=True)
-        cache = self.model.new_cache()
+        ends_B = torch.tensor([len(tokens_N) for tokens_N in texts.values()])
+        cache = self.model.new_cache(to_device(ends_B, self.model.device))
         reader = self.model.reader([banks[row] for row in texts], len(texts)) if self.memory else None
         self.model.read(ids_BT.to(self.model.device), reader, memory=self.memory, cache=cache)
         for at, (row, tokens_N) in enumerate(texts.items()):
@@ -150,6 +157,7 @@ class BatchDecoder:
             _fill(self._cache.backbone.of(layer), row, buffer, at, length)
         for (layer, stream), buffer in cache.sidenet.items():
             _fill(self._cache.sidenet.of(layer, stream), row, buffer, at, length)
+        self._cache.sums.begin(row, cache.sidenet.sums, at)
         self._lengths[row] = length
         self._cache.length_B[row] = length
 
@@ -177,16 +185,18 @@ class BatchDecoder:
         recording = records(model.device) and takes
         # One place more than the longest text has, for the token that it gets.
         self._cache.look_at(self.capacity if recording else max(self._lengths) + 1)
-        if recording:
-            if self._recorded is None or not self._recorded.fits(plain):
-                self._recorded = None  # its memory is free for the next
-                self._recorded = _Recorded(self, plain)
+        if recording and (self._recorded is None or not self._recorded.fits(plain)):
+            self._recorded = None  # its memory is free for the next
+            self._cache.takes_B.zero_()  # trials before the recording are no tokens
+            self._recorded = _Recorded(self, plain)
+        takes_B = to_device(torch.tensor([token is not None for token in tokens]), self.model.device)
+        self._cache.takes_B.copy_(takes_B)
+        if recording and self._recorded is not None:
             logits_BV, reads = self._recorded.replay(plain)
         else:
             logits_BV, reads = self.run(model.reader(banks, self.rows))
-        taken = [int(token is not None) for token in tokens]
-        self._cache.length_B += to_device(torch.tensor(taken), self.model.device)
-        self._lengths = [length + one for length, one in zip(self._lengths, taken, strict=True)]
+        self._cache.length_B += takes_B
+        self._lengths = [length + (token is not None) for length, token in zip(self._lengths, tokens, strict=True)]
         return logits_BV, reads
 
     def release(self) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from longmem.decoding import LayerStep, layer_step
+from longmem.evidence import PassageSums
 from longmem.families import Family, Rotary
 
 
@@ -97,13 +98,22 @@ class Windows:
         capacity: C.
         run: `window_step`, or a compiled one.
         branch: where the SideNet runs.
+        sums: what passages of banks drew of a SideNet's attention; None for a backbone.
 
     Attributes:
         room: tokens of the windows that a step looks at, its own included: all of them where steps must be alike.
     """
 
-    def __init__(self, length_B: Tensor, capacity: int, run: Callable[..., LayerStep], branch: Branch) -> None:
+    def __init__(
+        self,
+        length_B: Tensor,
+        capacity: int,
+        run: Callable[..., LayerStep],
+        branch: Branch,
+        sums: PassageSums | None = None,
+    ) -> None:
         self.length_B, self.capacity, self.run, self.branch = length_B, capacity, run, branch
+        self.sums = sums or PassageSums()
         self.rows = length_B.shape[0]
         self.room = capacity
         self._kept: defaultdict[tuple[int, str], WindowBuffer] = defaultdict(lambda: WindowBuffer(self))

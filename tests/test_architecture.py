@@ -13,7 +13,19 @@ PACKAGE = Path(longmem.__file__).parent
 # A module imports from the lines above its own, never from its own line or below.
 LAYERS = (
     {"errors"},
-    {"config", "ops", "families", "pretrained", "quantize", "codec", "clusters", "data", "drawing", "registry"},
+    {
+        "config",
+        "ops",
+        "families",
+        "pretrained",
+        "quantize",
+        "codec",
+        "clusters",
+        "data",
+        "drawing",
+        "evidence",
+        "registry",
+    },
     {"decoding", "encoding"},
     {"windows"},
     {"backbone", "sketch"},

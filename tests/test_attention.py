@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from unittest import mock
@@ -14,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longmem.index
-from longmem.attention import REFERENCE_SIZE, SHARPENED_FROM, MemoryAttention, local_attention
+from longmem.attention import REFERENCE_SIZE, MemoryAttention, local_attention
+from longmem.evidence import PassageSums
 from longmem.ops import causal_logsumexp, causal_mask
 
 SCALING = 0.37
@@ -91,7 +91,7 @@ def retrievals(draw: st.DrawFn) -> tuple:
         return torch.randn(*shape, generator=random)
 
     attention = MemoryAttention(
-        1, kv_heads, group, head_dim, SCALING, "joint", draw(st.booleans()), draw(st.sampled_from([0.0, 0.5]))
+        1, kv_heads, group, head_dim, SCALING, "joint", draw(st.booleans()), draw(st.booleans())
     )
     with torch.no_grad():
         for parameter in attention.parameters():
@@ -119,26 +119,31 @@ def retrievals(draw: st.DrawFn) -> tuple:
 def test_joint_attention_is_one_softmax_over_local_retrieved_and_null_keys(case: tuple) -> None:
     attention, query_BKGTE, local_score_BKGTS, local_value_BKGTSE, found = case
     local_BKGTE = (local_score_BKGTS.softmax(-1)[..., None] * local_value_BKGTSE).sum(-2)
-    difference_BKGTE, read = attention(query_BKGTE, local_BKGTE, local_score_BKGTS.logsumexp(-1), found)
+    sums = mock.Mock(spec=PassageSums)
+    evidence_BKGTR = torch.rand(found.index_BKGTR.shape, generator=torch.Generator().manual_seed(0))
+    sums.evidence.return_value = evidence_BKGTR
+    difference_BKGTE, read = attention(query_BKGTE, local_BKGTE, local_score_BKGTS.logsumexp(-1), found, sums)
     batch, kv_heads, group, queries, _ = query_BKGTE.shape
     for place in torch.cartesian_prod(*(torch.arange(n) for n in (batch, kv_heads, group, queries))).view(-1, 4):
         b, k, g, t = place.tolist()
         valid_R = found.valid_BKGTR[b, k, g, t]
         bias = attention.bias_KG[k, g] + attention.size_bias_KG[k, g] * math.log(found.bank_size_B[b] / REFERENCE_SIZE)
-        power = 1 + attention.sharpening * math.log(max(1.0, found.bank_size_B[b] / SHARPENED_FROM))
         key_RE = found.rows(found.keys_PNE)[b, k, g, t]
-        score_R = key_RE @ query_BKGTE[b, k, g, t] * SCALING * attention.scale_KG[k, g] * power
+        score_R = key_RE @ query_BKGTE[b, k, g, t] * SCALING * attention.scale_KG[k, g]
         score_R[~valid_R] = -torch.inf
         match_R = score_R.softmax(0)
+        if attention.passage_evidence:
+            drawn_R = evidence_BKGTR[b, k, g, t] / attention.evidence_from_KG[k, g].exp()
+            gain = attention.evidence_KG[k, g] + query_BKGTE[b, k, g, t] @ attention.evidence_query_KGE[k, g] * SCALING
+            score_R = score_R + gain * drawn_R.log1p()
         if attention.newest_wins and valid_R.any():
             discount = attention.newest_KG[k, g] + query_BKGTE[b, k, g, t] @ attention.newest_query_KGE[k, g] * SCALING
             share_R, order = score_R.softmax(0), found.order_BKGTR[b, k, g, t].tolist()
             for r, mine in enumerate(order):
                 newer = [s for s, other in enumerate(order) if other > mine or (other == mine and s < r)]
-                score_R[r] = score_R[r] - power * discount * share_R[newer].sum()
+                score_R[r] = score_R[r] - discount * share_R[newer].sum()
         null = query_BKGTE[b, k, g, t] @ attention.null_key_KGE[k, g] * SCALING + attention.null_bias_KG[k, g]
-        # In a large bank the p-norm of exponentiated scores stands for their sum; either is shared by the powers.
-        score_R = score_R + bias + (1 / power - 1) * score_R.logsumexp(0) if valid_R.any() else score_R
+        score_R = score_R + bias
         weights = torch.cat((local_score_BKGTS[b, k, g, t], score_R, null[None])).softmax(0)
         local_S, memory_R, null_1 = weights.split([local_score_BKGTS.shape[-1], len(valid_R), 1])
         if not valid_R.any():
@@ -156,34 +161,6 @@ def test_joint_attention_is_one_softmax_over_local_retrieved_and_null_keys(case:
         torch.testing.assert_close(
             read.log_weight_BKGTR[b, k, g, t].exp(), memory_R / memory_R.sum(), atol=1e-5, rtol=1e-4
         )
-
-
-@given(retrievals(), st.floats(1.5, 30.0))
-@torch.no_grad()
-def test_sharpening_is_for_large_banks_and_leaves_a_single_match_alone(case: tuple, times: float) -> None:
-    plain, query_BKGTE, local_score_BKGTS, local_value_BKGTSE, found = case
-    plain.sharpening, sharp = 0.0, copy.deepcopy(plain)
-    sharp.sharpening = 0.5
-    local_BKGTE = (local_score_BKGTS.softmax(-1)[..., None] * local_value_BKGTSE).sum(-2)
-    inputs = query_BKGTE, local_BKGTE, local_score_BKGTS.logsumexp(-1)
-
-    def reads(valid_BKGTR: torch.Tensor, size: float) -> list[tuple]:
-        score_BKGTR = torch.zeros(valid_BKGTR.shape).masked_fill(~valid_BKGTR, -torch.inf)
-        size_B = torch.full_like(found.bank_size_B, size)
-        some = dataclasses.replace(found, score_BKGTR=score_BKGTR, bank_size_B=size_B)
-        return [attention(*inputs, some) for attention in (plain, sharp)]
-
-    (before, _), (after, _) = reads(found.valid_BKGTR, SHARPENED_FROM)
-    assert torch.equal(before, after)
-    first_BKGTR = torch.zeros_like(found.valid_BKGTR)
-    first_BKGTR[..., 0] = True
-    (before, _), (after, _) = reads(first_BKGTR, times * SHARPENED_FROM)
-    torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-4)
-    # Of many, the best gains share, and what all of them get together shrinks.
-    plain.newest_wins = sharp.newest_wins = False
-    (_, before), (_, after) = reads(found.valid_BKGTR, times * SHARPENED_FROM)
-    assert (after.log_weight_BKGTR.amax(-1) >= before.log_weight_BKGTR.amax(-1) - 1e-5).all()
-    assert (after.mass_BKGT <= before.mass_BKGT + 1e-6).all()
 
 
 @given(retrievals())

@@ -78,8 +78,7 @@ def test_spans_below_are_there_only_where_there_is_room() -> None:
         ({"top_k": 0}, "top_k"),
         ({"chunk_size": 0}, "top_k"),
         ({"top_k": 10, "chunk_size": 4}, "multiple of chunk_size"),
-        ({"sharpening": -0.1}, "sharpening"),
-        ({"sharpening": 0.1, "fusion": "gate"}, "sharpening"),
+        ({"passage_evidence": True, "fusion": "gate"}, "passage_evidence"),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(settings: dict[str, Any], words: str) -> None:

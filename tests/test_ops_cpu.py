@@ -166,10 +166,11 @@ def test_attention_over_rows_is_the_reference_s(
     valid_XQR = torch.ones_like(slot_XQR, dtype=torch.bool)
     if missing:
         valid_XQR = torch.rand(slot_XQR.shape, generator=random) < 0.5
-    results = []
+    results, bias_XQR = [], normal(*slot_XQR.shape, seed=seed + 3)
     for ops in (cpu, reference):
         query_XQE = normal(searches, queries, 5, seed=seed + 1).to(dtype).requires_grad_()
-        output_XQE, sum_XQ = ops.attend_rows(query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, 0.7)
+        inputs = query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, 0.7
+        output_XQE, sum_XQ = ops.attend_rows(*inputs, None, None, bias_XQR if seed % 2 else None)
         (output_XQE.float().sum() + sum_XQ.masked_fill(sum_XQ == -torch.inf, 0.0).sum()).backward()
         results.append((output_XQE, sum_XQ, query_XQE.grad))
     for mine, its in zip(*results, strict=True):

@@ -145,7 +145,7 @@ def test_a_side_branch_waits_and_is_waited_for(monkeypatch):
 def test_steps_with_joint_attention_in_one_kernel(family, update):
     """As a GPU takes them: all banks in one search, then one kernel a memory layer."""
     pytest.importorskip("triton")
-    model = tiny.model(family, update=update, newest_wins=True)
+    model = tiny.model(family, update=update, newest_wins=True, passage_evidence=True)
     own, other = tiny.bank(model, 30), tiny.bank(model, 3, seed=1)
     for banks in ([own], [own, own], [own, None, other]):
         decoder = BatchDecoder(model, len(banks), CAPACITY)

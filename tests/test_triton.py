@@ -406,7 +406,7 @@ def test_search_of_nothing() -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 20), st.integers(1, 9),
-    st.sampled_from([8, 20]), st.booleans(), st.booleans(), st.integers(0, 99),
+    st.sampled_from([8, 20]), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_attention_over_rows(
     pools: int,
@@ -417,6 +417,7 @@ def test_attention_over_rows(
     head_dim: int,
     rounded: bool,
     newest: bool,
+    raised: bool,
     seed: int,
 ) -> None:
     dtype = torch.bfloat16 if rounded else torch.float32
@@ -430,12 +431,13 @@ def test_attention_over_rows(
     for attend in (attend_rows, reference.attend_rows):
         query_XQE = normal(searches, queries, head_dim, seed=seed + 3).requires_grad_()
         discount_XQ = (2 * normal(searches, queries, seed=seed + 5)).requires_grad_()
-        discounts = (order_XQR, discount_XQ) if newest else ()
-        output_XQE, logsumexp_XQ = attend(query_XQE, *rows, pool_X, slot_XQR, valid_XQR, 0.3, *discounts)
+        bias_XQR = normal(searches, queries, found, seed=seed + 6).requires_grad_()
+        extra = *((order_XQR, discount_XQ) if newest else (None, None)), bias_XQR if raised else None
+        output_XQE, logsumexp_XQ = attend(query_XQE, *rows, pool_X, slot_XQR, valid_XQR, 0.3, *extra)
         finite_XQ = logsumexp_XQ.masked_fill(logsumexp_XQ == -torch.inf, 0.0)
         ((output_XQE * grads[0]).sum() + (finite_XQ * grads[1]).sum()).backward()
-        grad_XQ = discount_XQ.grad if newest else torch.zeros(())
-        results.append((output_XQE.detach(), logsumexp_XQ.detach(), query_XQE.grad, grad_XQ))
+        grads_of = [query_XQE.grad, *([discount_XQ.grad] if newest else []), *([bias_XQR.grad] if raised else [])]
+        results.append((output_XQE.detach(), logsumexp_XQ.detach(), *grads_of))
     for mine, plain in zip(*results, strict=True):
         torch.testing.assert_close(mine, plain, atol=1e-4, rtol=1e-4)
     assert not results[0][0][0, 0].any() and results[0][1][0, 0] == -torch.inf

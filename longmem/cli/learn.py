@@ -179,6 +179,7 @@ def train(
     update: Annotated[Literal["alpha", "difference"], _shape("How a layer changes the difference.")] = "alpha",
     top_k: Annotated[int, _shape("Remembered tokens that each query head retrieves.")] = 64,
     newest_wins: Annotated[bool, _shape("Heads may learn to prefer what was remembered later.")] = False,
+    passage_evidence: Annotated[bool, _shape("… and what lies in passages that other queries found.")] = False,
     steps: Annotated[int, _setting("Optimiser steps.")] = 2000,
     rows: Annotated[int, _setting("Streams side by side.")] = 16,
     segment: Annotated[int, _setting("Tokens of a segment.")] = 1024,
@@ -255,10 +256,15 @@ def train(
     frozen = common.load_backbone(backbone, device, precision)
     if warm_from is not None:
         model = LongMem.from_pretrained(warm_from, backbone=frozen)
-        if newest_wins and not model.config.newest_wins:
+        learns = dataclasses.replace(
+            model.config,
+            newest_wins=newest_wins or model.config.newest_wins,
+            passage_evidence=passage_evidence or model.config.passage_evidence,
+        )
+        if learns != model.config:
             # What is new is zero at the start, so this is the same network.
             weights = model.sidenet.state_dict()
-            model = LongMem(frozen, dataclasses.replace(model.config, newest_wins=True))
+            model = LongMem(frozen, learns)
             model.sidenet.load_state_dict(weights, strict=False)
     else:
         if recipe == "paper":
@@ -272,6 +278,7 @@ def train(
                 update=update,
                 top_k=top_k,
                 newest_wins=newest_wins,
+                passage_evidence=passage_evidence,
             )
         model = LongMem(frozen, layout)
     if shares is None:

@@ -166,6 +166,7 @@ def attend_rows(
     scaling: float,
     order_XQR: Tensor | None = None,
     discount_XQ: Tensor | None = None,
+    bias_XQR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attend_rows`, for the few queries of one token in fewer operations: each costs more than its numbers.
 
@@ -173,7 +174,7 @@ def attend_rows(
     """
     if not 0 < query_XQE.shape[1] <= FEW or not valid_XQR.numel():
         return reference.attend_rows(
-            query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ
+            query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ, bias_XQR
         )
     outputs, logsumexps = [], []
     # Each search by itself: what one found changes nothing for the others.
@@ -181,8 +182,8 @@ def attend_rows(
         zip(query_XQE, pool_X.tolist(), slot_XQR, valid_XQR, strict=True)
     ):
         pools = keys_PNE[pool], values_PNE[pool]
-        order_QR, discount_Q = (None if part is None else part[x] for part in (order_XQR, discount_XQ))
-        output_QE, logsumexp_Q = _attend(query_QE, *pools, slot_QR, valid_QR, scaling, order_QR, discount_Q)
+        extra = (None if part is None else part[x] for part in (order_XQR, discount_XQ, bias_XQR))
+        output_QE, logsumexp_Q = _attend(query_QE, *pools, slot_QR, valid_QR, scaling, *extra)
         outputs.append(output_QE)
         logsumexps.append(logsumexp_Q)
     return torch.stack(outputs), torch.stack(logsumexps)
@@ -197,13 +198,14 @@ def _attend(
     scaling: float,
     order_QR: Tensor | None,
     discount_Q: Tensor | None,
+    bias_QR: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     if not valid_QR.all():
         one_1 = torch.zeros(1, dtype=torch.int64)
         pools = keys_NE[None], values_NE[None], one_1
-        newest = (None if part is None else part[None] for part in (order_QR, discount_Q))
+        extra = (None if part is None else part[None] for part in (order_QR, discount_Q, bias_QR))
         output_1QE, logsumexp_1Q = reference.attend_rows(
-            query_QE[None], *pools, slot_QR[None], valid_QR[None], scaling, *newest
+            query_QE[None], *pools, slot_QR[None], valid_QR[None], scaling, *extra
         )
         return output_1QE[0], logsumexp_1Q[0]
     key_QRE, value_QRE = (
@@ -211,6 +213,8 @@ def _attend(
         for rows_NE in (keys_NE, values_NE)
     )
     score_QR = torch.bmm(key_QRE, query_QE[..., None]).squeeze(-1).float() * scaling
+    if bias_QR is not None:
+        score_QR = score_QR + bias_QR
     if order_QR is not None and discount_Q is not None:
         score_QR = reference.discounted(score_QR, order_QR, discount_Q)
     logsumexp_Q1 = score_QR.logsumexp(-1, keepdim=True)

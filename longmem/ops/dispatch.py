@@ -100,8 +100,9 @@ def attend_rows(
     scaling: float,
     order_XQR: Tensor | None = None,
     discount_XQ: Tensor | None = None,
+    bias_XQR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    inputs = (query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ)
+    inputs = (query_XQE, keys_PNE, values_PNE, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ, bias_XQR)
     if HAS_TRITON and query_XQE.is_cuda:
         from longmem.ops.triton import attention
 

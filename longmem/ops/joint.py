@@ -46,8 +46,7 @@ def joint_rows(
     heads: JointHeads,
     scaling: float,
     reference_size: float,
-    sharpening: float,
-    sharpened_from: float,
+    bias_BKGTR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `longmem.attention.MemoryAttention` computes of these, in one launch. What that rounds at every step is
     rounded once.
@@ -57,7 +56,7 @@ def joint_rows(
         keys_PNE … bank_size_B: as in `longmem.index.Retrieved`.
         scaling: what q·k is multiplied by.
         reference_size: bank size at which the size bias is 0.
-        sharpening, sharpened_from: what p grows by for each log of a bank's size, and the size up to which p is 1.
+        bias_BKGTR: what is added to scores; None is nothing.
 
     Returns:
         joint − local attention (B, K, G, T, E), of which heads and tokens lie as an output projection takes them;
@@ -67,5 +66,5 @@ def joint_rows(
     from longmem.ops.triton import joint
 
     rows = keys_PNE, values_PNE, pool_BK, slot_BKGTR, score_BKGTR, order_BKGTR, bank_size_B
-    sizes = reference_size, sharpening, sharpened_from
-    return joint.joint_rows(query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows, heads, scaling, *sizes)
+    inputs = query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows
+    return joint.joint_rows(*inputs, heads, scaling, reference_size, bias_BKGTR)

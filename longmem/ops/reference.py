@@ -274,17 +274,19 @@ def attend_rows(
     scaling: float,
     order_XQR: Tensor | None = None,
     discount_XQ: Tensor | None = None,
+    bias_XQR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of each query over its own R rows of a pool.
 
     Args:
-        query_XQE: queries; they and `discount_XQ` are the only inputs that get a gradient.
+        query_XQE: queries; they, `discount_XQ` and `bias_XQR` are the only inputs that get a gradient.
         keys_PNE, values_PNE: pools.
         pool_X: which pool the queries of x draw on.
         slot_XQR: rows of that pool, int64.
         valid_XQR: False where there is no such row.
         scaling: what q·k is multiplied by.
         order_XQR, discount_XQ: as in `discounted`; without them nothing is discounted.
+        bias_XQR: added to scores, before what is newer is told from what is older; None is nothing.
 
     Returns:
         Outputs (X, Q, E) in the queries' dtype and log-sum-exps of the scores (X, Q) in float32; 0 and −inf where no
@@ -292,7 +294,7 @@ def attend_rows(
     """
     value_XQRE = gather_rows(values_PNE, slot_XQR, pool_X).to(query_XQE.dtype)
     key_XQRE = gather_rows(keys_PNE, slot_XQR, pool_X)
-    score_XQR = row_scores(query_XQE, key_XQRE, valid_XQR, scaling, order_XQR, discount_XQ)
+    score_XQR = row_scores(query_XQE, key_XQRE, valid_XQR, scaling, order_XQR, discount_XQ, bias_XQR)
     nothing_XQ1 = ~valid_XQR.any(-1, keepdim=True)
     # An all −inf row has no softmax; any finite stand-in will do, since its weights are set to 0.
     weight_XQR = score_XQR.masked_fill(nothing_XQ1, 0.0).softmax(-1).masked_fill(nothing_XQ1, 0.0)
@@ -308,9 +310,12 @@ def row_scores(
     scaling: float,
     order_XQR: Tensor | None = None,
     discount_XQ: Tensor | None = None,
+    bias_XQR: Tensor | None = None,
 ) -> Tensor:
-    """Scaled scores (X, Q, R) of each query's own keys, float32, discounted if asked; −inf where there is none."""
+    """Scaled scores (X, Q, R) of each query's own keys, float32, raised and discounted if asked; −inf where there is
+    none."""
     score_XQR = torch.matmul(key_XQRE.to(query_XQE.dtype), query_XQE[..., None]).squeeze(-1).float() * scaling
+    score_XQR = score_XQR if bias_XQR is None else score_XQR + bias_XQR
     score_XQR = score_XQR.masked_fill(~valid_XQR, -torch.inf)
     if order_XQR is None or discount_XQ is None:
         return score_XQR

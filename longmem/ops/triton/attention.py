@@ -25,17 +25,18 @@ def attend_rows(
     scaling: float,
     order_XQR: Tensor | None = None,
     discount_XQ: Tensor | None = None,
+    bias_XQR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `longmem.ops.reference.attend_rows`: outputs (X, Q, E) and log-sum-exps (X, Q).
 
-    The gradient reaches queries and discounts alone: what is remembered is frozen.
+    The gradient reaches queries, discounts and biases alone: what is remembered is frozen.
     """
     if order_XQR is None:
         discount_XQ = None
     keys, values = Source.of(keys_PNE), Source.of(values_PNE)
     assert keys[2:] == values[2:] and keys.rows.dtype == values.rows.dtype
     return _AttendRows.apply(
-        query_XQE, *keys[:2], *values, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ
+        query_XQE, *keys[:2], *values, pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ, bias_XQR
     )
 
 
@@ -43,7 +44,7 @@ class _AttendRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, query_XQE, keys, keys_address_P, values, values_address_P, stride_p, stride_n,
-        pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ,
+        pool_X, slot_XQR, valid_XQR, scaling, order_XQR, discount_XQ, bias_XQR,
     ):  # fmt: skip
         searches, queries, head_dim = query_XQE.shape
         found = slot_XQR.shape[-1]
@@ -52,6 +53,7 @@ class _AttendRows(torch.autograd.Function):
         inputs = (
             query_XQE, keys, keys_address_P, values, values_address_P, pool_X.contiguous(), slot_XQR, valid_XQR,
             order_XQR.contiguous() if newest else None, discount_XQ.float().contiguous() if newest else None,
+            None if bias_XQR is None else bias_XQR.float().contiguous(),
         )  # fmt: skip
         output_XQE = torch.empty_like(query_XQE)
         logsumexp_XQ = torch.empty(searches, queries, dtype=torch.float32, device=query_XQE.device)
@@ -71,16 +73,17 @@ class _AttendRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output_XQE, grad_logsumexp_XQ):  # type: ignore[override]
-        query_XQE, *_, discount_XQ, _, _ = ctx.saved_tensors
+        query_XQE, *_, discount_XQ, bias_XQR, _, _ = ctx.saved_tensors
         grad_query_XQE = torch.empty_like(query_XQE)
         grad_discount_XQ = None if discount_XQ is None else torch.empty_like(discount_XQ)
+        grad_bias_XQR = None if bias_XQR is None else torch.empty_like(bias_XQR)
         programs = grad_logsumexp_XQ.numel()
         if programs:
             _attend_backward[(programs,)](
                 *ctx.saved_tensors, grad_output_XQE.contiguous(), grad_logsumexp_XQ.contiguous(), grad_query_XQE,
-                grad_discount_XQ, *ctx.sizes, **ctx.blocks, num_warps=ctx.warps,
+                grad_discount_XQ, grad_bias_XQR, *ctx.sizes, **ctx.blocks, num_warps=ctx.warps,
             )  # fmt: skip
-        return grad_query_XQE, *[None] * 11, grad_discount_XQ
+        return grad_query_XQE, *[None] * 11, grad_discount_XQ, grad_bias_XQR
 
 
 @triton.jit
@@ -110,13 +113,16 @@ def _newer(order_R, r):
 
 @triton.jit
 def attend_row(
-    query_E, keys, values, slot_R, valid_R, order_ptr, at, discount, found, head_dim, stride_n, scaling, r, e
-):
-    """Attention of one query over rows of its pools: output (E,), log-sum-exp and scores (R,), discounted if there are
-    orders (which begin at `at`)."""
+    query_E, keys, values, slot_R, valid_R, bias_ptr, bias_at, order_ptr, at, discount, found, head_dim, stride_n,
+    scaling, r, e
+):  # fmt: skip
+    """Attention of one query over rows of its pools: output (E,), log-sum-exp and scores (R,). Scores are raised if there
+    are biases (which begin at `bias_at`), and discounted if there are orders (which begin at `at`)."""
     key_RE = _gather(keys, slot_R, valid_R, stride_n, head_dim, e)
     value_RE = _gather(values, slot_R, valid_R, stride_n, head_dim, e)
     score_R = tl.where(valid_R, tl.sum(key_RE * query_E[None, :], axis=1) * scaling, float("-inf"))
+    if bias_ptr is not None:
+        score_R += tl.load(bias_ptr + bias_at + r, mask=r < found, other=0.0)
     weight_R, logsumexp = _normalised(score_R)
     if order_ptr is not None:
         order_R = tl.load(order_ptr + at + r, mask=r < found, other=0)
@@ -129,7 +135,7 @@ def attend_row(
 @triton.jit
 def _attend_forward(
     query_ptr, keys_ptr, keys_address_ptr, values_ptr, values_address_ptr, pool_ptr, slot_ptr, valid_ptr,
-    order_ptr, discount_ptr, output_ptr, logsumexp_ptr, queries, found, head_dim, stride_p, stride_n, scaling,
+    order_ptr, discount_ptr, bias_ptr, output_ptr, logsumexp_ptr, queries, found, head_dim, stride_p, stride_n, scaling,
     ALIGNED: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     xq = tl.program_id(0).to(tl.int64)
@@ -148,6 +154,8 @@ def _attend_forward(
         values,
         slot_R,
         valid_R,
+        bias_ptr,
+        xq * found,
         order_ptr,
         xq * found,
         discount,
@@ -165,8 +173,8 @@ def _attend_forward(
 @triton.jit
 def _attend_backward(
     query_ptr, keys_ptr, keys_address_ptr, values_ptr, values_address_ptr, pool_ptr, slot_ptr, valid_ptr,
-    order_ptr, discount_ptr, output_ptr, logsumexp_ptr,
-    grad_output_ptr, grad_logsumexp_ptr, grad_query_ptr, grad_discount_ptr,
+    order_ptr, discount_ptr, bias_ptr, output_ptr, logsumexp_ptr,
+    grad_output_ptr, grad_logsumexp_ptr, grad_query_ptr, grad_discount_ptr, grad_bias_ptr,
     queries, found, head_dim, stride_p, stride_n, scaling, ALIGNED: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     xq = tl.program_id(0).to(tl.int64)
@@ -183,6 +191,8 @@ def _attend_backward(
     logsumexp = tl.load(logsumexp_ptr + xq)
     logsumexp = tl.where(logsumexp > float("-inf"), logsumexp, 0.0)
     score_R = tl.where(valid_R, tl.sum(key_RE * query_E[None, :], axis=1) * scaling, float("-inf"))
+    if bias_ptr is not None:
+        score_R += tl.load(bias_ptr + xq * found + r, mask=r < found, other=0.0)
     # d output / d score_r = w_r (v_r − output), d logsumexp / d score_r = w_r
     slope_R = tl.sum(value_RE * grad_E[None, :], axis=1) - tl.sum(output_E * grad_E) + tl.load(grad_logsumexp_ptr + xq)
     if discount_ptr is not None:
@@ -199,6 +209,8 @@ def _attend_backward(
         grad_R = grad_R - discount * before_R * (older_R + grad_discount)
     else:
         grad_R = tl.exp(score_R - logsumexp) * slope_R
+    if bias_ptr is not None:
+        tl.store(grad_bias_ptr + xq * found + r, grad_R, mask=r < found)
     grad_query_E = tl.sum(grad_R[:, None] * key_RE, axis=0) * scaling
     tl.store(grad_query_ptr + xq * head_dim + e, grad_query_E.to(grad_query_ptr.dtype.element_ty), mask=e < head_dim)
 

@@ -35,8 +35,7 @@ def joint_rows(
     heads: JointHeads,
     scaling: float,
     reference_size: float,
-    sharpening: float,
-    sharpened_from: float,
+    bias_BKGTR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longmem.ops.joint.joint_rows`."""
     batch, kv_heads, group, tokens, head_dim = query_BKGTE.shape
@@ -59,9 +58,9 @@ def joint_rows(
             *keys[:2], *values, pool_BK, *pool_BK.stride(),
             *per_query, *(() if newest else (None,)), *per_query[0].stride()[:4], bank_size_B,
             *(None if part is None else part.contiguous() for part in heads),
-            difference_BTKGE, mass_BKGT, log_weight_BKGTR,
+            difference_BTKGE, mass_BKGT, log_weight_BKGTR, None if bias_BKGTR is None else bias_BKGTR.contiguous(),
             kv_heads, group, tokens, found, head_dim, scaling,
-            float(reference_size), float(sharpening), float(sharpened_from), -math.log(found),
+            float(reference_size), -math.log(found),
             ALIGNED=Source(*values).aligned, R=triton.next_power_of_2(found), E=triton.next_power_of_2(head_dim),
             num_warps=4 if newest else 2,
         )  # fmt: skip
@@ -80,8 +79,8 @@ def _joint(
     keys_ptr, keys_address_ptr, values_ptr, values_address_ptr, stride_p, stride_n, pool_ptr, pool_b, pool_k,
     slot_ptr, score_ptr, order_ptr, slot_b, slot_k, slot_g, slot_t, size_ptr,
     scale_ptr, bias_ptr, size_bias_ptr, null_key_ptr, null_bias_ptr, newest_ptr, newest_query_ptr,
-    difference_ptr, mass_ptr, log_weight_ptr,
-    kv_heads, group, tokens, found, head_dim, scaling, reference_size, sharpening, sharpened_from, even,
+    difference_ptr, mass_ptr, log_weight_ptr, raised_ptr,
+    kv_heads, group, tokens, found, head_dim, scaling, reference_size, even,
     ALIGNED: tl.constexpr, R: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """One query."""
@@ -96,13 +95,11 @@ def _joint(
     null_E = tl.load(null_key_ptr + head * head_dim + e, mask=real, other=0.0).to(tl.float32)
     null = tl.sum(query_E * null_E, axis=0) * scaling + tl.load(null_bias_ptr + head).to(tl.float32)
     size = tl.maximum(tl.load(size_ptr + b).to(tl.float32), 1.0)
-    power = 1.0 + sharpening * tl.log(tl.maximum(size / sharpened_from, 1.0))
     discount = 0.0
     if order_ptr is not None:
         asked_E = tl.load(newest_query_ptr + head * head_dim + e, mask=real, other=0.0).to(tl.float32)
         discount = tl.load(newest_ptr + head).to(tl.float32) + tl.sum(query_E * asked_E, axis=0) * scaling
-        discount *= power
-    query_E *= tl.load(scale_ptr + head).to(tl.float32) * power
+    query_E *= tl.load(scale_ptr + head).to(tl.float32)
 
     pool = b * pool_b + k * pool_k
     keys = pool_at(keys_ptr, keys_address_ptr, pool_ptr, pool, stride_p, ALIGNED)
@@ -111,13 +108,28 @@ def _joint(
     slot_R = tl.load(slot_ptr + at + r, mask=r < found, other=0)
     valid_R = tl.load(score_ptr + at + r, mask=r < found, other=float("-inf")) > float("-inf")
     memory_E, memory, score_R = attend_row(
-        query_E, keys, values, slot_R, valid_R, order_ptr, at, discount, found, head_dim, stride_n, scaling, r, e
+        query_E,
+        keys,
+        values,
+        slot_R,
+        valid_R,
+        raised_ptr,
+        row * found,
+        order_ptr,
+        at,
+        discount,
+        found,
+        head_dim,
+        stride_n,
+        scaling,
+        r,
+        e,
     )
 
     # Of nothing, all have the same share.
     log_weight_R = tl.where(memory > float("-inf"), score_R - memory, even)
     tl.store(log_weight_ptr + row * found + r, log_weight_R, mask=r < found)
-    memory = memory / power + tl.load(bias_ptr + head).to(tl.float32)
+    memory += tl.load(bias_ptr + head).to(tl.float32)
     memory += tl.load(size_bias_ptr + head).to(tl.float32) * tl.log(size / reference_size)
     local = tl.load(
         local_logsumexp_ptr + b * logsumexp_b + k * logsumexp_k + g * logsumexp_g + t * logsumexp_t
