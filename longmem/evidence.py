@@ -28,7 +28,7 @@ PLACES = 4093
 FADING = 0.95
 # Sums are counted in these units, since the order in which a GPU adds changes sums of floating-point numbers.
 _UNIT = 2.0**-24
-# Tokens whose sums are one product of matrices.
+# Tokens whose sums are one product of matrices, where there are more than twice as many.
 _CHUNK = 64
 
 
@@ -124,17 +124,18 @@ def faded_sums(drawn_BTP: Tensor, before_BP: Tensor | None = None) -> Tensor:
     batch, tokens, places = drawn_BTP.shape
     if tokens == 1:
         return drawn_BTP if before_BP is None else drawn_BTP + FADING * before_BP[:, None]
-    chunks = -(-tokens // _CHUNK)
-    padded_BTP = torch.nn.functional.pad(drawn_BTP, (0, 0, 0, chunks * _CHUNK - tokens))
+    size = tokens if tokens <= 2 * _CHUNK else _CHUNK
+    chunks = -(-tokens // size)
+    padded_BTP = torch.nn.functional.pad(drawn_BTP, (0, 0, 0, chunks * size - tokens))
     # In training all around is bfloat16, which knows no small sums beside large ones.
     with torch.autocast(drawn_BTP.device.type, enabled=False):
-        within_BNCP = torch.matmul(_powers(_CHUNK, drawn_BTP.device), padded_BTP.unflatten(1, (chunks, _CHUNK)))
+        within_BNCP = torch.matmul(_powers(size, drawn_BTP.device), padded_BTP.unflatten(1, (chunks, size)))
         last_BNP = within_BNCP[:, :, -1]
         begin_BP = drawn_BTP.new_zeros(batch, places) if before_BP is None else before_BP
         # What earlier chunks leave to each, by the end of the one before.
         left_BNP = torch.cat((begin_BP[:, None], last_BNP[:, :-1]), dim=1)
-        left_BNP = torch.matmul(_powers(chunks, drawn_BTP.device, FADING**_CHUNK), left_BNP)
-        faded_C = FADING ** torch.arange(1, _CHUNK + 1, device=drawn_BTP.device)
+        left_BNP = torch.matmul(_powers(chunks, drawn_BTP.device, FADING**size), left_BNP)
+        faded_C = FADING ** torch.arange(1, size + 1, device=drawn_BTP.device)
         within_BNCP.addcmul_(faded_C[:, None], left_BNP[:, :, None])
     return within_BNCP.flatten(1, 2)[:, :tokens]
 

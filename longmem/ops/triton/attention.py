@@ -116,8 +116,8 @@ def attend_row(
     query_E, keys, values, slot_R, valid_R, bias_ptr, bias_at, order_ptr, at, discount, found, head_dim, stride_n,
     scaling, r, e
 ):  # fmt: skip
-    """Attention of one query over rows of its pools: output (E,), log-sum-exp and scores (R,). Scores are raised if there
-    are biases (which begin at `bias_at`), and discounted if there are orders (which begin at `at`)."""
+    """Attention of one query over rows of its pools: output (E,), log-sum-exp and scores (R,). Scores are raised if
+    there are biases (which begin at `bias_at`), and discounted if there are orders (which begin at `at`)."""
     key_RE = _gather(keys, slot_R, valid_R, stride_n, head_dim, e)
     value_RE = _gather(values, slot_R, valid_R, stride_n, head_dim, e)
     score_R = tl.where(valid_R, tl.sum(key_RE * query_E[None, :], axis=1) * scaling, float("-inf"))
