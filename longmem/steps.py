@@ -189,6 +189,11 @@ class BatchDecoder:
         self._lengths = [length + one for length, one in zip(self._lengths, taken, strict=True)]
         return logits_BV, reads
 
+    def empty(self) -> None:
+        """Rows hold no text any more; memory and recording stay for the next ones."""
+        self._lengths = [0] * self.rows
+        self._cache.length_B.zero_()
+
     def release(self) -> None:
         """Give back the memory of windows and recording now: not before a garbage collection would it be free."""
         self._recorded = None

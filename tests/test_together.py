@@ -46,7 +46,7 @@ def test_windows_side_by_side_are_windows_one_by_one(seed: int, memory: float, r
     # Labels of one token, and longer ones.
     asked = [(each, random.integers(2, 90, size=size).tolist()) for each in posed for size in (1, 1, 5)]
     found = together.log_likelihoods(_MODEL, memory, asked)
-    said = together.say(_MODEL, memory, posed, 6, ("a",), rows)
+    said = together.Speaker(_MODEL, memory, rows).say(posed, 6, ("a",))
     for number, each in enumerate(posed):
         reader = Reader(_MODEL, memory)
         reader.forget(each.bank)
@@ -70,16 +70,16 @@ def test_a_posed_prompt_waits_while_other_things_are_told(kind: type[Contender],
         wanted.append((contender.log_likelihood(prompt, " under"), contender.generate(prompt), contender.drawn_on()))
     after = contender.reader.tokenize(" under")
     losses = together.log_likelihoods(model, kind.memory, [(each, after) for each in posed])
-    said = together.say(model, kind.memory, posed, prompt.room)
+    said = together.Speaker(model, kind.memory).say(posed, prompt.room)
     for (losses_one, text, drawn_on), some, (answer, drawn) in zip(wanted, losses, said, strict=True):
         assert some == pytest.approx(losses_one, abs=1e-3)
         assert (answer, drawn) == (text, drawn_on)
-    assert together.say(model, kind.memory, [], 6) == []
+    assert together.Speaker(model, kind.memory).say([], 6) == []
 
 
 def test_no_more_windows_are_held_than_there_is_memory_for(model: LongMem, monkeypatch: pytest.MonkeyPatch) -> None:
     posed = [Posed(tuple(range(2, 30 + number)), None) for number in range(5)]
-    wanted = together.say(model, 0.0, posed, 4, rows=5)
+    wanted = together.Speaker(model, 0.0, 5).say(posed, 4)
     held: list[int] = []
 
     def noted(model: LongMem, rows: int, capacity: int, *, memory: float) -> BatchDecoder:
@@ -88,7 +88,7 @@ def test_no_more_windows_are_held_than_there_is_memory_for(model: LongMem, monke
 
     monkeypatch.setattr(together, "BatchDecoder", noted)
     monkeypatch.setattr(together, "_HELD", 2 * 40)
-    assert together.say(model, 0.0, posed, 4, rows=5) == wanted
+    assert together.Speaker(model, 0.0, 5).say(posed, 4) == wanted
     assert held == [2]
 
 

@@ -188,9 +188,11 @@ def _compare(
     running: tuple[bool, int | None, float],
     load: Callable[[], LongMem],
 ) -> None:
+    import logging
+
     import longmem.contenders
+    from longmem.comparison.cell import RunConfig
     from longmem.comparison.result import Comparison
-    from longmem.comparison.run import RunConfig
     from longmem.comparison.run import compare as run
     from longmem.contenders.contender import Contender, ContenderConfig
     from longmem.registry import chosen
@@ -206,6 +208,7 @@ def _compare(
     RunConfig(rows or 1, seconds)
     _folder(out)
     before = Comparison.load(out / "report.json") if resume and (out / "report.json").exists() else None
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index
     loaded = load()
     run_config = RunConfig(rows or (32 if loaded.device.type == "cuda" else 1), seconds)
 

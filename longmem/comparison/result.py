@@ -18,7 +18,7 @@ from longmem.errors import ConfigError, SourceError
 from longmem.evals.answers import wilson
 from longmem.tasks.task import Measure
 
-_DRAWS = 2000
+DRAWS = 2000  # of a bootstrap
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Cell:
         reason: why there are none.
         cases: what was asked and answered, and every value.
         unasked: how many cases the time was too short for.
+        left_out: why the contender could not be asked some cases → how many.
+        seconds: that the cell took, cases side by side.
     """
 
     task: str
@@ -87,6 +89,8 @@ class Cell:
     reason: str | None = None
     cases: list[dict[str, Any]] = field(default_factory=list)
     unasked: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Cell:
@@ -148,7 +152,7 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write a JSON file; one that is there stays whole until the new one is."""
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, default=str)
+        text = json.dumps(self.to_dict(), ensure_ascii=False, default=str)
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_name(f"{path.name}.new")
         written.write_text(text + "\n", encoding="utf-8")
@@ -238,7 +242,7 @@ def figure(measure: Measure, value_C: np.ndarray, weight_C: np.ndarray, seed: in
     if measure.form == "percent" and set(value_C.tolist()) <= {0.0, 1.0}:
         low, high = wilson(int(value_C.sum()), count)
         return Figure(value, 100 * low, 100 * high, count)
-    draws = np.random.default_rng(seed).integers(count, size=(_DRAWS, count))
+    draws = np.random.default_rng(seed).integers(count, size=(DRAWS, count))
     means = shown((value_C * weight_C)[draws].sum(1) / weight_C[draws].sum(1))
     low, high = np.percentile(means, [2.5, 97.5])
     return Figure(value, float(low), float(high), count)

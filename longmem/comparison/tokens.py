@@ -45,7 +45,7 @@ class TokenFigures:
 def token_figures(comparison: Comparison, task: str) -> dict[str, TokenFigures]:
     """Contender → figures, over the continuations that it and those it is compared with were given; empty where none
     were given, or a judge was not asked."""
-    told = {each.name: _by_case(comparison.cell(task, each.name)) for each in comparison.contenders}
+    told = {each.name: by_case(comparison.cell(task, each.name)) for each in comparison.contenders}
     short, long = told.get(_SHORT, {}), told.get(_LONG, {})
     seed, found = int(comparison.settings.get("seed", 0)), {}
     for name, mine in told.items():
@@ -71,15 +71,15 @@ def token_figures(comparison: Comparison, task: str) -> dict[str, TokenFigures]:
 
 def key_share(comparison: Comparison, task: str) -> float:
     """How many of all tokens are key tokens, in percent."""
-    short, long = (_by_case(comparison.cell(task, name)) for name in (_SHORT, _LONG))
+    short, long = (by_case(comparison.cell(task, name)) for name in (_SHORT, _LONG))
     keys = [(long[case] - short[case] > GAIN) & (long[case] > LIKELY) for case in short if case in long]
     return 100 * float(np.concatenate(keys).mean()) if keys else 0.0
 
 
-def _by_case(cell: Cell) -> Mapping[tuple[str, str], np.ndarray]:
+def by_case(cell: Cell) -> Mapping[tuple[str, str, int], np.ndarray]:
     """Log-probability of each token, by case."""
     return {
-        (row["kind"], row["query"]): np.array(row["log_probabilities"])
+        (row["kind"], row.get("query", ""), row.get("case", 0)): np.array(row["log_probabilities"])
         for row in cell.cases
         if row.get("log_probabilities")
     }

@@ -11,7 +11,7 @@ from typing import Any
 
 from longmem.contenders.contender import Posed
 from longmem.contenders.reader import Reader
-from longmem.contenders.together import log_likelihoods, say
+from longmem.contenders.together import Speaker, log_likelihoods
 from longmem.model import LongMem
 
 
@@ -43,7 +43,7 @@ class Lockstep:
     """
 
     def __init__(self, model: LongMem, memory: float, rows: int) -> None:
-        self.model, self.memory, self.rows = model, memory, rows
+        self.model, self.memory, self._speaker = model, memory, Speaker(model, memory, rows)
         self._asked: SimpleQueue[Any] = SimpleQueue()
         self._script = threading.local()
 
@@ -69,6 +69,10 @@ class Lockstep:
                     asked[number] = request
             waiting = dict(zip(asked, self._answers(list(asked.values())), strict=True))
         return results
+
+    def release(self) -> None:
+        """Give back memory."""
+        self._speaker.release()
 
     def ask(self, request: Scores | Speech) -> Any:
         """Called by a script: hands over to the others until there is an answer."""
@@ -98,7 +102,7 @@ class Lockstep:
                 alike.setdefault((each.most, each.stop), []).append(number)
         for (most, stop), numbers in alike.items():
             windows = [requests[number].window for number in numbers]
-            said = say(self.model, self.memory, windows, most, stop, self.rows)
+            said = self._speaker.say(windows, most, stop)
             found |= {number: text for number, (text, _) in zip(numbers, said, strict=True)}
         return [found[number] for number in range(len(requests))]
 
@@ -111,8 +115,11 @@ class _Asking(Reader):
         self._lockstep = lockstep
 
     def read(self, token_ids: Sequence[int]) -> int:
-        self._ids = [self.model.backbone.prefix_token_id, *token_ids]
-        return len(self._ids)
+        ids = [self.model.backbone.prefix_token_id, *token_ids]
+        # As many as it would be alone.
+        new = len(ids) - self._same(ids)
+        self._ids = ids
+        return new
 
     def options(self, continuations: Sequence[Sequence[int]]) -> list[list[float]]:
         return self._lockstep.ask(Scores(self._window, tuple(map(tuple, continuations))))
