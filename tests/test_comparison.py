@@ -259,7 +259,10 @@ def scored_by_token(**losses: list[list[float]]) -> Comparison:
     cells = {}
     for name, cases in losses.items():
         name = name.replace("_", "-")
-        rows = [{"kind": "", "query": str(n), "log_probabilities": row} for n, row in enumerate(cases)]
+        rows = [
+            {"kind": "", "case": n, "group": n, "values": {}, "tokens": len(row), "log_probabilities": row}
+            for n, row in enumerate(cases)
+        ]
         cells["language", name] = Cell("language", name, cases=rows)
     names = [Named(name, "") for _, name in cells]
     return Comparison([Named("language", "", language.Language.measures)], names, {"seed": 0}, {}, cells)

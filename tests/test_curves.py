@@ -24,7 +24,7 @@ def compared(*kinds: str) -> Comparison:
         }
         losses = [[-np.log(start)] * 64 + [-np.log(start / 2)] * 64] * 2
         rows = [
-            {"case": n, "kind": kind, "query": "q", "log_probabilities": losses[n], "values": {}, "tokens": 128}
+            {"case": n, "group": n, "kind": kind, "log_probabilities": losses[n], "values": {}, "tokens": 128}
             for kind in kinds
             for n in range(2)
         ]

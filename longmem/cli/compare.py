@@ -245,10 +245,17 @@ def merge(
     """One report of several that were run apart, with the same settings on machines of one kind."""
     from functools import reduce
 
+    import longmem.contenders
+    import longmem.tasks
     from longmem.comparison.result import Comparison
+    from longmem.contenders.contender import Contender
+    from longmem.registry import found
+    from longmem.tasks.task import Task
 
     _folder(out)
     comparison = reduce(Comparison.joined, [Comparison.load(each / "report.json") for each in reports])
+    # In whatever order they were run.
+    comparison = comparison.in_order([*found(longmem.tasks, Task)], [*found(longmem.contenders, Contender)])
     _write(comparison, out)
     _tell(comparison, out)
 

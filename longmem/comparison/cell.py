@@ -91,6 +91,12 @@ class _Run:
         # Cases have the same numbers for every contender.
         self.numbers = {id(case): n for n, case in enumerate(case for each in rounds for case in each.cases)}
         self.count = len(self.numbers)
+        # The same continuation, more and more told before it, is one text.
+        first: dict[str, int] = {}
+        self.groups = [
+            first.setdefault(case.continuation, number) if case.continuation else number
+            for number, case in enumerate(case for each in rounds for case in each.cases)
+        ]
         self.rows: list[dict[str, Any]] = []
         self.left_out: Counter[str] = Counter()
         self.price: Price | None = None
@@ -157,8 +163,8 @@ class _Run:
             return Cell(*names, reason=reason)
 
         def counted(some: Sequence[dict[str, Any]]) -> Any:
-            values, tokens = [row["values"] for row in some], [row["tokens"] for row in some]
-            return figures(self.task.measures, values, tokens, self.task.config.seed)
+            values, tokens, groups = ([row[name] for row in some] for name in ("values", "tokens", "group"))
+            return figures(self.task.measures, values, tokens, self.task.config.seed, groups)
 
         kinds = dict.fromkeys(row["kind"] for row in self.rows)
         of_kinds = {kind: counted([row for row in self.rows if row["kind"] == kind]) for kind in kinds}
@@ -218,7 +224,9 @@ class _Run:
 
     def _note(self, case: Case, answer: Answer) -> None:
         values = dict(self.task.score(case, answer))
-        self.rows.append({"case": self.numbers[id(case)], "kind": case.kind, **_row(case, answer), "values": values})
+        number = self.numbers[id(case)]
+        place = {"case": number, "group": self.groups[number], "kind": case.kind}
+        self.rows.append({**place, **_row(case, answer), "values": values})
         if self.on_case is not None:
             self.on_case(len(self.rows), self.count)
 

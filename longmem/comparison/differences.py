@@ -10,16 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longmem.comparison.result import DRAWS, Cell, Comparison, Figure, Named
+from longmem.comparison.result import Cell, Comparison, Figure, Named, interval
 from longmem.tasks.task import Measure
 
 # What each is compared with, and what the difference is worth.
-_WORTH = (
-    ("longmem", "longmem-empty", "the bank"),
-    ("longmem", "longmem-wrong", "that it is the right one"),
-    ("longmem", "longmem-extended", "the bank against a long window"),
-    ("longmem+rag", "rag-bm25", "the bank and its SideNet, added to retrieval"),
-)
+WORTH = {
+    ("longmem", "longmem-empty"): "the bank",
+    ("longmem", "longmem-wrong"): "that it is the right one",
+    ("longmem", "longmem-extended"): "the bank against a long window",
+    ("longmem+rag", "rag-bm25"): "LongMem added to retrieval",
+    ("longmem", "best"): "against the best without LongMem",
+    ("longmem+rag", "best"): "the same with retrieval",
+}
 # What does without LongMem and is not shown the evidence.
 _RIVALS = ("window", "extended", "extended-rope", "rag-bm25", "rag-dense", "rag-hybrid", "memgpt")
 
@@ -48,14 +50,11 @@ class Difference:
 
 def differences(comparison: Comparison, task: Named) -> list[Difference]:
     """What memory is worth on a task: against the same without it, and against the best of all others."""
-    pairs = [*_WORTH]
-    for name in ("longmem", "longmem+rag"):
-        if (best := best_rival(comparison, task, name)) is not None:
-            pairs.append((name, best, "against the best without LongMem"))
     found = []
-    for first, second, worth in pairs:
-        figure = difference(comparison, task, first, second)
-        if figure is not None:
+    for pair, worth in WORTH.items():
+        first, second = pair[0], pair[1] if pair[1] != "best" else best_rival(comparison, task, pair[0])
+        figure = None if second is None else difference(comparison, task, first, second)
+        if second is not None and figure is not None:
             found.append(Difference(task.name, first, second, worth, figure))
     return found
 
@@ -81,26 +80,21 @@ def difference(comparison: Comparison, task: Named, first: str, second: str) -> 
     shared = [case for case in mine if case in theirs]
     if not shared:
         return None
+    # Value of the one, value of the other, weight: their sums over cases tell the rest.
     value_C2 = np.array([(mine[case][0], theirs[case][0]) for case in shared])
-    weight_C = np.array([mine[case][1] if measure.form == "perplexity" else 1.0 for case in shared])
-    draws = np.random.default_rng(int(comparison.settings.get("seed", 0))).integers(
-        len(shared), size=(DRAWS, len(shared))
-    )
-    sign = 1 if measure.higher else -1
+    weight_C1, group_C = np.array([[mine[case][1]] for case in shared]), np.array([mine[case][2] for case in shared])
+    part_C3 = np.concatenate((value_C2 * weight_C1, weight_C1), 1)
 
-    def better(place: np.ndarray) -> np.ndarray:
-        weight = weight_C[place]
-        mean_2 = (value_C2[place] * weight[..., None]).sum(-2) / weight.sum(-1)[..., None]
-        gap = mean_2[..., 0] - mean_2[..., 1]
-        if measure.form == "perplexity":
-            return sign * 100 * np.expm1(gap)
-        return sign * gap * (100 if measure.form == "percent" else 1)
+    def better(sum_D3: np.ndarray) -> np.ndarray:
+        gap = (sum_D3[..., 0] - sum_D3[..., 1]) / sum_D3[..., 2]
+        scaled = {"perplexity": 100 * np.expm1(gap), "percent": 100 * gap, "number": gap}[measure.form]
+        return scaled if measure.higher else -scaled
 
-    value = float(better(np.arange(len(shared))))
+    value = float(better(part_C3.sum(0)))
     if len(shared) < 2:
         return Figure(value, None, None, 1)
-    low, high = np.percentile(better(draws), [2.5, 97.5])
-    return Figure(value, float(low), float(high), len(shared))
+    low, high = interval(part_C3, group_C, int(comparison.settings.get("seed", 0)), better)
+    return Figure(value, low, high, len(shared))
 
 
 def unit(measure: Measure) -> str:
@@ -121,7 +115,7 @@ def standings(comparison: Comparison, name: str) -> dict[int, list[Difference]]:
     found: dict[int, list[Difference]] = {1: [], -1: [], 0: []}
     for task in comparison.tasks:
         for each in differences(comparison, task):
-            if each.first == name and each.second in _RIVALS and each.worth.startswith("against the best"):
+            if each.worth == WORTH[name, "best"]:
                 found[each.verdict].append(each)
     return found
 
@@ -131,7 +125,7 @@ def standing_lines(comparison: Comparison, name: str) -> list[str]:
     measures = {task.name: task.measures[0] for task in comparison.tasks}
     found = standings(comparison, name)
     lines = []
-    for verdict, words in ((-1, "loses"), (1, "wins"), (0, "neither can be told")):
+    for verdict, words in ((-1, "loses"), (1, "wins"), (0, "is undecided")):
         some: Sequence[Difference] = sorted(found[verdict], key=lambda each: each.figure.value * (verdict or 1))[::-1]
         if some:
             told = [
@@ -143,10 +137,14 @@ def standing_lines(comparison: Comparison, name: str) -> list[str]:
     return lines
 
 
-def _values(cell: Cell, measure: Measure) -> dict[int, tuple[float, float]]:
-    """Case → value and weight."""
+def _values(cell: Cell, measure: Measure) -> dict[int, tuple[float, float, int]]:
+    """Case → value, weight and group."""
     return {
-        row["case"]: (row["values"][measure.name], row["tokens"])
+        row["case"]: (
+            row["values"][measure.name],
+            row["tokens"] if measure.form == "perplexity" else 1.0,
+            row.get("group", row["case"]),
+        )
         for row in cell.cases
         if "case" in row and measure.name in row["values"]
     }

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from longmem.comparison.curves import by_position, drawing
-from longmem.comparison.differences import differences
-from longmem.comparison.differences import shown as shown_difference
 from longmem.comparison.markdown import (
     PRICES,
     TOKEN_HEAD,
@@ -25,6 +23,7 @@ from longmem.comparison.markdown import (
     standing,
     token_rows,
     told,
+    worth_rows,
 )
 from longmem.comparison.result import Cell, Comparison, Figure, Named
 from longmem.tasks.task import Measure
@@ -140,15 +139,10 @@ def _details(task: Named, cells: Sequence[Cell], notes: Notes) -> str:
 
 
 def _worth(comparison: Comparison) -> list[str]:
-    rows = [
-        [f"{task.name}: {each.first} – {each.second}", each.worth, shown_difference(each, task.measures[0])]
-        for task in comparison.tasks
-        for each in differences(comparison, task)
-    ]
+    head, rows = worth_rows(comparison)
     if not rows:
         return []
     lines = "".join(f"<li>{escape(_plain(line))}</li>" for line in standing(comparison))
-    head = ["", "", "better by"]
     return ["<h2>What memory is worth</h2>", f"<p>{escape(WORTH)}</p><ul>{lines}</ul>", _table(head, map(_tr, rows))]
 
 

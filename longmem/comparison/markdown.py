@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from longmem.comparison.curves import by_position, in_order
+from longmem.comparison.differences import WORTH as WORTHS
 from longmem.comparison.differences import differences, standing_lines
 from longmem.comparison.differences import shown as shown_difference
 from longmem.comparison.result import Cell, Comparison, Figure, Named
@@ -54,18 +55,32 @@ def summed(comparison: Comparison, task: Named, notes: Notes) -> list[str]:
 
 WORTH = (
     "How much better the first of each pair is on the same cases, with 95 % intervals of a bootstrap over cases: "
-    "points, or percent of a perplexity. The best without LongMem is chosen by these very cases, which favours it."
+    "points, or percent of a perplexity. Cases about the same text are drawn together. The best without LongMem is "
+    "chosen by these very cases, which favours it."
 )
 
 
 def worth(comparison: Comparison) -> str:
     """A table of differences, task by task."""
-    rows = [
-        [task.name, f"{each.first} – {each.second}", each.worth, shown_difference(each, task.measures[0])]
-        for task in comparison.tasks
-        for each in differences(comparison, task)
-    ]
-    return table(["", "", "", "better by"], rows) if rows else ""
+    head, rows = worth_rows(comparison)
+    return table(head, rows) if rows else ""
+
+
+def worth_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of that table."""
+    found = {task.name: {each.worth: each for each in differences(comparison, task)} for task in comparison.tasks}
+    pairs = [pair for pair, worth in WORTHS.items() if any(worth in each for each in found.values())]
+    head = ["", *(f"{WORTHS[pair]}: {' – '.join(pair)}" for pair in pairs)]
+    rows = []
+    for task in comparison.tasks:
+        row = []
+        for pair in pairs:
+            each = found[task.name].get(WORTHS[pair])
+            text = "" if each is None else shown_difference(each, task.measures[0])
+            row.append(f"{text} {each.second}" if each is not None and pair[1] == "best" else text)
+        if any(row):
+            rows.append([f"{task.name}{', %' if task.measures[0].form == 'perplexity' else ''}", *row])
+    return head, rows
 
 
 def standing(comparison: Comparison) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import subprocess
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from longmem.comparison.result import Cell, Comparison, Named
 from longmem.contenders.contender import Contender, ContenderConfig
 from longmem.errors import LongMemError
 from longmem.model import LongMem
+from longmem.sidenet import SideNet
 from longmem.tasks.task import Round, Task, TaskConfig
 
 BROKE = "broke off"  # how the reason of a cell begins in which something went wrong that nobody expected
@@ -134,10 +136,21 @@ def settings_of(
         "precision": str(model.backbone.dtype).removeprefix("torch."),
         "weights": model.backbone.weights_hash[:12],
         "memory heads": len(model.config.memory_heads),
+        "SideNet": _hash_of(model.sidenet)[:12],
         **{name: _shown(value) for name, value in dataclasses.asdict(task_config).items()},
         **{name: _shown(value) for name, value in dataclasses.asdict(contender_config).items()},
         **dataclasses.asdict(run_config),
     }
+
+
+def _hash_of(sidenet: SideNet) -> str:
+    """sha256 over its parameters in bfloat16, as checkpoints keep them."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(sidenet.named_parameters()):
+        stored = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(name.encode())
+        digest.update(stored.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _shown(value: Any) -> Any:

@@ -18,6 +18,6 @@ class LongMemWrong(LongMemContender):
 
     def learn(self, documents: Sequence[Document]) -> MemoryBank:
         if not self.others:
-            raise UnavailableError("all questions are about the same documents, so there are no others to tell")
+            raise UnavailableError("no other case is about something else, so there are no others to tell")
         self._told = self.last_of(documents)
         return self.remember(self.others)

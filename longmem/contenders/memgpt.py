@@ -26,7 +26,7 @@ _LINES, _LINE = 4, 16  # lines of core memory, tokens of each at most
 _QUERY = 16  # tokens of a search
 _RESERVED = 64  # tokens of a call
 _SEARCHES = 2
-_MOST = 1 << 17  # tokens told
+_MOST = 1 << 19  # letters told
 _CALL = 'Call: {"function": "'
 _STORE = """You keep notes on what you read. An example:
 
@@ -60,10 +60,12 @@ class MemGpt(Retriever):
 
     def learn(self, documents: Sequence[Document]) -> None:
         self.core = []
-        told = self.reader.tokenize(joined(documents))
-        if len(told) > _MOST:
-            raise UnavailableError(f"more than {_MOST:,} tokens are told, which it would read in blocks, one by one")
+        if sum(len(document.text) for document in documents) > _MOST:
+            raise UnavailableError(
+                f"more than {_MOST:,} letters are told, which it would read block by block, and stop to take notes"
+            )
         super().learn(documents)
+        told = self.reader.tokenize(joined(documents))
         for first in range(0, len(told), self.config.window // 2):
             self._take_notes(told[first : first + self.config.window // 2])
 

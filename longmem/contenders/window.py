@@ -9,7 +9,7 @@ from longmem.contenders.contender import Contender, ContenderConfig, Prompt, Vie
 from longmem.data import Document
 from longmem.model import LongMem
 
-_LETTERS = 16  # a token has at most, on average: so far back a text is tokenised
+_LETTERS = 8  # a token has at most, on average: so far back a text is tokenised
 
 
 class Window(Contender):
