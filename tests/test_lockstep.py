@@ -14,6 +14,7 @@ from longmem.contenders.contender import ContenderConfig, Prompt
 from longmem.contenders.lockstep import Lockstep
 from longmem.contenders.memgpt import MemGpt
 from longmem.contenders.reader import Reader
+from longmem.contenders.together import Speaker
 from longmem.data import Document
 from longmem.model import LongMem
 
@@ -36,7 +37,7 @@ def test_memgpt_in_lockstep_is_memgpt_alone(model: LongMem, monkeypatch: pytest.
     scored = module.log_likelihoods
     noted = lambda model, memory, asked: together.append(len(asked)) or scored(model, memory, asked)  # noqa: E731
     monkeypatch.setattr(module, "log_likelihoods", noted)
-    lockstep = Lockstep(model, 0.0, 4)
+    lockstep = Lockstep(Speaker(model, 0.0, 4))
     twins = [copy.copy(MemGpt(model, config)) for _ in told]
     for twin in twins:
         twin.reader = lockstep.reader()
@@ -48,7 +49,7 @@ def test_memgpt_in_lockstep_is_memgpt_alone(model: LongMem, monkeypatch: pytest.
 
 
 def test_answers_come_in_order_and_errors_go_on(model: LongMem) -> None:
-    lockstep = Lockstep(model, 0.0, 2)
+    lockstep = Lockstep(Speaker(model, 0.0, 2))
     turns: list[str] = []
 
     def script(name: str, questions: int) -> str:

@@ -87,7 +87,7 @@ def test_no_more_windows_are_held_than_there_is_memory_for(model: LongMem, monke
         return BatchDecoder(model, rows, capacity, memory=memory)
 
     monkeypatch.setattr(together, "BatchDecoder", noted)
-    monkeypatch.setattr(together, "_HELD", 2 * 40)
+    monkeypatch.setattr(together, "_HELD", 2 * 64)
     assert together.Speaker(model, 0.0, 5).say(posed, 4) == wanted
     assert held == [2]
 
@@ -117,3 +117,16 @@ def test_said_ends_where_it_should(model: LongMem) -> None:
     ended = Said(tokenizer, 99)
     ended.add(tokenizer.eos_token_id)
     assert ended.done and ended.text == "" and ended.token_ids == []
+
+
+@settings(max_examples=8)
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 30), st.integers(1, 6)), min_size=2, max_size=4))
+def test_a_speaker_says_the_same_whatever_it_said_before(calls: list[tuple[int, int, int]]) -> None:
+    bank = _MODEL.new_bank()
+    _MODEL.write_text(bank, TINY_TEXT, source="bees")
+    speaker = together.Speaker(_MODEL, 1.0, 3)
+    for count, length, most in calls:
+        posed = [Posed(tuple(range(2, 2 + length + n)), bank if n % 2 else None) for n in range(count)]
+        assert speaker.say(posed, most) == together.Speaker(_MODEL, 1.0, 3).say(posed, most)
+    speaker.release()
+    assert speaker.say([Posed((5, 6), bank)], 2) == together.Speaker(_MODEL, 1.0).say([Posed((5, 6), bank)], 2)

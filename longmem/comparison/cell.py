@@ -54,11 +54,16 @@ def run_cell(
     task: Task,
     rounds: Sequence[Round],
     contender: Contender,
-    config: RunConfig | None = None,
+    config: RunConfig,
+    speaker: Speaker,
     on_case: Callable[[int, int], None] | None = None,
 ) -> Cell:
-    """One contender on one task. Cases that it cannot be asked are left out; if that is all, the cell says why."""
-    run = _Run(task, rounds, contender, config or RunConfig(), on_case)
+    """One contender on one task. Cases that it cannot be asked are left out; if that is all, the cell says why.
+
+    Args:
+        speaker: of the contender's model and memory.
+    """
+    run = _Run(task, rounds, contender, config, speaker, on_case)
     try:
         if run.config.rows == 1:
             run.one_by_one()
@@ -69,9 +74,8 @@ def run_cell(
     except LongMemError as error:
         return Cell(task.name, contender.name, reason=str(error))
     except torch.OutOfMemoryError:
+        speaker.release()
         return Cell(task.name, contender.name, reason=f"memory of {contender.model.device} was too small")
-    finally:
-        run.speaker.release()
     return run.cell()
 
 
@@ -84,18 +88,19 @@ class _Run:
         rounds: Sequence[Round],
         contender: Contender,
         config: RunConfig,
+        speaker: Speaker,
         on_case: Callable[[int, int], None] | None,
     ) -> None:
-        self.task, self.rounds, self.contender, self.config, self.on_case = task, rounds, contender, config, on_case
-        self.speaker = Speaker(contender.model, contender.memory, config.rows)
+        self.task, self.rounds, self.contender, self.config = task, rounds, contender, config
+        self.speaker, self.on_case = speaker, on_case
         # Cases have the same numbers for every contender.
-        self.numbers = {id(case): n for n, case in enumerate(case for each in rounds for case in each.cases)}
-        self.count = len(self.numbers)
+        cases = [case for each in rounds for case in each.cases]
+        self.numbers, self.count = {id(case): number for number, case in enumerate(cases)}, len(cases)
         # The same continuation, more and more told before it, is one text.
         first: dict[str, int] = {}
         self.groups = [
             first.setdefault(case.continuation, number) if case.continuation else number
-            for number, case in enumerate(case for each in rounds for case in each.cases)
+            for number, case in enumerate(cases)
         ]
         self.rows: list[dict[str, Any]] = []
         self.left_out: Counter[str] = Counter()
@@ -142,7 +147,7 @@ class _Run:
             some = asked[first : first + _TALKS]
             if self._late() and self.rows:
                 break
-            lockstep = Lockstep(self.contender.model, self.contender.memory, self.config.rows)
+            lockstep = Lockstep(self.speaker)
             twins = self._twins(lockstep, [each for each, _ in some])
             some = [(case, twins[id(each)]) for each, case in some if id(each) in twins]
             if some and self.price is None:
@@ -152,7 +157,6 @@ class _Run:
                 alone.reader.forget()
                 self.price = priced(alone, case, 1)
             posed = lockstep.run([partial(_twin(lockstep, twin).pose, case.prompt) for case, twin in some])
-            lockstep.release()
             self._answer([(case, each) for (case, _), each in zip(some, posed, strict=True)])
 
     def cell(self) -> Cell:

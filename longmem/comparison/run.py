@@ -19,6 +19,7 @@ from longmem.bench import machine
 from longmem.comparison.cell import RunConfig, run_cell
 from longmem.comparison.result import Cell, Comparison, Named
 from longmem.contenders.contender import Contender, ContenderConfig
+from longmem.contenders.together import Speaker
 from longmem.errors import LongMemError
 from longmem.model import LongMem
 from longmem.sidenet import SideNet
@@ -64,7 +65,7 @@ def compare(
         comparison = before.joined(comparison)
     asking: dict[str, Any] = {}
 
-    def asked(task: type[Task] | Task) -> Any:
+    def asked(task: type[Task] | Task) -> tuple[Task, list[Round]] | str:
         """A task and its rounds, made once; or why there are none."""
         if task.name not in asking:
             asking[task.name] = _made(
@@ -82,21 +83,29 @@ def compare(
     for each, again in [(each, again) for again in (False, True) for each in contenders]:
         places = [(task, cells[task.name, each.name]) for task in tasks]
         left = [task for task, cell in places if not cell.figures and _broke(cell) == again]
-        contender = _made(lambda each=each: each(model, contender_config)) if left else None
+        if not left:
+            continue
+        contender = _made(lambda each=each: each(model, contender_config))
+        if isinstance(contender, str):
+            for task in left:
+                note(Cell(task.name, each.name, reason=contender))
+            continue
+        # One for all tasks: what a device records for it once serves them all.
+        speaker = Speaker(contender.model, contender.memory, run_config.rows)
         for task in left:
-            found = contender if isinstance(contender, str) else asked(task)
-            if isinstance(found, str):
-                note(Cell(task.name, each.name, reason=found))
+            ready = asked(task)
+            if isinstance(ready, str):
+                note(Cell(task.name, each.name, reason=ready))
                 continue
             step = None if on_case is None else partial(on_case, task.name, each.name)
             try:
-                ready, rounds = found
-                note(run_cell(ready, rounds, contender, run_config, step))
+                note(run_cell(*ready, contender, run_config, speaker, step))
             except Exception as error:
                 note(Cell(task.name, each.name, reason=f"{BROKE}: {type(error).__name__}: {error}".splitlines()[0]))
                 if isinstance(error, torch.AcceleratorError):
                     raise  # the device does nothing more for this process
                 traceback.print_exc()
+        speaker.release()
     return comparison
 
 

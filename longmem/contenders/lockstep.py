@@ -12,7 +12,6 @@ from typing import Any
 from longmem.contenders.contender import Posed
 from longmem.contenders.reader import Reader
 from longmem.contenders.together import Speaker, log_likelihoods
-from longmem.model import LongMem
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ class Lockstep:
     alone, nothing races, and what is read together is the same in every run.
 
     Args:
-        rows: windows continued side by side at most.
+        speaker: continues their windows.
     """
 
-    def __init__(self, model: LongMem, memory: float, rows: int) -> None:
-        self.model, self.memory, self._speaker = model, memory, Speaker(model, memory, rows)
+    def __init__(self, speaker: Speaker) -> None:
+        self.model, self.memory, self._speaker = speaker.model, speaker.memory, speaker
         self._asked: SimpleQueue[Any] = SimpleQueue()
         self._script = threading.local()
 
@@ -69,10 +68,6 @@ class Lockstep:
                     asked[number] = request
             waiting = dict(zip(asked, self._answers(list(asked.values())), strict=True))
         return results
-
-    def release(self) -> None:
-        """Give back memory."""
-        self._speaker.release()
 
     def ask(self, request: Scores | Speech) -> Any:
         """Called by a script: hands over to the others until there is an answer."""

@@ -80,7 +80,9 @@ class Speaker:
         if not posed:
             return []
         model, longest = self.model, self.model.backbone.max_positions
-        capacity = min(1 + max(len(each.token_ids) for each in posed) + most, longest)
+        needed = 1 + max(len(each.token_ids) for each in posed) + most
+        # Room to spare, so that the next windows fit as well.
+        capacity = min(1 << (needed - 1).bit_length(), longest)
         decoder = self._decoder_for(max(1, min(self.rows, len(posed), _HELD // capacity)), capacity)
         answers = [Said(model.tokenizer, min(most, longest - len(each.token_ids)), stop) for each in posed]
         drawn: list[tuple[str, ...]] = [each.seen for each in posed]
