@@ -84,5 +84,5 @@ def by_case(cell: Cell) -> Mapping[tuple[str, int, int], np.ndarray]:
     return {
         (row["kind"], row["case"], row["group"]): np.array(row["log_probabilities"])
         for row in cell.cases
-        if row.get("log_probabilities")
+        if row.get("log_probabilities") and "group" in row  # older reports do not tell
     }
