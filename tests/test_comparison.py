@@ -539,3 +539,20 @@ def test_what_one_cannot_be_told_is_left_out(
         assert f"nothing was not asked {len(red)}: red is not for me." in markdown(result)
         assert f" of {6 - len(red)} |" in summary(result, Notes())
         assert cell.price is not None and cell.price.first_seconds > 0
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=12), st.sampled_from(["number", "perplexity"]))
+def test_cases_about_one_text_are_drawn_together(texts: list[int], form: Any) -> None:
+    """As if each text were one case."""
+    group_C = np.array(texts)
+    value_C, weight_C = group_C / 4, np.ones(len(texts))
+    measure = Measure("m", form)
+    together = figure(measure, value_C, weight_C, 0, group_C)
+    different, count = np.unique(group_C, return_counts=True)
+    if len(different) < 2:
+        assert together.low is None
+        return
+    # What a perplexity weighs, a mean over as many cases does.
+    wanted = figure(Measure("m", "perplexity"), different / 4, count, 0)
+    low, high = np.log([wanted.low, wanted.high]) if form == "number" else (wanted.low, wanted.high)
+    assert (together.low, together.high) == (pytest.approx(low), pytest.approx(high))

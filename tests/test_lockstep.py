@@ -32,7 +32,7 @@ def test_memgpt_in_lockstep_is_memgpt_alone(model: LongMem, monkeypatch: pytest.
     for documents in told:
         contender = MemGpt(model, config)
         contender.prepare(documents)
-        alone.append((contender.core, contender.pose(prompt)))
+        alone.append((contender.core, contender.cost.told_tokens, contender.pose(prompt)))
     together: list[int] = []
     scored = module.log_likelihoods
     noted = lambda model, memory, asked: together.append(len(asked)) or scored(model, memory, asked)  # noqa: E731
@@ -42,8 +42,9 @@ def test_memgpt_in_lockstep_is_memgpt_alone(model: LongMem, monkeypatch: pytest.
     for twin in twins:
         twin.reader = lockstep.reader()
     lockstep.run([partial(twin.prepare, documents) for twin, documents in zip(twins, told, strict=True)])
+    told_tokens = [twin.cost.told_tokens for twin in twins]
     posed = lockstep.run([partial(twin.pose, prompt) for twin in twins])
-    assert [(twin.core, window) for twin, window in zip(twins, posed, strict=True)] == alone
+    assert list(zip((twin.core for twin in twins), told_tokens, posed, strict=True)) == alone
     # Two options of each of those that had something to read.
     assert together[0] == 6
 

@@ -343,3 +343,14 @@ def test_what_is_covered_of_the_evidence() -> None:
     assert summaries.covered(evidence, ("x ADA: the bees sleep until March y",)) == 1.0
     assert summaries.covered(evidence, ("the bees sleep until", "March")) == pytest.approx(1 / 3)
     assert summaries.covered(evidence, ()) == 0.0 == summaries.covered(("yes",), ("yes",))
+
+
+def test_more_shots_are_of_the_same_draw(data: Path, tokenizer: Any) -> None:
+    four, twenty = (
+        list(kind(TaskConfig(data, cases=4, draws=2, told=256), tokenizer).rounds())
+        for kind in (many_shot.ManyShot, many_shot.ManyShot20)
+    )
+    for few, many in zip(four, twenty, strict=True):
+        assert few.documents == many.documents
+        assert [case.answers for case in few.cases] == [case.answers for case in many.cases]
+        assert [case.prompt.query for case in few.cases] == [case.prompt.query for case in many.cases]

@@ -257,7 +257,8 @@ def ask(contender: Contender, case: Case) -> Answer:
 def priced(contender: Contender, case: Case, rounds: int) -> Price:
     """What cases of so many rounds cost, with one more that is asked for that: not for its whole answer, whose tokens
     cost the same."""
-    contender.rehearse(case.prompt)
+    if not contender.cost.first_seconds:
+        contender.rehearse(case.prompt)
     if asks_for_text(case):
         contender.generate(case.prompt, case.stop, min(case.most or case.prompt.room, _SPOKEN))
     else:

@@ -91,8 +91,8 @@ def difference(comparison: Comparison, task: Named, first: str, second: str) -> 
         return scaled if measure.higher else -scaled
 
     value = float(better(part_C3.sum(0)))
-    if len(shared) < 2:
-        return Figure(value, None, None, 1)
+    if len(np.unique(group_C)) < 2:
+        return Figure(value, None, None, len(shared))
     low, high = interval(part_C3, group_C, int(comparison.settings.get("seed", 0)), better)
     return Figure(value, low, high, len(shared))
 
@@ -106,7 +106,7 @@ def shown(each: Difference, measure: Measure) -> str:
     figure, places = each.figure, {"percent": 0, "perplexity": 1, "number": 2}[measure.form]
     value = f"{figure.value:+.{places}f}"
     if figure.low is None or figure.high is None:
-        return f"{value} (one case)"
+        return f"{value} (one text)"
     return f"{value} ({figure.low:+.{places}f} – {figure.high:+.{places}f})"
 
 

@@ -207,7 +207,7 @@ def shown(measure: Measure, figure: Figure | None) -> str:
         return ""
     places = {"percent": 0, "number": 2, "perplexity": 2}[measure.form]
     if figure.low is None:
-        return f"{figure.value:.{places}f} (one case)"
+        return f"{figure.value:.{places}f} (one text)"
     return f"{figure.value:.{places}f} ({figure.low:.{places}f} – {figure.high:.{places}f})"
 
 

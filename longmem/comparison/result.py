@@ -24,7 +24,7 @@ DRAWS = 2000  # of a bootstrap
 @dataclass(frozen=True)
 class Figure:
     """A mean over cases and its 95 % interval: Wilson's where every case is right or wrong, else a bootstrap over
-    cases; None for a single case.
+    cases, those about one text together; None for a single case or text.
 
     Attributes:
         value: percent, or as the measure says.
@@ -256,7 +256,7 @@ def figure(
         return np.exp(mean) if measure.form == "perplexity" else 100 * mean if measure.form == "percent" else mean
 
     value = float(shown((value_C * weight_C).sum() / weight_C.sum()))
-    if count < 2:
+    if count < 2 or (group_C is not None and len(np.unique(group_C)) < 2):
         return Figure(value, None, None, count)
     if measure.form == "percent" and set(value_C.tolist()) <= {0.0, 1.0}:
         low, high = wilson(int(value_C.sum()), count)

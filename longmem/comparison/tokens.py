@@ -22,6 +22,7 @@ GAIN, LIKELY = 2.0, -2.0
 MARGIN = 0.1
 # The judges, and what others are compared with.
 _SHORT, _LONG, _EMPTY = "window", "extended", "longmem-empty"
+_OTHER = "longmem-paper"  # has weights of its own
 MEASURES = (
     Measure("key tokens", "perplexity", higher=False),
     Measure("better"),
@@ -49,7 +50,7 @@ def token_figures(comparison: Comparison, task: str) -> dict[str, TokenFigures]:
     short, long = told.get(_SHORT, {}), told.get(_LONG, {})
     seed, found = int(comparison.settings.get("seed", 0)), {}
     for name, mine in told.items():
-        base = _EMPTY if name.startswith("longmem") and told.get(_EMPTY) else _SHORT
+        base = _EMPTY if name.startswith("longmem") and name != _OTHER and told.get(_EMPTY) else _SHORT
         cases = [case for case in mine if case in short and case in long and case in told[base]]
         rows = [(mine[case], told[base][case], long[case] - short[case], long[case]) for case in cases]
         groups = [group for *_, group in cases]

@@ -112,7 +112,8 @@ class _Asking(Reader):
     def read(self, token_ids: Sequence[int]) -> int:
         ids = [self.model.backbone.prefix_token_id, *token_ids]
         # As many as it would be alone.
-        new = len(ids) - self._same(ids)
+        same = self._same(ids)
+        new = 0 if same == len(ids) == len(self._ids) else len(ids) - min(same, len(ids) - 1)
         self._ids = ids
         return new
 
