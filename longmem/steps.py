@@ -32,8 +32,8 @@ from longmem.index import PlacedReader, Retrieve
 from longmem.model import LongMem, ModelCache
 from longmem.windows import Branch, SideBranch, WindowBuffer, Windows, window_step
 
-# Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces. So it is by
-# the backbone alone, whose pieces need only a mask of T times all tokens.
+# Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces. So it is
+# without a bank, where pieces need only a mask of T times all tokens.
 _PREFILL, _PLAIN = 256, 4096
 
 
@@ -47,7 +47,7 @@ def read_on(
     model: LongMem, tokens_N: Tensor, bank: Readable | None, cache: ModelCache, memory: float
 ) -> tuple[Tensor, list[MemoryRead]]:
     """Read tokens behind what `cache` holds; next-token logits (V,), and what the last piece read."""
-    for piece_T in tokens_N.to(model.device).split(_PREFILL if memory else _PLAIN):
+    for piece_T in tokens_N.to(model.device).split(_PREFILL if memory and bank is not None else _PLAIN):
         output = model.forward(piece_T[None], bank, memory=memory, cache=cache, last_only=True)
     return output.logits_BTV[0, -1], output.reads
 
@@ -198,6 +198,11 @@ class BatchDecoder:
         self._cache.length_B += takes_B
         self._lengths = [length + (token is not None) for length, token in zip(self._lengths, tokens, strict=True)]
         return logits_BV, reads
+
+    def empty(self) -> None:
+        """Rows hold no text any more; memory and recording stay for the next ones."""
+        self._lengths = [0] * self.rows
+        self._cache.length_B.zero_()
 
     def release(self) -> None:
         """Give back the memory of windows and recording now: not before a garbage collection would it be free."""

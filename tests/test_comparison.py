@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import tiny
+import torch
 from conftest import TINY_TEXT
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,11 +24,12 @@ import longmem
 import longmem.contenders
 import longmem.tasks
 from longmem.cli import app
+from longmem.comparison.cell import RunConfig
 from longmem.comparison.html import html, plot
 from longmem.comparison.markdown import Notes, markdown, summary
 from longmem.comparison.own import read_questions
 from longmem.comparison.result import Cell, Comparison, Named, figure
-from longmem.comparison.run import RunConfig, compare
+from longmem.comparison.run import BROKE, compare
 from longmem.comparison.tokens import key_share, token_figures
 from longmem.contenders.contender import Contender, ContenderConfig, Prompt
 from longmem.contenders.extended import Extended
@@ -37,7 +39,7 @@ from longmem.contenders.memgpt import MemGpt
 from longmem.contenders.oracle import Oracle
 from longmem.contenders.window import Window
 from longmem.data import Document, TokenizedDocuments
-from longmem.errors import ConfigError, SourceError
+from longmem.errors import ConfigError, SourceError, UnavailableError
 from longmem.model import LongMem
 from longmem.registry import chosen, found
 from longmem.tasks import language
@@ -129,7 +131,7 @@ def test_a_new_task_and_a_new_contender_meet_the_others(
         ContenderConfig(window=800),
         on_cell=lambda comparison, cell: seen.append((cell.task, cell.contender)),
     )
-    assert seen == [(t, c) for t in ("passkey", "colours") for c in ("window", "nothing", "oracle")]
+    assert seen == [(t, c) for c in ("window", "nothing", "oracle") for t in ("passkey", "colours")]
     assert all(cell.reason is None and cell.figures for cell in result.cells.values())
     # Told nothing, it chooses the same colour whatever was told.
     given = {row["given"] for row in result.cell("colours", "nothing").cases}
@@ -257,7 +259,10 @@ def scored_by_token(**losses: list[list[float]]) -> Comparison:
     cells = {}
     for name, cases in losses.items():
         name = name.replace("_", "-")
-        rows = [{"kind": "", "query": str(n), "log_probabilities": row} for n, row in enumerate(cases)]
+        rows = [
+            {"kind": "", "case": n, "group": n, "values": {}, "tokens": len(row), "log_probabilities": row}
+            for n, row in enumerate(cases)
+        ]
         cells["language", name] = Cell("language", name, cases=rows)
     names = [Named(name, "") for _, name in cells]
     return Comparison([Named("language", "", language.Language.measures)], names, {"seed": 0}, {}, cells)
@@ -339,7 +344,7 @@ def test_what_was_done_is_not_done_again(
         on_cell=lambda comparison, cell: run.append((cell.task, cell.contender)),
     )
     # What had a reason may have none any more.
-    assert run == [("colours", "nothing"), ("xquad", "window"), ("xquad", "nothing")]
+    assert run == [("xquad", "window"), ("colours", "nothing"), ("xquad", "nothing")]
     assert result.cells["colours", "window"] is before.cells["colours", "window"]
     figures = {place: cell.figures for place, cell in result.cells.items()}
     assert figures == {place: cell.figures for place, cell in whole.cells.items()}
@@ -483,3 +488,71 @@ def test_all_tasks_meet_a_contender(tiny_model_dir: Path, tmp_path: Path) -> Non
         assert bool(cell["figures"]) != bool(cell["reason"])
     assert {cell["task"] for cell in told["cells"] if cell["figures"]} >= {"passkey", "pairs", "facts", "fluency"}
     assert told["settings"]["draws"] == 1 and told["settings"]["cases"] == 2
+
+
+def test_what_breaks_takes_nothing_with_it(
+    model: LongMem, own: tuple[type[Task], type[Contender]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own[1], "kept_bytes", lambda self: 1 // 0)
+    config, rivals, order = TaskConfig(cases=1), [own[1], Window], []
+    result = compare(model, [own[0]], rivals, config, SMALL)
+    assert result.cell("colours", "nothing").reason == f"{BROKE}: ZeroDivisionError: integer division or modulo by zero"
+    assert result.cell("colours", "window").figures
+    # The next time it comes last.
+    monkeypatch.undo()
+    after = compare(
+        model,
+        [own[0], PassKey],
+        rivals,
+        config,
+        SMALL,
+        before=result,
+        on_cell=lambda _, cell: order.append((cell.task, cell.contender)),
+    )
+    assert order[-1] == ("colours", "nothing") and after.cell("colours", "nothing").figures
+
+    def lost(self: Window) -> int:
+        raise torch.AcceleratorError("the device is gone")
+
+    monkeypatch.setattr(Window, "kept_bytes", lost)
+    with pytest.raises(torch.AcceleratorError):
+        compare(model, [own[0]], [Window], config, SMALL, on_cell=lambda _, cell: order.append(cell.reason))
+    assert BROKE in order[-1]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_what_one_cannot_be_told_is_left_out(
+    rows: int, model: LongMem, own: tuple[type[Task], type[Contender]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def picky(self: Contender, documents: Any) -> None:
+        if "red" in documents[0].text:
+            raise UnavailableError("red is not for me")
+
+    monkeypatch.setattr(own[1], "learn", picky)
+    for converses in (False, True):
+        monkeypatch.setattr(own[1], "converses", converses)
+        result = compare(model, [own[0]], [Window, own[1]], TaskConfig(cases=6), SMALL, RunConfig(rows))
+        whole, cell = (result.cell("colours", name) for name in ("window", "nothing"))
+        red = [row["case"] for row in whole.cases if row["answers"] == ["red"]]
+        assert 0 < len(red) < 6 and cell.left_out == {"red is not for me": len(red)} and cell.unasked == 0
+        assert [row["case"] for row in cell.cases] == [n for n in range(6) if n not in red]
+        assert f"nothing was not asked {len(red)}: red is not for me." in markdown(result)
+        assert f" of {6 - len(red)} |" in summary(result, Notes())
+        assert cell.price is not None and cell.price.first_seconds > 0
+
+
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=12), st.sampled_from(["number", "perplexity"]))
+def test_cases_about_one_text_are_drawn_together(texts: list[int], form: Any) -> None:
+    """As if each text were one case."""
+    group_C = np.array(texts)
+    value_C, weight_C = group_C / 4, np.ones(len(texts))
+    measure = Measure("m", form)
+    together = figure(measure, value_C, weight_C, 0, group_C)
+    different, count = np.unique(group_C, return_counts=True)
+    if len(different) < 2:
+        assert together.low is None
+        return
+    # What a perplexity weighs, a mean over as many cases does.
+    wanted = figure(Measure("m", "perplexity"), different / 4, count, 0)
+    low, high = np.log([wanted.low, wanted.high]) if form == "number" else (wanted.low, wanted.high)
+    assert (together.low, together.high) == (pytest.approx(low), pytest.approx(high))

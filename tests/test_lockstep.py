@@ -14,6 +14,7 @@ from longmem.contenders.contender import ContenderConfig, Prompt
 from longmem.contenders.lockstep import Lockstep
 from longmem.contenders.memgpt import MemGpt
 from longmem.contenders.reader import Reader
+from longmem.contenders.together import Speaker
 from longmem.data import Document
 from longmem.model import LongMem
 
@@ -31,24 +32,25 @@ def test_memgpt_in_lockstep_is_memgpt_alone(model: LongMem, monkeypatch: pytest.
     for documents in told:
         contender = MemGpt(model, config)
         contender.prepare(documents)
-        alone.append((contender.core, contender.pose(prompt)))
+        alone.append((contender.core, contender.cost.told_tokens, contender.pose(prompt)))
     together: list[int] = []
     scored = module.log_likelihoods
     noted = lambda model, memory, asked: together.append(len(asked)) or scored(model, memory, asked)  # noqa: E731
     monkeypatch.setattr(module, "log_likelihoods", noted)
-    lockstep = Lockstep(model, 0.0, 4)
+    lockstep = Lockstep(Speaker(model, 0.0, 4))
     twins = [copy.copy(MemGpt(model, config)) for _ in told]
     for twin in twins:
         twin.reader = lockstep.reader()
     lockstep.run([partial(twin.prepare, documents) for twin, documents in zip(twins, told, strict=True)])
+    told_tokens = [twin.cost.told_tokens for twin in twins]
     posed = lockstep.run([partial(twin.pose, prompt) for twin in twins])
-    assert [(twin.core, window) for twin, window in zip(twins, posed, strict=True)] == alone
+    assert list(zip((twin.core for twin in twins), told_tokens, posed, strict=True)) == alone
     # Two options of each of those that had something to read.
     assert together[0] == 6
 
 
 def test_answers_come_in_order_and_errors_go_on(model: LongMem) -> None:
-    lockstep = Lockstep(model, 0.0, 2)
+    lockstep = Lockstep(Speaker(model, 0.0, 2))
     turns: list[str] = []
 
     def script(name: str, questions: int) -> str:

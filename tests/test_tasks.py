@@ -336,3 +336,21 @@ def test_found_is_a_matter_of_whole_words() -> None:
     assert stands_in(["The key is under a Blue pot."], ["the blue pot", "x"]) == 1
     assert stands_in(["A bluebell", "pots"], ["blue", "pot"]) == 0
     assert stands_in([], ["pot"]) == 0
+
+
+def test_what_is_covered_of_the_evidence() -> None:
+    evidence = ("Ada: the bees sleep until March", "Ben: yes")
+    assert summaries.covered(evidence, ("x ADA: the bees sleep until March y",)) == 1.0
+    assert summaries.covered(evidence, ("the bees sleep until", "March")) == pytest.approx(1 / 3)
+    assert summaries.covered(evidence, ()) == 0.0 == summaries.covered(("yes",), ("yes",))
+
+
+def test_more_shots_are_of_the_same_draw(data: Path, tokenizer: Any) -> None:
+    four, twenty = (
+        list(kind(TaskConfig(data, cases=4, draws=2, told=256), tokenizer).rounds())
+        for kind in (many_shot.ManyShot, many_shot.ManyShot20)
+    )
+    for few, many in zip(four, twenty, strict=True):
+        assert few.documents == many.documents
+        assert [case.answers for case in few.cases] == [case.answers for case in many.cases]
+        assert [case.prompt.query for case in few.cases] == [case.prompt.query for case in many.cases]

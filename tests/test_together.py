@@ -46,7 +46,7 @@ def test_windows_side_by_side_are_windows_one_by_one(seed: int, memory: float, r
     # Labels of one token, and longer ones.
     asked = [(each, random.integers(2, 90, size=size).tolist()) for each in posed for size in (1, 1, 5)]
     found = together.log_likelihoods(_MODEL, memory, asked)
-    said = together.say(_MODEL, memory, posed, 6, ("a",), rows)
+    said = together.Speaker(_MODEL, memory, rows).say(posed, 6, ("a",))
     for number, each in enumerate(posed):
         reader = Reader(_MODEL, memory)
         reader.forget(each.bank)
@@ -70,16 +70,16 @@ def test_a_posed_prompt_waits_while_other_things_are_told(kind: type[Contender],
         wanted.append((contender.log_likelihood(prompt, " under"), contender.generate(prompt), contender.drawn_on()))
     after = contender.reader.tokenize(" under")
     losses = together.log_likelihoods(model, kind.memory, [(each, after) for each in posed])
-    said = together.say(model, kind.memory, posed, prompt.room)
+    said = together.Speaker(model, kind.memory).say(posed, prompt.room)
     for (losses_one, text, drawn_on), some, (answer, drawn) in zip(wanted, losses, said, strict=True):
         assert some == pytest.approx(losses_one, abs=1e-3)
         assert (answer, drawn) == (text, drawn_on)
-    assert together.say(model, kind.memory, [], 6) == []
+    assert together.Speaker(model, kind.memory).say([], 6) == []
 
 
 def test_no_more_windows_are_held_than_there_is_memory_for(model: LongMem, monkeypatch: pytest.MonkeyPatch) -> None:
     posed = [Posed(tuple(range(2, 30 + number)), None) for number in range(5)]
-    wanted = together.say(model, 0.0, posed, 4, rows=5)
+    wanted = together.Speaker(model, 0.0, 5).say(posed, 4)
     held: list[int] = []
 
     def noted(model: LongMem, rows: int, capacity: int, *, memory: float) -> BatchDecoder:
@@ -87,8 +87,8 @@ def test_no_more_windows_are_held_than_there_is_memory_for(model: LongMem, monke
         return BatchDecoder(model, rows, capacity, memory=memory)
 
     monkeypatch.setattr(together, "BatchDecoder", noted)
-    monkeypatch.setattr(together, "_HELD", 2 * 40)
-    assert together.say(model, 0.0, posed, 4, rows=5) == wanted
+    monkeypatch.setattr(together, "_HELD", 2 * 64)
+    assert together.Speaker(model, 0.0, 5).say(posed, 4) == wanted
     assert held == [2]
 
 
@@ -117,3 +117,16 @@ def test_said_ends_where_it_should(model: LongMem) -> None:
     ended = Said(tokenizer, 99)
     ended.add(tokenizer.eos_token_id)
     assert ended.done and ended.text == "" and ended.token_ids == []
+
+
+@settings(max_examples=8)
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 30), st.integers(1, 6)), min_size=2, max_size=4))
+def test_a_speaker_says_the_same_whatever_it_said_before(calls: list[tuple[int, int, int]]) -> None:
+    bank = _MODEL.new_bank()
+    _MODEL.write_text(bank, TINY_TEXT, source="bees")
+    speaker = together.Speaker(_MODEL, 1.0, 3)
+    for count, length, most in calls:
+        posed = [Posed(tuple(range(2, 2 + length + n)), bank if n % 2 else None) for n in range(count)]
+        assert speaker.say(posed, most) == together.Speaker(_MODEL, 1.0, 3).say(posed, most)
+    speaker.release()
+    assert speaker.say([Posed((5, 6), bank)], 2) == together.Speaker(_MODEL, 1.0).say([Posed((5, 6), bank)], 2)

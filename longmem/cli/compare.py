@@ -188,9 +188,11 @@ def _compare(
     running: tuple[bool, int | None, float],
     load: Callable[[], LongMem],
 ) -> None:
+    import logging
+
     import longmem.contenders
+    from longmem.comparison.cell import RunConfig
     from longmem.comparison.result import Comparison
-    from longmem.comparison.run import RunConfig
     from longmem.comparison.run import compare as run
     from longmem.contenders.contender import Contender, ContenderConfig
     from longmem.registry import chosen
@@ -206,6 +208,7 @@ def _compare(
     RunConfig(rows or 1, seconds)
     _folder(out)
     before = Comparison.load(out / "report.json") if resume and (out / "report.json").exists() else None
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index
     loaded = load()
     run_config = RunConfig(rows or (32 if loaded.device.type == "cuda" else 1), seconds)
 
@@ -242,10 +245,17 @@ def merge(
     """One report of several that were run apart, with the same settings on machines of one kind."""
     from functools import reduce
 
+    import longmem.contenders
+    import longmem.tasks
     from longmem.comparison.result import Comparison
+    from longmem.contenders.contender import Contender
+    from longmem.registry import found
+    from longmem.tasks.task import Task
 
     _folder(out)
     comparison = reduce(Comparison.joined, [Comparison.load(each / "report.json") for each in reports])
+    # In whatever order they were run.
+    comparison = comparison.in_order([*found(longmem.tasks, Task)], [*found(longmem.contenders, Contender)])
     _write(comparison, out)
     _tell(comparison, out)
 

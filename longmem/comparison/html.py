@@ -5,19 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from longmem.comparison.curves import by_position, drawing
 from longmem.comparison.markdown import (
     PRICES,
     TOKEN_HEAD,
+    WORTH,
     Notes,
     about_tokens,
     best_of,
     heading,
+    kinds_of,
     late,
+    most_cases,
     own,
     prices,
     shown,
+    standing,
     token_rows,
     told,
+    worth_rows,
 )
 from longmem.comparison.result import Cell, Comparison, Figure, Named
 from longmem.tasks.task import Measure
@@ -39,15 +45,21 @@ def html(comparison: Comparison) -> str:
     """The whole report."""
     notes = Notes()
     parts = ["<h1>Comparison</h1>", _conditions(comparison), "<h2>Summary</h2>", _summary(comparison, notes)]
+    parts += _worth(comparison)
     for task in comparison.tasks:
         cells = [comparison.cell(task.name, each.name) for each in comparison.contenders]
         parts += [f"<h2>{escape(task.name)}: {escape(task.title)}</h2>", plot(task.measures[0], cells)]
         if about := f"{own(task).removeprefix(', ')} {late(comparison, task)}".strip():
             parts.append(f"<p>{escape(about)}</p>")
         parts.append(_details(task, cells, notes))
+        if drawn := drawing(comparison, task):
+            parts.append(drawn)
+        head, places = by_position(comparison, task)
+        if places:
+            parts += ["<p>Perplexity by place in what follows.</p>", _table(head, list(map(_tr, places)))]
         if of_tokens := token_rows(comparison, task):
-            rows = [f"<tr><td>{escape(name)}</td>{''.join(map(_td, rest))}</tr>" for name, *rest in of_tokens]
-            parts += [f"<p>{escape(about_tokens(comparison, task))}</p>", _table(TOKEN_HEAD, rows)]
+            parts.append(f"<p>{escape(about_tokens(comparison, task))}</p>")
+            parts.append(_table(TOKEN_HEAD, list(map(_tr, of_tokens))))
     reasons = "".join(f"<li>{escape(text)}</li>" for text in notes.texts)
     if reasons:
         parts.append(f"<h2>Empty cells</h2><ol>{reasons}</ol>")
@@ -103,15 +115,15 @@ def _summary(comparison: Comparison, notes: Notes) -> str:
     for task in comparison.tasks:
         measure = task.measures[0]
         cells = [comparison.cell(task.name, each.name) for each in comparison.contenders]
-        best = best_of(measure, cells)
-        tds = [_td(told(cell, measure, notes), best=cell.contender in best) for cell in cells]
+        best, most = best_of(measure, cells), most_cases(measure, cells)
+        tds = [_td(told(cell, measure, notes, most), best=cell.contender in best) for cell in cells]
         rows.append(f"<tr><td>{escape(task.name)}, {escape(heading(measure))}</td>{''.join(tds)}</tr>")
     return _table(["", *(each.name for each in comparison.contenders)], rows)
 
 
 def _details(task: Named, cells: Sequence[Cell], notes: Notes) -> str:
     measures = [measure for measure in task.measures if any(measure.name in cell.figures for cell in cells)]
-    kinds = list(dict.fromkeys(kind for cell in cells for kind in cell.kinds))
+    kinds = kinds_of(cells)
     rows = []
     for cell in cells:
         if cell.reason is not None:
@@ -126,13 +138,29 @@ def _details(task: Named, cells: Sequence[Cell], notes: Notes) -> str:
     return _table(["", *map(heading, measures), *kinds, *PRICES], rows)
 
 
+def _worth(comparison: Comparison) -> list[str]:
+    head, rows = worth_rows(comparison)
+    if not rows:
+        return []
+    lines = "".join(f"<li>{escape(_plain(line))}</li>" for line in standing(comparison))
+    return ["<h2>What memory is worth</h2>", f"<p>{escape(WORTH)}</p><ul>{lines}</ul>", _table(head, map(_tr, rows))]
+
+
+def _plain(text: str) -> str:
+    return text.replace("**", "").replace("`", "")
+
+
+def _tr(cells: Sequence[str]) -> str:
+    return f"<tr><td>{escape(cells[0])}</td>{''.join(map(_td, cells[1:]))}</tr>"
+
+
 def _td(text: str, *, best: bool = False) -> str:
     value, _, interval = text.partition(" (")
     small = f" <small>({escape(interval)}</small>" if interval else ""
     return f"<td{' class=best' if best else ''}>{escape(value)}{small}</td>"
 
 
-def _table(head: Sequence[str], rows: Sequence[str]) -> str:
+def _table(head: Sequence[str], rows: Iterable[str]) -> str:
     heads = "".join(f"<th>{escape(each)}</th>" for each in head)
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 

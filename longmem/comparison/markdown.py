@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from longmem.comparison.curves import by_position, in_order
+from longmem.comparison.differences import WORTH as WORTHS
+from longmem.comparison.differences import differences, standing_lines
+from longmem.comparison.differences import shown as shown_difference
 from longmem.comparison.result import Cell, Comparison, Figure, Named
 from longmem.comparison.tokens import GAIN, LIKELY, MARGIN, MEASURES, key_share, token_figures
 from longmem.tasks.task import Measure
@@ -13,6 +17,8 @@ def markdown(comparison: Comparison) -> str:
     """The whole report."""
     notes = Notes()
     parts = ["# Comparison", conditions(comparison), "## Summary", summary(comparison, notes)]
+    if compared := worth(comparison):
+        parts += ["## What memory is worth", WORTH, compared, "\n\n".join(standing(comparison))]
     parts += ["## Each task", *(details(comparison, task, notes) for task in comparison.tasks)]
     if notes.texts:
         parts += ["## Empty cells", "\n".join(f"{number}. {text}" for number, text in enumerate(notes.texts, start=1))]
@@ -35,22 +41,57 @@ def summary(comparison: Comparison, notes: Notes) -> str:
     """The first measure of every task, contenders in columns."""
     rows = []
     for task in comparison.tasks:
-        cells = [comparison.cell(task.name, each.name) for each in comparison.contenders]
-        best = best_of(task.measures[0], cells)
-        shown = [
-            f"**{told(cell, task.measures[0], notes)}**"
-            if cell.contender in best
-            else told(cell, task.measures[0], notes)
-            for cell in cells
-        ]
-        rows.append([f"{task.name}, {heading(task.measures[0])}", *shown])
+        rows.append([f"{task.name}, {heading(task.measures[0])}", *summed(comparison, task, notes)])
     return table(["", *(each.name for each in comparison.contenders)], rows)
+
+
+def summed(comparison: Comparison, task: Named, notes: Notes) -> list[str]:
+    """A task's row of the summary, bold where it is best."""
+    cells = _cells(comparison, task)
+    best, most = best_of(task.measures[0], cells), most_cases(task.measures[0], cells)
+    texts = [told(cell, task.measures[0], notes, most) for cell in cells]
+    return [f"**{text}**" if cell.contender in best else text for cell, text in zip(cells, texts, strict=True)]
+
+
+WORTH = (
+    "How much better the first of each pair is on the same cases, with 95 % intervals of a bootstrap over cases: "
+    "points, or percent of a perplexity. Cases about the same text are drawn together. The best without LongMem is "
+    "chosen by these very cases, which favours it."
+)
+
+
+def worth(comparison: Comparison) -> str:
+    """A table of differences, task by task."""
+    head, rows = worth_rows(comparison)
+    return table(head, rows) if rows else ""
+
+
+def worth_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of that table."""
+    found = {task.name: {each.worth: each for each in differences(comparison, task)} for task in comparison.tasks}
+    pairs = [pair for pair, worth in WORTHS.items() if any(worth in each for each in found.values())]
+    head = ["", *(f"{WORTHS[pair]}: {' – '.join(pair)}" for pair in pairs)]
+    rows = []
+    for task in comparison.tasks:
+        row = []
+        for pair in pairs:
+            each = found[task.name].get(WORTHS[pair])
+            text = "" if each is None else shown_difference(each, task.measures[0])
+            row.append(f"{text} {each.second}" if each is not None and pair[1] == "best" else text)
+        if any(row):
+            rows.append([f"{task.name}{', %' if task.measures[0].form == 'perplexity' else ''}", *row])
+    return head, rows
+
+
+def standing(comparison: Comparison) -> list[str]:
+    """Where LongMem loses and wins, in words."""
+    return [line for name in ("longmem", "longmem+rag") for line in standing_lines(comparison, name)]
 
 
 def details(comparison: Comparison, task: Named, notes: Notes) -> str:
     """Every measure of a task and what it cost, contenders in rows."""
     measures = [m for m in task.measures if any(m.name in c.figures for c in _cells(comparison, task))]
-    kinds = list(dict.fromkeys(kind for cell in _cells(comparison, task) for kind in cell.kinds))
+    kinds = kinds_of(_cells(comparison, task))
     head = ["", *map(heading, measures), *kinds, *PRICES]
     rows = []
     for cell in _cells(comparison, task):
@@ -62,6 +103,9 @@ def details(comparison: Comparison, task: Named, notes: Notes) -> str:
         rows.append([cell.contender, *figures, *of_kinds, *prices(cell)])
     count = max((figure.cases for cell in _cells(comparison, task) for figure in cell.figures.values()), default=0)
     parts = [f"### {task.name}: {task.title}", f"{count} cases{own(task)}.{late(comparison, task)}", table(head, rows)]
+    head, rows = by_position(comparison, task)
+    if rows:
+        parts += ["Perplexity by place in what follows:", table(head, rows)]
     if of_tokens := token_rows(comparison, task):
         parts += [about_tokens(comparison, task), table(TOKEN_HEAD, of_tokens)]
     return "\n\n".join(parts)
@@ -93,9 +137,18 @@ def own(task: Named) -> str:
 
 
 def late(comparison: Comparison, task: Named) -> str:
-    """Which contenders had no time for all cases."""
-    some = [(cell, next(iter(cell.figures.values())).cases) for cell in _cells(comparison, task) if cell.unasked]
-    return "".join(f" {cell.contender} had time for {cases}." for cell, cases in some)
+    """Which contenders had no time for all cases, or could not be asked all."""
+    told = ""
+    for cell in _cells(comparison, task):
+        if cell.unasked:
+            told += f" {cell.contender} had time for {len(cell.cases)}."
+        for reason, count in cell.left_out.items() if cell.cases else ():
+            told += f" {cell.contender} was not asked {count}: {reason}."
+    return told
+
+
+def kinds_of(cells: Sequence[Cell]) -> list[str]:
+    return in_order(list(dict.fromkeys(kind for cell in cells for kind in cell.kinds)))
 
 
 def _cells(comparison: Comparison, task: Named) -> list[Cell]:
@@ -134,11 +187,18 @@ def size(count: float) -> str:
     return f"{count:,.1f} GB"
 
 
-def told(cell: Cell, measure: Measure, notes: Notes) -> str:
-    """A cell's figure, or the number of the reason why there is none."""
+def told(cell: Cell, measure: Measure, notes: Notes, most: int) -> str:
+    """A cell's figure, or the number of the reason why there is none; of how many cases, if `most` are more."""
     if cell.reason is not None:
         return notes.mark(cell.reason)
-    return shown(measure, cell.figures.get(measure.name)) or notes.mark(f"no case has {measure.name!r}")
+    figure = cell.figures.get(measure.name)
+    if figure is None:
+        return notes.mark(f"no case has {measure.name!r}")
+    return shown(measure, figure) + (f" of {figure.cases}" if figure.cases < most else "")
+
+
+def most_cases(measure: Measure, cells: Sequence[Cell]) -> int:
+    return max((cell.figures[measure.name].cases for cell in cells if measure.name in cell.figures), default=0)
 
 
 def shown(measure: Measure, figure: Figure | None) -> str:
@@ -147,7 +207,7 @@ def shown(measure: Measure, figure: Figure | None) -> str:
         return ""
     places = {"percent": 0, "number": 2, "perplexity": 2}[measure.form]
     if figure.low is None:
-        return f"{figure.value:.{places}f} (one case)"
+        return f"{figure.value:.{places}f} (one text)"
     return f"{figure.value:.{places}f} ({figure.low:.{places}f} – {figure.high:.{places}f})"
 
 
@@ -157,11 +217,13 @@ def heading(measure: Measure) -> str:
 
 
 def best_of(measure: Measure, cells: Sequence[Cell]) -> set[str]:
-    """Contenders with the best figure, the one that is shown the evidence left out."""
+    """Contenders with the best figure, those left out that are shown the evidence or were asked fewer cases."""
     values = {
         c.contender: c.figures[measure.name].value
         for c in cells
-        if measure.name in c.figures and c.contender != "oracle"
+        if measure.name in c.figures
+        and c.contender != "oracle"
+        and c.figures[measure.name].cases == most_cases(measure, cells)
     }
     if len(set(values.values())) < 2:
         return set()

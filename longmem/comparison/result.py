@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from longmem.errors import ConfigError, SourceError
 from longmem.evals.answers import wilson
 from longmem.tasks.task import Measure
 
-_DRAWS = 2000
+DRAWS = 2000  # of a bootstrap
 
 
 @dataclass(frozen=True)
 class Figure:
     """A mean over cases and its 95 % interval: Wilson's where every case is right or wrong, else a bootstrap over
-    cases; None for a single case.
+    cases, those about one text together; None for a single case or text.
 
     Attributes:
         value: percent, or as the measure says.
@@ -77,6 +77,8 @@ class Cell:
         reason: why there are none.
         cases: what was asked and answered, and every value.
         unasked: how many cases the time was too short for.
+        left_out: why the contender could not be asked some cases → how many.
+        seconds: that the cell took, cases side by side.
     """
 
     task: str
@@ -87,6 +89,8 @@ class Cell:
     reason: str | None = None
     cases: list[dict[str, Any]] = field(default_factory=list)
     unasked: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Cell:
@@ -148,7 +152,7 @@ class Comparison:
 
     def save(self, path: Path) -> None:
         """Write a JSON file; one that is there stays whole until the new one is."""
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, default=str)
+        text = json.dumps(self.to_dict(), ensure_ascii=False, default=str)
         path.parent.mkdir(parents=True, exist_ok=True)
         written = path.with_name(f"{path.name}.new")
         written.write_text(text + "\n", encoding="utf-8")
@@ -198,33 +202,52 @@ class Comparison:
             {**self.cells, **cells},
         )
 
+    def in_order(self, tasks: Sequence[str], contenders: Sequence[str]) -> Comparison:
+        """The same, tasks and contenders in the order of their names here, others behind them."""
+
+        def sorted_by(names: Sequence[str], some: list[Named]) -> list[Named]:
+            return sorted(some, key=lambda each: names.index(each.name) if each.name in names else len(names))
+
+        return dataclasses.replace(
+            self, tasks=sorted_by(tasks, self.tasks), contenders=sorted_by(contenders, self.contenders)
+        )
+
     def _settings_of_both(self, other: Comparison) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         mine = {task.name: task.settings for task in self.tasks}
         return {task.name: (mine[task.name], task.settings) for task in other.tasks if task.name in mine}
 
 
 def figures(
-    measures: Sequence[Measure], values: Sequence[Mapping[str, float]], weights: Sequence[float], seed: int
+    measures: Sequence[Measure],
+    values: Sequence[Mapping[str, float]],
+    weights: Sequence[float],
+    seed: int,
+    groups: Sequence[int] | None = None,
 ) -> dict[str, Figure]:
     """Measure → figure; measures that no case has are left out.
 
     Args:
         values: of each case, by measure.
         weights: tokens of each case; they count where a measure is a mean over tokens (perplexity).
+        groups: of each case; those of one group are drawn together, as they are about the same text.
     """
     found = {}
     for measure in measures:
         some = [
-            (each[measure.name], weight) for each, weight in zip(values, weights, strict=True) if measure.name in each
+            (each[measure.name], weight, group)
+            for each, weight, group in zip(values, weights, groups or range(len(values)), strict=True)
+            if measure.name in each
         ]
         if some:
-            value_C, weight_C = (np.array(column) for column in zip(*some, strict=True))
-            found[measure.name] = figure(measure, value_C, weight_C, seed)
+            value_C, weight_C, group_C = (np.array(column) for column in zip(*some, strict=True))
+            found[measure.name] = figure(measure, value_C, weight_C, seed, group_C)
     return found
 
 
-def figure(measure: Measure, value_C: np.ndarray, weight_C: np.ndarray, seed: int) -> Figure:
-    """The figure of C cases."""
+def figure(
+    measure: Measure, value_C: np.ndarray, weight_C: np.ndarray, seed: int, group_C: np.ndarray | None = None
+) -> Figure:
+    """The figure of C cases; those of one group are drawn together."""
     count = len(value_C)
     if measure.form != "perplexity":
         weight_C = np.ones(count)
@@ -233,12 +256,34 @@ def figure(measure: Measure, value_C: np.ndarray, weight_C: np.ndarray, seed: in
         return np.exp(mean) if measure.form == "perplexity" else 100 * mean if measure.form == "percent" else mean
 
     value = float(shown((value_C * weight_C).sum() / weight_C.sum()))
-    if count < 2:
+    if count < 2 or (group_C is not None and len(np.unique(group_C)) < 2):
         return Figure(value, None, None, count)
     if measure.form == "percent" and set(value_C.tolist()) <= {0.0, 1.0}:
         low, high = wilson(int(value_C.sum()), count)
         return Figure(value, 100 * low, 100 * high, count)
-    draws = np.random.default_rng(seed).integers(count, size=(_DRAWS, count))
-    means = shown((value_C * weight_C)[draws].sum(1) / weight_C[draws].sum(1))
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Figure(value, float(low), float(high), count)
+    low, high = interval(
+        np.stack([value_C * weight_C, weight_C], 1), group_C, seed, lambda sum_D2: shown(_mean(sum_D2))
+    )
+    return Figure(value, low, high, count)
+
+
+def _mean(sum_D2: np.ndarray) -> np.ndarray:
+    return sum_D2[..., 0] / sum_D2[..., 1]
+
+
+def interval(
+    part_CN: np.ndarray, group_C: np.ndarray | None, seed: int, of: Callable[[np.ndarray], np.ndarray]
+) -> tuple[float, float]:
+    """Where 95 % of a bootstrap over groups of cases lie.
+
+    Args:
+        part_CN: N numbers of each case, whose sums over a draw `of` takes, (draws, N).
+        group_C: of each case; each is one of its own if None.
+    """
+    if group_C is not None:
+        _, place_C = np.unique(group_C, return_inverse=True)
+        part_CN = np.stack([np.bincount(place_C, column_C) for column_C in part_CN.T], 1)
+    count = len(part_CN)
+    draws = np.random.default_rng(seed).integers(count, size=(DRAWS, count))
+    low, high = np.percentile(of(part_CN[draws].sum(1)), [2.5, 97.5])
+    return float(low), float(high)

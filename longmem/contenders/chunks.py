@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 
 from longmem.contenders.contender import GAP, Contender, ContenderConfig, Prompt, View
+from longmem.contenders.kept import Kept
 from longmem.data import Document
 from longmem.model import LongMem
 from longmem.recall import cut
+
+_KEPT = 1 << 25  # letters of texts that may be told again
 
 
 def chunks(text: str, tokenizer: Any, size: int) -> list[str]:
@@ -27,8 +30,8 @@ class Retriever(Contender):
     def __init__(self, model: LongMem, config: ContenderConfig) -> None:
         super().__init__(model, config)
         self.pieces: list[str] = []
-        # Texts that are told again, in the next documents, are not cut again.
-        self._cut: dict[str, list[str]] = {}
+        # Texts that are told again are not cut again.
+        self._cut: Kept[list[str]] = Kept(_KEPT, lambda text, pieces: len(text))
 
     @abstractmethod
     def index(self, pieces: Sequence[str]) -> None:
@@ -39,11 +42,15 @@ class Retriever(Contender):
         """How well each piece fits a query."""
 
     def learn(self, documents: Sequence[Document]) -> None:
-        known, tokenizer, size = self._cut, self.model.tokenizer, self.config.chunk
-        texts = [document.text for document in documents]
-        self._cut = {text: known.get(text) or chunks(text, tokenizer, size) for text in texts}
-        self.pieces = [piece for text in texts for piece in self._cut[text]]
+        self.pieces = [piece for document in documents for piece in self._pieces(document.text)]
         self.index(self.pieces)
+
+    def _pieces(self, text: str) -> list[str]:
+        pieces = self._cut.get(text)
+        if pieces is None:
+            pieces = chunks(text, self.model.tokenizer, self.config.chunk)
+            self._cut.put(text, pieces)
+        return pieces
 
     def view(self, prompt: Prompt) -> View:
         ranked = np.argsort(-self.scores(prompt.wanted), kind="stable")[: self.config.chunks]

@@ -174,6 +174,13 @@ class Contender(ABC):
         self.reader.forget(self._told_bank)
         self._prompt = None
 
+    def rehearse(self, prompt: Prompt) -> None:
+        """Begin an answer and forget it: what a device gets ready at first is nobody's cost."""
+        cost, self.cost = self.cost, Cost()
+        self.generate(prompt, most=2)
+        self.cost, self._prompt = cost, None
+        self.reader.forget(self._told_bank)
+
     def pose(self, prompt: Prompt) -> Posed:
         """A prompt in its window; not read yet."""
         self._prompt = None  # the view may read something else

@@ -11,8 +11,7 @@ from typing import Any
 
 from longmem.contenders.contender import Posed
 from longmem.contenders.reader import Reader
-from longmem.contenders.together import log_likelihoods, say
-from longmem.model import LongMem
+from longmem.contenders.together import Speaker, log_likelihoods
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,11 @@ class Lockstep:
     alone, nothing races, and what is read together is the same in every run.
 
     Args:
-        rows: windows continued side by side at most.
+        speaker: continues their windows.
     """
 
-    def __init__(self, model: LongMem, memory: float, rows: int) -> None:
-        self.model, self.memory, self.rows = model, memory, rows
+    def __init__(self, speaker: Speaker) -> None:
+        self.model, self.memory, self._speaker = speaker.model, speaker.memory, speaker
         self._asked: SimpleQueue[Any] = SimpleQueue()
         self._script = threading.local()
 
@@ -98,7 +97,7 @@ class Lockstep:
                 alike.setdefault((each.most, each.stop), []).append(number)
         for (most, stop), numbers in alike.items():
             windows = [requests[number].window for number in numbers]
-            said = say(self.model, self.memory, windows, most, stop, self.rows)
+            said = self._speaker.say(windows, most, stop)
             found |= {number: text for number, (text, _) in zip(numbers, said, strict=True)}
         return [found[number] for number in range(len(requests))]
 
@@ -111,8 +110,12 @@ class _Asking(Reader):
         self._lockstep = lockstep
 
     def read(self, token_ids: Sequence[int]) -> int:
-        self._ids = [self.model.backbone.prefix_token_id, *token_ids]
-        return len(self._ids)
+        ids = [self.model.backbone.prefix_token_id, *token_ids]
+        # As many as it would be alone.
+        same = self._same(ids)
+        new = 0 if same == len(ids) == len(self._ids) else len(ids) - min(same, len(ids) - 1)
+        self._ids = ids
+        return new
 
     def options(self, continuations: Sequence[Sequence[int]]) -> list[list[float]]:
         return self._lockstep.ask(Scores(self._window, tuple(map(tuple, continuations))))

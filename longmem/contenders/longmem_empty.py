@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from longmem.contenders.contender import Contender, Prompt, View
-from longmem.data import Document
+from longmem.contenders.window import Window
 
 
-class LongMemEmpty(Contender):
+class LongMemEmpty(Window):
     name = "longmem-empty"
-    title = "LongMem, told nothing"
+    title = "LongMem, empty bank, last tokens in its window"
     order = 65
     memory = 1.0
-
-    def learn(self, documents: Sequence[Document]) -> None:
-        pass
-
-    def view(self, prompt: Prompt) -> View:
-        return self.fitted([], prompt, min(self.config.window, self.model.backbone.max_positions))
-
-    def kept_bytes(self) -> int:
-        return 0

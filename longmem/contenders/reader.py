@@ -58,7 +58,7 @@ class Reader:
 
     Attributes:
         reads: what the memory layers read for the last token of the window.
-        bytes_a_token: of keys and values that the backbone keeps of a token it has read.
+        bytes_a_token: of keys and values that are kept of a token that was read.
     """
 
     def __init__(self, model: LongMem, memory: float) -> None:
@@ -78,7 +78,8 @@ class Reader:
     def bytes_a_token(self) -> int:
         backbone = self.model.backbone
         size = torch.finfo(backbone.dtype).bits // 8
-        return backbone.num_layers * backbone.num_key_value_heads * backbone.head_dim * 2 * size
+        layers = backbone.num_layers + (len(self.model.sidenet.layers) if self.memory else 0)
+        return layers * backbone.num_key_value_heads * backbone.head_dim * 2 * size
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without the tokens a tokenizer would put around it."""
@@ -88,11 +89,7 @@ class Reader:
     def read(self, token_ids: Sequence[int]) -> int:
         """Read a window, from where it differs from the last one; returns how many tokens that took."""
         ids = [self.model.backbone.prefix_token_id, *token_ids]
-        same = 0
-        for old, new in zip(self._ids, ids, strict=False):
-            if old != new:
-                break
-            same += 1
+        same = self._same(ids)
         if same == len(ids) == len(self._ids) and self._logits_V is not None:
             return 0
         # Logits are those of the last token, which is read again if need be.
@@ -102,6 +99,15 @@ class Reader:
         self._logits_V, self.reads = read_on(self.model, new_T, self._bank, self._cache, self.memory)
         self._ids = ids
         return len(ids) - same
+
+    def _same(self, token_ids: Sequence[int]) -> int:
+        """How many tokens the window begins with as the last one did."""
+        same = 0
+        for old, new in zip(self._ids, token_ids, strict=False):
+            if old != new:
+                break
+            same += 1
+        return same
 
     def wait(self) -> None:
         """Until the device has done what it was given, so that a clock tells what that took."""

@@ -63,43 +63,66 @@ def _scored(model: LongMem, hidden_XD: torch.Tensor, token_ids: Sequence[int]) -
     return found
 
 
-@torch.no_grad()
-def say(
-    model: LongMem, memory: float, posed: Sequence[Posed], most: int, stop: Sequence[str] = (), rows: int = 32
-) -> list[tuple[str, tuple[str, ...]]]:
-    """What most likely follows each window, as `Reader.say` says; and what the answers were drawn from.
+class Speaker:
+    """Says what most likely follows windows, side by side. Steps are recorded once for many calls.
 
     Args:
         rows: windows side by side at most; the next begins as soon as one is done.
     """
-    if not posed:
-        return []
-    capacity = min(1 + max(len(each.token_ids) for each in posed) + most, model.backbone.max_positions)
-    rows = max(1, min(rows, len(posed), _HELD // capacity))
-    decoder = BatchDecoder(model, rows, capacity, memory=memory)
-    answers = [Said(model.tokenizer, min(most, capacity - len(each.token_ids)), stop) for each in posed]
-    drawn: list[tuple[str, ...]] = [each.seen for each in posed]
-    waiting, of_row = deque(range(len(posed))), {}
-    # A row that is done keeps its bank, so that a recorded step need not be recorded again without it.
-    banks = [each.bank for each in posed[:rows]]
-    while waiting or of_row:
-        new: dict[int, int] = {}
-        for row in range(rows):
-            if row not in of_row and waiting:
-                new[row] = of_row[row] = waiting.popleft()
-                banks[row] = posed[new[row]].bank
-        # All but the last token, which takes the first step.
-        texts = {row: [model.backbone.prefix_token_id, *posed[number].token_ids][:-1] for row, number in new.items()}
-        for batch in batches(model, list(texts.items()), lambda each: len(each[1])):
-            decoder.fill({row: torch.tensor(ids) for row, ids in batch}, banks)
-        tokens = {row: (posed[n].token_ids if row in new else answers[n].token_ids)[-1] for row, n in of_row.items()}
-        logits_BV, reads = decoder.step([tokens.get(row) for row in range(rows)], banks)
-        for row, number in new.items():
-            drawn[number] = drawn_on(reads, banks[row], row) + drawn[number]
-        next_B = logits_BV.argmax(-1).tolist()
-        for row, number in list(of_row.items()):
-            answers[number].add(next_B[row])
-            if answers[number].done:
-                del of_row[row]
-    decoder.release()
-    return [(said.text, some) for said, some in zip(answers, drawn, strict=True)]
+
+    def __init__(self, model: LongMem, memory: float, rows: int = 32) -> None:
+        self.model, self.memory, self.rows = model, memory, rows
+        self._decoder: BatchDecoder | None = None
+
+    @torch.no_grad()
+    def say(self, posed: Sequence[Posed], most: int, stop: Sequence[str] = ()) -> list[tuple[str, tuple[str, ...]]]:
+        """What follows each window, as `Reader.say` says; and what the answers were drawn from."""
+        if not posed:
+            return []
+        model, longest = self.model, self.model.backbone.max_positions
+        needed = 1 + max(len(each.token_ids) for each in posed) + most
+        # Room to spare, so that the next windows fit as well.
+        capacity = min(1 << (needed - 1).bit_length(), longest)
+        decoder = self._decoder_for(max(1, min(self.rows, len(posed), _HELD // capacity)), capacity)
+        answers = [Said(model.tokenizer, min(most, longest - len(each.token_ids)), stop) for each in posed]
+        drawn: list[tuple[str, ...]] = [each.seen for each in posed]
+        waiting, of_row = deque(range(len(posed))), {}
+        # A row that is done keeps its bank, so that a recorded step need not be recorded again without it; rows that
+        # have nothing to do share the first one's.
+        banks = [(posed[row] if row < len(posed) else posed[0]).bank for row in range(decoder.rows)]
+        while waiting or of_row:
+            new: dict[int, int] = {}
+            for row in range(decoder.rows):
+                if row not in of_row and waiting:
+                    new[row] = of_row[row] = waiting.popleft()
+                    banks[row] = posed[new[row]].bank
+            # All but the last token, which takes the first step.
+            texts = {row: [model.backbone.prefix_token_id, *posed[n].token_ids][:-1] for row, n in new.items()}
+            for batch in batches(model, list(texts.items()), lambda each: len(each[1])):
+                decoder.fill({row: torch.tensor(ids) for row, ids in batch}, banks)
+            last = {row: (posed[n].token_ids if row in new else answers[n].token_ids)[-1] for row, n in of_row.items()}
+            logits_BV, reads = decoder.step([last.get(row) for row in range(decoder.rows)], banks)
+            for row, number in new.items():
+                drawn[number] = drawn_on(reads, banks[row], row) + drawn[number]
+            next_B = logits_BV.argmax(-1).tolist()
+            for row, number in list(of_row.items()):
+                answers[number].add(next_B[row])
+                if answers[number].done:
+                    del of_row[row]
+        return [(said.text, some) for said, some in zip(answers, drawn, strict=True)]
+
+    def release(self) -> None:
+        """Give back the memory of windows and recorded steps."""
+        if self._decoder is not None:
+            self._decoder.release()
+        self._decoder = None
+
+    def _decoder_for(self, rows: int, capacity: int) -> BatchDecoder:
+        """The last one if windows fit it, else a new one."""
+        decoder = self._decoder
+        if decoder is not None and decoder.rows >= rows and decoder.capacity >= capacity:
+            decoder.empty()
+            return decoder
+        self.release()
+        self._decoder = BatchDecoder(self.model, rows, capacity, memory=self.memory)
+        return self._decoder

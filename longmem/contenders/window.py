@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from longmem.bank import MemoryBank
 from longmem.contenders.contender import Contender, ContenderConfig, Prompt, View, joined
 from longmem.data import Document
 from longmem.model import LongMem
+
+_LETTERS = 8  # a token has at most, on average: so far back a text is tokenised
 
 
 class Window(Contender):
@@ -20,8 +23,12 @@ class Window(Contender):
         self._told: list[int] = []
         self._kept = 0
 
-    def learn(self, documents: Sequence[Document]) -> None:
-        self._told = self.reader.tokenize(joined(documents))
+    def learn(self, documents: Sequence[Document]) -> MemoryBank | None:
+        self._told = self.last_of(documents)
+
+    def last_of(self, documents: Sequence[Document]) -> list[int]:
+        """The last tokens, as many as a window has at most."""
+        return self.reader.tokenize(joined(documents)[-_LETTERS * self.size :])[-self.size :]
 
     def view(self, prompt: Prompt) -> View:
         view = self.fitted(self._told, prompt, self.size)

@@ -5,12 +5,15 @@ bank that has grown for long."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from longmem.contenders.contender import Prompt
 from longmem.data import Document, read_documents
 from longmem.errors import UnavailableError
 from longmem.probe.text import python_documents
-from longmem.tasks.task import Answer, Case, Measure, Round, Task
+from longmem.tasks.task import Answer, Case, Measure, Round, Task, TaskConfig
 
 _SCORED, _BEFORE = 256, 512
 _SIZES = (1024, 4096, 16384, 65536, 262144, 1048576)
@@ -22,6 +25,10 @@ class Language(Task):
     title = "next tokens of a text, its past told"
     order = 60
     measures = (Measure("perplexity", "perplexity", higher=False),)
+
+    def __init__(self, config: TaskConfig, tokenizer: Any) -> None:
+        super().__init__(config, tokenizer)
+        self._starts: dict[str, np.ndarray] = {}
 
     def rounds(self) -> Iterator[Round]:
         sizes = sorted({size for size in _SIZES if size <= self.config.told} | {self.config.told})
@@ -63,10 +70,12 @@ class Language(Task):
             raise UnavailableError(f"the texts are too few: {tokens:,} more tokens are to be told")
         return some
 
-    def starts(self, text: str) -> list[int]:
+    def starts(self, text: str) -> np.ndarray:
         """Where each token starts."""
-        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return [start for start, _ in offsets]
+        if text not in self._starts:
+            offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            self._starts[text] = np.array([start for start, _ in offsets])
+        return self._starts[text]
 
     def strange(self, one: Round, other: Round) -> bool:
         """As much, nothing of the same text."""

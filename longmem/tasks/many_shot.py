@@ -62,6 +62,10 @@ class ManyShot(Task):
                 documents = [Document(f"{kind} {n}", "\n\n".join(told[n : n + _TOGETHER])) for n in groups]
                 yield Round(tuple(documents), tuple(self.case(kind, labelled, shots, *example) for example in asked))
 
+    def rng(self, *more: int) -> np.random.Generator:
+        """The same whatever the number of shots: the same is told and asked, and what was made of it is kept."""
+        return np.random.default_rng((self.config.seed, *b"many-shot", *more))
+
     def strange(self, one: Round, other: Round) -> bool:
         """Examples of another data set."""
         return one.cases[0].kind != other.cases[0].kind

@@ -19,13 +19,20 @@ from longmem.evals.facts import opening_and_turn
 from longmem.tasks.task import Answer, Case, Measure, Round, Task
 
 Asked = tuple[str, tuple[str, ...], tuple[str, ...] | None]  # question, right answers, evidence
+_RUN = 4  # words
 _TYPES = ("rouge1", "rouge2", "rougeL")
 
 
 class Summaries(Task):
     """Questions that ask for a summary."""
 
-    measures = (Measure("ROUGE-L"), Measure("ROUGE-1"), Measure("ROUGE-2"), Measure("log-probability", "number"))
+    measures = (
+        Measure("ROUGE-L"),
+        Measure("ROUGE-1"),
+        Measure("ROUGE-2"),
+        Measure("covered"),
+        Measure("log-probability", "number"),
+    )
 
     @abstractmethod
     def asked(self, row: dict[str, Any]) -> tuple[str, Sequence[Asked]]:
@@ -55,6 +62,8 @@ class Summaries(Task):
         found = [rouge(answer.text, reference) for reference in case.answers]
         best = {kind: max(each[kind] for each in found) for kind in _TYPES}
         named = {"ROUGE-L": best["rougeL"], "ROUGE-1": best["rouge1"], "ROUGE-2": best["rouge2"]}
+        if case.prompt.evidence:
+            named["covered"] = covered(case.prompt.evidence, answer.drawn_on)
         return named | {"log-probability": answer.log_probability / max(1, answer.tokens)}
 
 
@@ -64,6 +73,17 @@ def rouge(text: str, reference: str) -> dict[str, float]:
 
     scores = RougeScorer(list(_TYPES), use_stemmer=True).score(reference, text)
     return {kind: scores[kind].fmeasure for kind in _TYPES}
+
+
+def covered(evidence: Sequence[str], drawn_on: Sequence[str]) -> float:
+    """Which share of the evidence stands in what an answer was drawn from: of its runs of four words."""
+
+    def runs(texts: Sequence[str]) -> set[tuple[str, ...]]:
+        words = [text.lower().split() for text in texts]
+        return {tuple(some[n : n + _RUN]) for some in words for n in range(len(some) - _RUN + 1)}
+
+    gold = runs(evidence)
+    return len(gold & runs(drawn_on)) / len(gold) if gold else 0.0
 
 
 class Squality(Summaries):
