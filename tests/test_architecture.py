@@ -14,7 +14,7 @@ PACKAGE = Path(longmem.__file__).parent
 LAYERS = (
     {"errors"},
     {"config", "ops", "families", "pretrained", "quantize", "codec", "clusters", "data", "drawing", "registry"},
-    {"decoding", "encoding"},
+    {"decoding", "encoding", "grid"},
     {"windows"},
     {"backbone", "sketch"},
     {"ivf", "lists"},
@@ -104,6 +104,7 @@ def test_memory_and_network_meet_in_the_model_alone() -> None:
             "config",
             "data",
             "errors",
+            "grid",
             "group",
             "ivf",
             "lists",
