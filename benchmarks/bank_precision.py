@@ -99,7 +99,7 @@ def main() -> None:
     losses: dict[str, list[float]] = {name: [] for name in ("empty", *ways)}
     names = []
     for index in chosen[args.first :][: args.documents]:
-        names.append(documents.names[index])
+        names.append("/".join(Path(documents.names[index]).parts[-2:]))
         tokens_1N = torch.from_numpy(documents[index][:needed].astype(np.int64))[None].to(model.device)
         keys_HNE, values_HNE = (rows_HNE.to(model.device) for rows_HNE in model.encode(tokens_1N[0]))
         rounded = {name: way(keys_HNE, values_HNE) for name, (_, way) in ways.items()}
