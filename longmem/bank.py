@@ -22,6 +22,7 @@ from longmem.approximate import BankIndex, fingerprint
 from longmem.codec import PackedRows, pack_rows, unpack_rows
 from longmem.config import BankSpec
 from longmem.errors import BankError, BankIndexError, ConfigError, SourceError
+from longmem.grid import Grid
 from longmem.ops import empty_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -88,8 +89,11 @@ def packed(entry: BankEntry, spec: BankSpec) -> BankEntry:
     """An entry as a bank of this spec keeps it on disk: keys and values of few bits are uint8, (H, N, P)."""
     if spec.precision == "full":
         return entry
-    rows = zip((entry.keys_HNE, entry.values_HNE), _centres(spec), strict=True)
-    keys_HNP, values_HNP = (pack_rows(rows_HNE, spec.bits, centre_HE).to_bytes() for rows_HNE, centre_HE in rows)
+    rows = zip((entry.keys_HNE, entry.values_HNE), _centres(spec), _grids(spec), strict=True)
+    keys_HNP, values_HNP = (
+        pack_rows(rows_HNE, spec.bits, centre_HE).to_bytes() if grid is None else grid.pack(rows_HNE, centre_HE)
+        for rows_HNE, centre_HE, grid in rows
+    )
     return dataclasses.replace(entry, keys_HNE=keys_HNP, values_HNE=values_HNP)
 
 
@@ -103,13 +107,18 @@ def unpacked(entry: BankEntry, spec: BankSpec) -> BankEntry:
         return entry
     shape = (len(spec.memory_heads), entry.rows, spec.row_bytes)
     rows = []
-    for bytes_HNP, centre_HE in zip((entry.keys_HNE, entry.values_HNE), _centres(spec), strict=True):
+    for bytes_HNP, centre_HE, grid in zip(
+        (entry.keys_HNE, entry.values_HNE), _centres(spec), _grids(spec), strict=True
+    ):
         if tuple(bytes_HNP.shape) != shape or bytes_HNP.dtype != torch.uint8:
             raise BankError(
                 f"Keys or values of source {entry.source!r} have shape {tuple(bytes_HNP.shape)} and dtype "
                 f"{bytes_HNP.dtype}; {shape} and {torch.uint8} were expected for {spec.precision}."
             )
-        rows.append(unpack_rows(PackedRows.from_bytes(bytes_HNP, spec.bits, centre_HE), DTYPES[spec.dtype]))
+        if grid is None:
+            rows.append(unpack_rows(PackedRows.from_bytes(bytes_HNP, spec.bits, centre_HE), DTYPES[spec.dtype]))
+        else:
+            rows.append(grid.unpack(bytes_HNP, centre_HE, DTYPES[spec.dtype]))
     return dataclasses.replace(entry, keys_HNE=rows[0], values_HNE=rows[1])
 
 
@@ -121,6 +130,14 @@ def centre_text(centres_2HE: Tensor) -> str:
 def _centres(spec: BankSpec) -> Tensor:
     """(2, H, E), float32."""
     return _read_centre(spec.centre, len(spec.memory_heads), spec.head_dim)
+
+
+def _grids(spec: BankSpec) -> tuple[Grid | None, None]:
+    """That of keys, if they have one; values have none."""
+    return None if spec.grid is None else _read_grid(spec.grid, len(spec.memory_heads), spec.head_dim), None
+
+
+_read_grid = cache(Grid.from_text)
 
 
 @cache

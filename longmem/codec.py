@@ -26,7 +26,7 @@ BITS = (8, 4)
 # Parts of the largest number that a scale may stretch the codes over: some numbers cut off cost less than coarse steps.
 _STRETCHES = (1.0, 0.9, 0.8, 0.7, 0.6)
 # Tokens at a time: what they are on the way fits into a processor's cache.
-_BLOCK = 1024
+BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,25 @@ def pack_rows(rows_HNE: Tensor, bits: int, centre_HE: Tensor | None = None) -> P
     heads, tokens, head_dim = rows_HNE.shape
     if bits not in BITS:
         raise ConfigError(f"Rows can be packed in {' or '.join(map(str, BITS))} bits; got {bits}.")
-    if head_dim % 2:
-        raise ConfigError(f"Rows of an even number of numbers can be packed; a head has {head_dim}.")
-    if not torch.isfinite(rows_HNE).all():
-        raise ConfigError("Keys or values hold numbers that are not finite, which no code can say. Were they encoded?")
+    finite_rows(rows_HNE)
     if centre_HE is None:
         centre_HE = rows_HNE.float().mean(1) if tokens else rows_HNE.new_zeros(heads, head_dim, dtype=torch.float32)
     centre_HE = centre_HE.to(rows_HNE.device)
-    parts = [_pack(rows_HnE.float() - centre_HE[:, None], bits) for rows_HnE in rows_HNE.split(_BLOCK, dim=1)]
+    parts = [_pack(rows_HnE.float() - centre_HE[:, None], bits) for rows_HnE in rows_HNE.split(BLOCK, dim=1)]
     codes_HNC, scale_HN = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return PackedRows(codes_HNC, scale_HN, centre_HE, bits)
+
+
+def finite_rows(rows_HNE: Tensor) -> None:
+    """Refuse what cannot be packed.
+
+    Raises:
+        ConfigError: an odd head size, or numbers that are not finite.
+    """
+    if rows_HNE.shape[2] % 2:
+        raise ConfigError(f"Rows of an even number of numbers can be packed; a head has {rows_HNE.shape[2]}.")
+    if not torch.isfinite(rows_HNE).all():
+        raise ConfigError("Keys or values hold numbers that are not finite, which no code can say. Were they encoded?")
 
 
 def _pack(rows_HNE: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +106,7 @@ def _pack(rows_HNE: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     best_HN, scale_HN = torch.full_like(widest_HN, torch.inf), torch.zeros_like(widest_HN)
     for stretch in _STRETCHES:
         tried_HN = (widest_HN * stretch).clamp(max=6e4).half().float()
-        error_HN = _sum((_round(turned_HNE, tried_HN, top) * tried_HN[..., None] - turned_HNE).square())
+        error_HN = sum_in_order((_round(turned_HNE, tried_HN, top) * tried_HN[..., None] - turned_HNE).square())
         better_HN = error_HN < best_HN
         best_HN, scale_HN = torch.where(better_HN, error_HN, best_HN), torch.where(better_HN, tried_HN, scale_HN)
     code_HNE = _round(turned_HNE, scale_HN, top).to(torch.int16)
@@ -113,8 +122,8 @@ def unpack_rows(packed: PackedRows, dtype: torch.dtype = torch.bfloat16) -> Tens
     """Rows (H, N, E), as near to what was packed as its bits allow."""
     heads, tokens, _ = packed.codes_HNC.shape
     rows_HNE = torch.empty(heads, tokens, packed.centre_HE.shape[-1], dtype=dtype, device=packed.codes_HNC.device)
-    for first in range(0, tokens, _BLOCK):
-        some = slice(first, first + _BLOCK)
+    for first in range(0, tokens, BLOCK):
+        some = slice(first, first + BLOCK)
         rows_HNE[:, some] = _unpack(packed.codes_HNC[:, some], packed.scale_HN[:, some], packed.bits, packed.centre_HE)
     return rows_HNE
 
@@ -151,8 +160,8 @@ def _turn(rows_HNE: Tensor) -> Tensor:
     return rows_HNE / block**0.5
 
 
-def _sum(rows_HNE: Tensor) -> Tensor:
-    """Sums over E, always in the same order."""
+def sum_in_order(rows_HNE: Tensor) -> Tensor:
+    """Sums over the last dimension, always in the same order."""
     while rows_HNE.shape[-1] % 2 == 0:
         one, other = rows_HNE.chunk(2, dim=-1)
         rows_HNE = one + other

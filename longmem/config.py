@@ -73,9 +73,9 @@ class BankSpec:
 
     The backbone's name is for people and not compared: the same weights may be loaded by another name.
     `weights` is the sha256 of the backbone's parameters (`Backbone.weights_hash`): stored keys are only
-    meaningful to the very weights that produced them. `precision` and `centre` say how a bank keeps what it is given
-    and are chosen when it is made (`LongMem.bank_spec_in`), like `encode`; they are not compared, since any model of
-    the right weights reads and writes all precisions, in all windows.
+    meaningful to the very weights that produced them. `precision`, `centre` and `grid` say how a bank keeps what it
+    is given and are chosen when it is made (`LongMem.bank_spec_in`), like `encode`; they are not compared, since any
+    model of the right weights reads and writes all precisions, in all windows.
 
     Attributes:
         dtype: of keys and values as they are given and read.
@@ -83,6 +83,9 @@ class BankSpec:
         centre: what is subtracted before rounding: little-endian float32 in base64, of shape (2, H, E), for keys and
             values of H memory heads of size E. None is 0. It must not depend on what the bank will remember, or a
             trace of the first text would outlive its being forgotten.
+        grid: how the coordinates of int4 keys are coded (`longmem.grid`), H · E little-endian float32 units and as many
+            bytes of bits in base64; it must not depend on what the bank will remember either. None codes keys as values
+            are.
         encode: how its sources are cut, whichever model writes them, and encodes again what is left of them.
     """
 
@@ -93,6 +96,7 @@ class BankSpec:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     precision: Precision = field(default="full", compare=False)
     centre: str | None = field(default=None, compare=False, repr=False)
+    grid: str | None = field(default=None, compare=False, repr=False)
     encode: EncodeConfig = field(default=EncodeConfig(768, 256), compare=False)
 
     def __post_init__(self) -> None:
@@ -104,8 +108,13 @@ class BankSpec:
                 "Make the bank with precision full."
             )
 
+        if self.grid is not None and self.precision != "int4":
+            raise ConfigError(f"Only int4 keys have a grid; a bank of {self.precision} was given one. Leave it out.")
+
     def to_json(self) -> str:
         fields = dataclasses.asdict(self)
+        if self.grid is None:
+            del fields["grid"]
         if self.precision == "full":
             # As it was before there was a choice, for programs that know of none.
             del fields["precision"], fields["centre"]

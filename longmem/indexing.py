@@ -13,7 +13,6 @@ from torch import Tensor
 from longmem.approximate import BankIndex, check, require_searchable
 from longmem.bank import MemoryBank
 from longmem.errors import ConfigError
-from longmem.index import BankReader, Retrieved
 from longmem.model import LongMem
 
 # Windows of text that are read to record queries: every other one chooses the index, the rest measure it.
@@ -79,7 +78,7 @@ def recorded_queries(
     """
     asked = []
     for token_ids_T, past in _stretches(model, bank, text):
-        asked.append(_asked(model, token_ids_T, past))
+        asked.append(model.asked(token_ids_T, past).cpu())
         if on_step is not None:
             on_step(1)
     return torch.cat([*asked[::2], *asked[1::2]], dim=1)
@@ -101,20 +100,6 @@ def _stretches(model: LongMem, bank: MemoryBank, text: str | None) -> Iterator[t
         first = window * total // (WINDOWS + 1)
         end = first if text is None else len(bank)
         yield token_ids_N[first : first + length], bank.between(max(0, end - CONTEXT), end)
-
-
-def _asked(model: LongMem, token_ids_T: Tensor, bank: MemoryBank) -> Tensor:
-    """Queries (H, T · G, E) of every memory head while the model reads a window."""
-    reader = BankReader([bank], model.config)
-    asked: dict[int, Tensor] = {}
-
-    def retrieve(layer: int, query_BKGTE: Tensor) -> Retrieved:
-        # Without those of the prefix, which is no text.
-        asked[layer] = query_BKGTE[0, :, :, 1:].float().transpose(1, 2).flatten(1, 2)
-        return reader(layer, query_BKGTE)
-
-    model.read(model.with_prefix(token_ids_T)[None].to(model.device), retrieve)
-    return torch.cat([asked[layer] for layer in model.config.memory_layers]).cpu()
 
 
 __all__ = ["make_index", "recorded_queries", "steps"]

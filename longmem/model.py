@@ -31,8 +31,9 @@ from longmem.config import BankSpec, EncodeConfig, Precision, SideNetConfig
 from longmem.data import read_text
 from longmem.decoding import RowDecoder, compiling
 from longmem.errors import BankMismatchError, CompilerError, ConfigError, SideNetNotFoundError, SourceError
+from longmem.grid import Grid
 from longmem.group import BankGroup, Readable, members
-from longmem.index import BankReader, GroupReader, Retrieve
+from longmem.index import BankReader, GroupReader, Retrieve, Retrieved
 from longmem.ops import linear_nll
 from longmem.sidenet import SideNet, SideNetCache
 from longmem.store import StoredBank
@@ -44,8 +45,10 @@ if TYPE_CHECKING:
     from longmem.retention import Cap, Plan
 
 SHIPPED = Path(__file__).parent / "sidenets"
-# A text whose mean key and value centre those of banks in few bits. Part of the format: do not change it.
+# A text that says how rows are rounded: its mean key and value centre those of banks in few bits, and the spread of its
+# keys and queries decides which bits go where. Banks made with another one cannot be merged: do not change it.
 CENTRE = Path(__file__).parent / "centre.txt"
+_ASKING = 512  # tokens of it that are read at a time, for what its queries are like
 # Tokens that a GPU encodes at a time: enough to be busy, and few enough for the memory of a small one.
 BATCH_TOKENS = 1 << 15
 
@@ -203,8 +206,30 @@ class LongMem(nn.Module):
             return spec
         # Any text would do; a bank's own must not, since a trace of it would stay when it is forgotten.
         entry = self.encode_text(CENTRE.read_text(encoding="utf-8"), source="centre")
-        means = [rows_HNE.float().mean(1) for rows_HNE in (entry.keys_HNE, entry.values_HNE)]
-        return dataclasses.replace(spec, centre=centre_text(torch.stack(means)))
+        centre_2HE = torch.stack([rows_HNE.float().mean(1) for rows_HNE in (entry.keys_HNE, entry.values_HNE)])
+        spec = dataclasses.replace(spec, centre=centre_text(centre_2HE))
+        if precision == "int8":
+            return spec
+        bank = MemoryBank(self.bank_spec, self.device)
+        bank.append(entry)
+        length = min(_ASKING, self.backbone.max_positions - 1)
+        asked = [self.asked(entry.token_ids_N[n : n + length], bank) for n in range(0, len(entry), length)]
+        grid = Grid.fit(entry.keys_HNE.cpu(), torch.cat(asked, dim=1).cpu(), centre_2HE[0].cpu())
+        return dataclasses.replace(spec, grid=grid.to_text())
+
+    @torch.no_grad()
+    def asked(self, token_ids_T: Tensor, bank: MemoryBank) -> Tensor:
+        """Queries (H, T · G, E) of every memory head while the model reads a window of text beside a bank, float32."""
+        reader = BankReader([bank], self.config)
+        asked: dict[int, Tensor] = {}
+
+        def retrieve(layer: int, query_BKGTE: Tensor) -> Retrieved:
+            # Without those of the prefix, which is no text.
+            asked[layer] = query_BKGTE[0, :, :, 1:].float().transpose(1, 2).flatten(1, 2)
+            return reader(layer, query_BKGTE)
+
+        self.read(self.with_prefix(token_ids_T)[None].to(self.device), retrieve)
+        return torch.cat([asked[layer] for layer in self.config.memory_layers])
 
     def new_bank(self) -> MemoryBank:
         """An empty bank in memory, on the model's device."""

@@ -181,3 +181,11 @@ def test_a_file_that_is_no_json_object_is_named(raw: bytes | None, words: str, t
     with pytest.raises(CheckpointError, match=words) as refused:
         read_json(path)
     assert str(path) in str(refused.value)
+
+
+def test_only_int4_keys_have_a_grid() -> None:
+    spec = BankSpec("tiny", "0" * 64, (MemoryHead(1, 0),), 8, precision="int4", grid="AAAA")
+    assert BankSpec.from_json(spec.to_json()).grid == "AAAA"
+    assert BankSpec("other", "0" * 64, (MemoryHead(1, 0),), 8) == spec
+    with pytest.raises(ConfigError, match="a bank of int8 was given one"):
+        BankSpec("tiny", "0" * 64, (MemoryHead(1, 0),), 8, precision="int8", grid="AAAA")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -268,6 +269,28 @@ def test_a_bank_in_few_bits_is_centred_on_what_no_bank_remembers(model: LongMem)
         model.write_text(bank, TINY_TEXT, source="a")
     error, worse = ((bank.keys_HNE.float() - plain.keys_HNE.float()).norm() for bank in (few, bare))
     assert 0 < error < worse < 0.2 * plain.keys_HNE.float().norm()
+
+
+@torch.no_grad()
+def test_four_bits_of_keys_go_where_they_decide_scores(tiny_model_dir: Path) -> None:
+    """A bank of the model without a grid is read, too."""
+    model = LongMem.from_pretrained(tiny_model_dir, device="cpu", dtype="float32")
+    for number in model.config.memory_layers:
+        # Of a trained model keys vary in some coordinates far more than in others.
+        layer: Any = model.backbone.layers[number]
+        layer.self_attn.k_proj.weight[::3] *= 20
+    spec = model.bank_spec_in("int4")
+    assert spec.grid is not None and model.bank_spec_in("int8").grid is None
+    assert model.bank_spec_in("int4") == spec and model.bank_spec_in("int4").grid == spec.grid
+    plain, few, former = model.new_bank(), MemoryBank(spec), MemoryBank(replace(spec, grid=None))
+    for bank in (plain, few, former):
+        model.write_text(bank, TINY_TEXT, source="a")
+        assert model(tiny.tokens(1, 9), bank).logits_BTV.isfinite().all()
+    assert torch.equal(few.values_HNE, former.values_HNE) and not torch.equal(few.keys_HNE, former.keys_HNE)
+    asked_HQE = model.asked(plain.token_ids_N[:40], plain)
+    assert asked_HQE.shape[0] == len(spec.memory_heads) and asked_HQE.shape[1] % 40 == 0
+    cost, formerly = ((asked_HQE @ (b.keys_HNE.float() - plain.keys_HNE.float()).mT).norm() for b in (few, former))
+    assert 0 < cost < formerly
 
 
 def test_both_precisions_of_one_backbone_share_banks(tiny_model_dir: Path) -> None:

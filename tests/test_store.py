@@ -39,12 +39,18 @@ from longmem.errors import (
     StoreError,
     StoreNotWritableError,
 )
+from longmem.grid import Grid
 from longmem.lists import KeyLists
 from longmem.store import MemoryStore, StoredBank, segments
 from longmem.store.files import new_file
 from longmem.store.tensors import as_parts
 
 SPEC = BankSpec("tiny", "0" * 64, (MemoryHead(1, 0), MemoryHead(2, 1)), 8)
+GRID = Grid.fit(
+    torch.randn(2, 99, 8, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 9) ** 2,
+    torch.ones(2, 1, 8),
+    torch.zeros(2, 8),
+).to_text()
 FORMAT_DOC = Path(__file__).parents[1] / "docs" / "format.md"
 
 # A server that has imported torch once; each process that a test needs is a quick fork of it.
@@ -163,20 +169,20 @@ def test_a_new_process_finds_the_same_bank(store: MemoryStore, folder: Path) -> 
     assert keys == bank.keys_HNE.view(torch.int16).tolist()
 
 
-@pytest.mark.parametrize("precision", ["full", "int8", "int4"])
+@pytest.mark.parametrize("precision, grid", [("full", None), ("int8", None), ("int4", None), ("int4", GRID)])
 @pytest.mark.parametrize("centred", [True, False])
 def test_the_format_document_s_decoders_read_a_store(
-    store: MemoryStore, folder: Path, precision: Precision, centred: bool
+    store: MemoryStore, folder: Path, precision: Precision, grid: str | None, centred: bool
 ) -> None:
     decoder: dict = {}
     codes = re.findall(r"```python\n(.*?)```", FORMAT_DOC.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(codes) == 2
+    assert len(codes) == 3
     for code in codes:
         assert len(code.strip().splitlines()) <= 20
         assert "import longmem" not in code and "from longmem" not in code
         exec(code, decoder)
     centre = centre_text(torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(9))) if centred else None
-    spec = replace(SPEC, precision=precision, centre=centre)
+    spec = replace(SPEC, precision=precision, centre=centre, grid=grid)
     entries = [make_entry("a", "grüß "), make_entry("b", "", 0, 1), make_entry("a", "dich 🙂", 5, 2)]
     for entry in entries:
         store.bank("notes", spec).append(entry)
@@ -190,7 +196,9 @@ def test_the_format_document_s_decoders_read_a_store(
         at, first = slice(first, first + len(entry)), first + len(entry)
         for which, (name, kept_HNE) in enumerate((("keys", bank.keys_HNE), ("values", bank.values_HNE))):
             found = tensors[name]
-            if precision != "full":
+            if grid is not None and name == "keys":
+                found = torch.from_numpy(decoder["unpack_by_grid"](found.numpy(), row["spec"])).bfloat16()
+            elif precision != "full":
                 found = torch.from_numpy(decoder["unpack"](found.numpy(), which, row["spec"]).copy()).bfloat16()
             assert torch.equal(found, kept_HNE[:, at])
 
@@ -201,13 +209,13 @@ def test_the_format_document_s_decoders_read_a_store(
 @settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from("ab"), st.text(max_size=20)), max_size=5),
-    st.sampled_from(["int8", "int4"]),
+    st.sampled_from([("int8", None), ("int4", None), ("int4", GRID)]),
     st.booleans(),
 )
 def test_a_bank_in_few_bits_is_the_same_in_memory_and_on_disk(
-    pieces: list[tuple[str, str]], precision: Precision, once: bool
+    pieces: list[tuple[str, str]], few: tuple[Precision, str | None], once: bool
 ) -> None:
-    spec = replace(SPEC, precision=precision, centre=centre_text(torch.ones(2, 2, 8)))
+    spec = replace(SPEC, precision=few[0], centre=centre_text(torch.ones(2, 2, 8)), grid=few[1])
     expected, whole = MemoryBank(spec), MemoryBank(SPEC)
     with tempfile.TemporaryDirectory() as folder, MemoryStore.open(folder) as store:
         # A model's spec opens a bank of any precision.
@@ -294,6 +302,11 @@ def test_a_bank_keeps_the_precision_that_it_was_made_with(store: MemoryStore) ->
         store.bank("plain", SPEC)
         with pytest.raises(BankMismatchError, match=r"keeps keys and values in (int4|full).*another bank name"):
             store.bank(name, given_spec)
+    assert store.bank("keys", replace(SPEC, precision="int4", grid=GRID)).spec.grid == GRID
+    with pytest.raises(BankMismatchError, match="in int4, 'notes' in int4 rounded otherwise: rows of one mean nothing"):
+        store.merge("keys", "notes")
+    with pytest.raises(BankError, match="grid in a bank's spec is not that of 2 heads"):
+        MemoryBank(replace(SPEC, precision="int4", grid="AAAA")).append(make_entry("a", "x"))
     with pytest.raises(BankError, match="centre in a bank's spec is not that of 2 heads"):
         MemoryBank(replace(SPEC, precision="int4", centre="AAAA")).append(make_entry("a", "x"))
 
@@ -526,6 +539,27 @@ def test_a_later_format_is_refused(store: MemoryStore, folder: Path) -> None:
         database.execute("PRAGMA user_version = 99")
     with pytest.raises(StoreError, match="format 99"):
         MemoryStore.open(folder)
+
+
+def test_a_store_of_format_5_is_opened_as_it_is(store: MemoryStore, folder: Path) -> None:
+    """Its banks have no grid."""
+    spec = replace(SPEC, precision="int4", centre=centre_text(torch.ones(2, 2, 8)))
+    bank, expected = store.bank("notes", spec), MemoryBank(spec)
+    for each in (bank, expected):
+        each.append(make_entry("a", "one two"))
+    assert "grid" not in spec.to_json()
+    store.close()
+    with sqlite3.connect(folder / "manifest.sqlite") as database:
+        database.execute("PRAGMA user_version = 5")
+    database.close()
+    for _ in range(2):
+        with MemoryStore.open(folder) as again:
+            assert_same(again.bank("notes"), expected)
+            assert again.bank("notes").spec == spec and again.bank("notes").spec.grid is None
+            assert again.verify().ok
+    with sqlite3.connect(folder / "manifest.sqlite") as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (6,)
+    database.close()
 
 
 @contextmanager

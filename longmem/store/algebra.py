@@ -165,10 +165,12 @@ def merge(store: MemoryStore, name: str, other: str, version: int | str | None) 
             )
         number = resolve(store, other, version)
         theirs = contents(store.manifest, store.keys, other_id, number)
-        if (spec.precision, spec.centre) != (other_spec.precision, other_spec.centre):
+        if _rounding(spec) != _rounding(other_spec):
+            otherwise = " rounded otherwise" if spec.precision == other_spec.precision else ""
             raise BankMismatchError(
-                f"Bank {name!r} keeps keys and values in {spec.precision}, {other!r} in {other_spec.precision}: rows "
-                f"of one mean nothing in the other. Write the texts of {other!r} to {name!r} instead."
+                f"Bank {name!r} keeps keys and values in {spec.precision}, {other!r} in "
+                f"{other_spec.precision}{otherwise}: rows of one mean nothing in the other. Write the texts of "
+                f"{other!r} to {name!r} instead."
             )
         if spec.encode != other_spec.encode:
             raise BankMismatchError(
@@ -209,6 +211,11 @@ def merge(store: MemoryStore, name: str, other: str, version: int | str | None) 
 
 def _contents_now(store: MemoryStore, bank_id: int) -> Contents:
     return contents(store.manifest, store.keys, bank_id, 2**62)
+
+
+def _rounding(spec: BankSpec) -> tuple[str, str | None, str | None]:
+    """What decides what the bytes of a row say."""
+    return spec.precision, spec.centre, spec.grid
 
 
 def _missing(store: MemoryStore, ours: Contents, theirs: Contents) -> list[Piece]:

@@ -17,7 +17,7 @@ from longmem.errors import StoreCorruptError, StoreError, StoreNotWritableError
 from longmem.store.twin import TABLES, TWIN, Comparison, Twin, columns_of, compare, connect, is_damage, scrub
 
 MANIFEST = "manifest.sqlite"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 APPLICATION_ID = 0x4C4D454D  # "LMEM"
 
 SCHEMA = """
@@ -389,10 +389,12 @@ def _migrate(database: sqlite3.Connection) -> None:
             database.execute(f"DROP TABLE old_{table}")
     if version < 4:
         database.execute(ENCRYPTION)
-    if version < FORMAT_VERSION:
+    if version < 5:
         database.execute(COMMITS)
         database.execute(LOCATION)
         database.execute("INSERT INTO commits VALUES (1, 0)")
+    # Version 6 has the same tables; `grid` in a bank's spec, which earlier programs do not know.
+    if version < FORMAT_VERSION:
         database.execute(f"PRAGMA user_version = {FORMAT_VERSION}")
     database.execute("COMMIT")
     database.execute("PRAGMA foreign_keys = ON")
