@@ -41,11 +41,11 @@ CAPACITY = 1536
 def model_for(device: str, heads: tuple, dtype: torch.dtype) -> LongMem:
     model = build(device, heads, dtype)
     # As the SideNet that ships.
-    model = LongMem(model.backbone, dataclasses.replace(model.config, newest_wins=True))
+    model = LongMem(model.backbone, dataclasses.replace(model.config, newest_wins=True, passage_evidence=True))
     random = torch.Generator(device).manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.sidenet.named_parameters():
-            if name.endswith(("alpha_D", "bias_KG", "newest_KG")):
+            if name.endswith(("alpha_D", "bias_KG", "newest_KG", "evidence_KG")):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=random, device=device).to(parameter.dtype)
     model.sidenet.to(model.backbone.dtype)
     return model.eval().requires_grad_(False)

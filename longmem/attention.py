@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from longmem.evidence import PassageSums
 from longmem.index import Retrieved
-from longmem.ops import JointHeads, causal_mask
+from longmem.ops import EvidenceHeads, JointHeads, causal_mask
 
 # Bank size at which the size bias is 0, so that it and the plain bias can be learned apart.
 REFERENCE_SIZE = 16384
@@ -216,6 +216,12 @@ class MemoryAttention(nn.Module):
 
     def _raise(self, query_BKGTE: Tensor, local_logsumexp_BKGT: Tensor, found: Retrieved, sums: PassageSums) -> Tensor:
         """What evidence adds to scores, (B, K, G, T, R)."""
+        tables = sums.tables(self.layer)
+        if tables is not None:
+            heads = self._joint_heads, EvidenceHeads(self.evidence_KG, self.evidence_query_KGE, self.evidence_from_KG)
+            raised = found.raised(query_BKGTE, local_logsumexp_BKGT, *heads, tables, self.scaling, REFERENCE_SIZE)
+            if raised is not None:
+                return raised
         drawn_BKGTR = self._drawn(query_BKGTE, local_logsumexp_BKGT, found)
         sum_BKGTR = sums.evidence(self.layer, found.index_BKGTR, drawn_BKGTR)
         counted_BKGTR = (sum_BKGTR * (-self.evidence_from_KG.float()).exp()[..., None, None]).log1p()

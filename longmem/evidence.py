@@ -20,14 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Tokens that are one passage; a passage shares what it drew with those beside it.
-PASSAGE = 32
-# Passages so far apart share a sum. A prime, so that banks that are read together do not share theirs in step.
-PLACES = 4093
-# What is left of a sum after a token: half after 14 tokens.
-FADING = 0.95
-# Sums are counted in these units, since the order in which a GPU adds changes sums of floating-point numbers.
-_UNIT = 2.0**-24
+from longmem.ops import FADING, PASSAGE, PLACES, UNIT, PassageTables
+
 # Tokens whose sums are one product of matrices, where there are more than twice as many.
 _CHUNK = 64
 
@@ -47,6 +41,10 @@ class PassageSums:
     def start(self) -> None:
         """A forward pass begins, at the lowest layer."""
         self._below_BTP = None
+
+    def tables(self, layer: int) -> PassageTables | None:
+        """The sums of a layer for `longmem.index.Retrieved.raised`, which changes them; None if they can not be."""
+        return None
 
     @torch.no_grad()
     def evidence(self, layer: int, index_BKGTR: Tensor, weight_BKGTR: Tensor) -> Tensor:
@@ -98,6 +96,17 @@ class SteadyPassageSums(PassageSums):
         super().__init__()
         self._takes_B1 = takes_B[:, None]
         self.kept = {layer: torch.zeros(rows, PLACES, device=takes_B.device) for layer in layers}
+        self._below_BP = torch.zeros(rows, PLACES, device=takes_B.device)
+        self._drawn_BP = torch.zeros(rows, PLACES, dtype=torch.int32, device=takes_B.device)
+        self._lowest = True
+
+    def start(self) -> None:
+        super().start()
+        self._lowest = True
+
+    def tables(self, layer: int) -> PassageTables | None:
+        lowest, self._lowest = self._lowest, False
+        return PassageTables(self.kept[layer], self._below_BP, self._drawn_BP, self._takes_B1[:, 0], lowest)
 
     def begin(self, row: int, sums: PassageSums, at: int) -> None:
         """A row goes on where row `at` of other sums ended."""
@@ -114,9 +123,9 @@ class SteadyPassageSums(PassageSums):
 
 def _placed(place_BTC: Tensor, weight_BTC: Tensor) -> Tensor:
     """Sums (B, T, P) of weights by place."""
-    unit_BTC = (weight_BTC / _UNIT).round().int()
+    unit_BTC = (weight_BTC / UNIT).round().int()
     drawn_BTP = torch.zeros(*place_BTC.shape[:2], PLACES, dtype=torch.int32, device=place_BTC.device)
-    return drawn_BTP.scatter_add_(2, place_BTC, unit_BTC) * _UNIT
+    return drawn_BTP.scatter_add_(2, place_BTC, unit_BTC) * UNIT
 
 
 def faded_sums(drawn_BTP: Tensor, before_BP: Tensor | None = None) -> Tensor:

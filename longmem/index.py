@@ -19,12 +19,15 @@ from longmem.bank import MemoryBank
 from longmem.config import SideNetConfig
 from longmem.data import to_device
 from longmem.ops import (
+    EvidenceHeads,
     JointHeads,
+    PassageTables,
     Pools,
     attend_rows,
     gather_rows,
     joins_at_once,
     joint_rows,
+    raise_rows,
     reads_apart,
     row_scores,
     topk_scan,
@@ -87,6 +90,19 @@ class Retrieved:
         bias_BKGTR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """All of joint attention in one launch (`ops.joint_rows`); None where it takes more than one."""
+        return None
+
+    def raised(
+        self,
+        query_BKGTE: Tensor,
+        local_logsumexp_BKGT: Tensor,
+        heads: JointHeads,
+        evidence: EvidenceHeads,
+        tables: PassageTables,
+        scaling: float,
+        reference_size: float,
+    ) -> Tensor | None:
+        """What passage evidence adds to scores, in two launches (`ops.raise_rows`); None where it takes more."""
         return None
 
     def log_weights(
@@ -168,6 +184,22 @@ class RetrievedRows(Retrieved):
             reference_size,
             bias_BKGTR,
         )
+
+    def raised(
+        self,
+        query_BKGTE: Tensor,
+        local_logsumexp_BKGT: Tensor,
+        heads: JointHeads,
+        evidence: EvidenceHeads,
+        tables: PassageTables,
+        scaling: float,
+        reference_size: float,
+    ) -> Tensor | None:
+        if query_BKGTE.shape[3] != 1 or not joins_at_once(query_BKGTE.device):
+            return None
+        found = self.score_BKGTR, self.index_BKGTR, self.bank_size_B
+        learned = heads, evidence, tables
+        return raise_rows(query_BKGTE, local_logsumexp_BKGT, *found, *learned, scaling, reference_size)
 
     def scores(
         self,

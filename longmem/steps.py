@@ -106,6 +106,11 @@ class BatchDecoder:
         self._recorded: _Recorded | None = None
         self._specs: list[BankSpec | None] = [None] * rows  # of banks that were found to be the model's
 
+    @property
+    def passage_sums(self) -> SteadyPassageSums:
+        """What passages of the banks drew of each row's attention."""
+        return self._cache.sums
+
     @torch.no_grad()
     def begin(self, row: int, tokens_N: Tensor, bank: Readable | None = None) -> tuple[Tensor, list[MemoryRead]]:
         """Read a text into a row, in place of what the row held.

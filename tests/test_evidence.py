@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import longmem.index
 from longmem.bank import MemoryBank
-from longmem.evidence import FADING, PASSAGE, PLACES, PassageSums, SteadyPassageSums, faded_sums
+from longmem.evidence import PassageSums, SteadyPassageSums, faded_sums
 from longmem.group import BankGroup
 from longmem.model import LongMem
+from longmem.ops import FADING, PASSAGE, PLACES
 from longmem.steps import BatchDecoder
 
 TOLERANCE = {"atol": 1e-5, "rtol": 1e-4}
@@ -171,6 +175,28 @@ def test_texts_side_by_side_read_as_they_do_alone() -> None:
             logits_BV, _ = decoder.step([int(text_N[token]) for text_N in texts], banks)
             for row in range(3):
                 torch.testing.assert_close(logits_BV[row], whole[row][token], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_steps_with_sums_in_two_launches() -> None:
+    """As a GPU takes them; rows may wait."""
+    pytest.importorskip("triton")
+    model = evident(newest_wins=True)
+    banks = [tiny.bank(model, 150), None, tiny.bank(model, 9, seed=1)]
+    plain, at_once = BatchDecoder(model, 3, 20), BatchDecoder(model, 3, 20)
+    for decoder in (plain, at_once):
+        for row, bank in enumerate(banks):
+            decoder.begin(row, tiny.tokens(4 + row, seed=row), bank)
+    for tokens in ([3, 5, 7], [9, 4, None], [2, 2, 8], [None, 1, 1]):
+        expected, _ = plain.step(tokens, banks)
+        with mock.patch.object(longmem.index, "joins_at_once", lambda device: True):
+            found, _ = at_once.step(tokens, banks)
+        rows = [row for row, token in enumerate(tokens) if token is not None]
+        torch.testing.assert_close(found[rows], expected[rows], **TOLERANCE)
+        for layer in model.config.memory_layers:
+            mine, its = (decoder.passage_sums.kept[layer] for decoder in (at_once, plain))
+            assert its.any()
+            torch.testing.assert_close(mine, its, **TOLERANCE)
 
 
 @torch.no_grad()

@@ -17,12 +17,19 @@ from longmem.ops.joint import JointHeads, joins_at_once, joint_rows
 from longmem.ops.lists import Lists
 from longmem.ops.loss import linear_cross_entropy, linear_divergence, linear_nll
 from longmem.ops.pages import empty_rows, in_large_pages
+from longmem.ops.passages import FADING, PASSAGE, PLACES, UNIT, EvidenceHeads, PassageTables, raise_rows
 from longmem.ops.pools import Pools
 from longmem.ops.reference import causal_mask, row_scores
 
 __all__ = [
+    "FADING",
+    "PASSAGE",
+    "PLACES",
+    "UNIT",
+    "EvidenceHeads",
     "JointHeads",
     "Lists",
+    "PassageTables",
     "Pools",
     "attend_rows",
     "causal_logsumexp",
@@ -36,6 +43,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_divergence",
     "linear_nll",
+    "raise_rows",
     "reads_apart",
     "row_scores",
     "topk_coded",

@@ -5,6 +5,7 @@ from longmem.ops.triton.coding import code_queries
 from longmem.ops.triton.joint import joint_rows
 from longmem.ops.triton.listed import topk_listed
 from longmem.ops.triton.loss import cross_entropy_slope
+from longmem.ops.triton.passages import raise_rows
 from longmem.ops.triton.rows import gather_rows
 from longmem.ops.triton.search import topk_coded, topk_scan
 
@@ -15,6 +16,7 @@ __all__ = [
     "cross_entropy_slope",
     "gather_rows",
     "joint_rows",
+    "raise_rows",
     "topk_coded",
     "topk_listed",
     "topk_scan",
