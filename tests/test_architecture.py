@@ -13,20 +13,8 @@ PACKAGE = Path(longmem.__file__).parent
 # A module imports from the lines above its own, never from its own line or below.
 LAYERS = (
     {"errors"},
-    {
-        "config",
-        "ops",
-        "families",
-        "pretrained",
-        "quantize",
-        "codec",
-        "clusters",
-        "data",
-        "drawing",
-        "evidence",
-        "registry",
-    },
-    {"decoding", "encoding", "grid"},
+    {"config", "ops", "families", "pretrained", "quantize", "codec", "clusters", "data", "drawing", "registry"},
+    {"decoding", "encoding", "evidence", "grid"},
     {"windows"},
     {"backbone", "sketch"},
     {"ivf", "lists"},
