@@ -216,12 +216,10 @@ class MemoryAttention(nn.Module):
 
     def _raise(self, query_BKGTE: Tensor, local_logsumexp_BKGT: Tensor, found: Retrieved, sums: PassageSums) -> Tensor:
         """What evidence adds to scores, (B, K, G, T, R)."""
-        tables = sums.tables(self.layer)
-        if tables is not None:
+        if found.raises_at_once(query_BKGTE):
             heads = self._joint_heads, EvidenceHeads(self.evidence_KG, self.evidence_query_KGE, self.evidence_from_KG)
-            raised = found.raised(query_BKGTE, local_logsumexp_BKGT, *heads, tables, self.scaling, REFERENCE_SIZE)
-            if raised is not None:
-                return raised
+            tables = sums.tables(self.layer, len(query_BKGTE), query_BKGTE.device)
+            return found.raised(query_BKGTE, local_logsumexp_BKGT, *heads, tables, self.scaling, REFERENCE_SIZE)
         drawn_BKGTR = self._drawn(query_BKGTE, local_logsumexp_BKGT, found)
         sum_BKGTR = sums.evidence(self.layer, found.index_BKGTR, drawn_BKGTR)
         counted_BKGTR = (sum_BKGTR * (-self.evidence_from_KG.float()).exp()[..., None, None]).log1p()

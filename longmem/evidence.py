@@ -30,21 +30,38 @@ class PassageSums:
     """What passages drew of attention, for the tokens of a local window.
 
     Args:
-        ends_B: tokens of each row of the next forward pass that are more than padding; None is all.
+        ends_B: tokens of each row of the first forward pass that are more than padding; None is all.
     """
 
     def __init__(self, ends_B: Tensor | None = None) -> None:
         self.kept: dict[int, Tensor] = {}  # by layer, (B, P) after the last token
         self._ends_B = ends_B
+        self._starts = 0
+        # Of the layers below in this pass: of all tokens, or of one in a table that kernels change.
         self._below_BTP: Tensor | None = None
+        self._tables: PassageTables | None = None
+        self._lowest = True
 
     def start(self) -> None:
         """A forward pass begins, at the lowest layer."""
+        self._starts += 1
         self._below_BTP = None
+        self._lowest = True
 
-    def tables(self, layer: int) -> PassageTables | None:
-        """The sums of a layer for `longmem.index.Retrieved.raised`, which changes them; None if they can not be."""
-        return None
+    def tables(self, layer: int, rows: int, device: torch.device) -> PassageTables:
+        """The sums of a layer for `longmem.index.Retrieved.raised`, which adds one token to them. A forward pass goes
+        either this way in all layers, or by `evidence`.
+
+        Args:
+            rows: B.
+        """
+        if self._tables is None:
+            takes_B = torch.ones(rows, dtype=torch.bool, device=device)
+            self._tables = PassageTables.zeros(rows, takes_B)
+        if layer not in self.kept:
+            self.kept[layer] = torch.zeros(rows, PLACES, device=device)
+        lowest, self._lowest = self._lowest, False
+        return self._tables._replace(kept_BP=self.kept[layer], lowest=lowest)
 
     @torch.no_grad()
     def evidence(self, layer: int, index_BKGTR: Tensor, weight_BKGTR: Tensor) -> Tensor:
@@ -76,7 +93,7 @@ class PassageSums:
         return sum_BTC.view(batch, tokens, kv_heads, group, found).permute(0, 2, 3, 1, 4)
 
     def _keep(self, layer: int, sum_BTP: Tensor) -> None:
-        if self._ends_B is None:
+        if self._ends_B is None or self._starts > 1:
             self.kept[layer] = sum_BTP[:, -1].clone()
         else:
             rows_B = torch.arange(len(sum_BTP), device=sum_BTP.device)
@@ -95,18 +112,8 @@ class SteadyPassageSums(PassageSums):
     def __init__(self, layers: tuple[int, ...], rows: int, takes_B: Tensor) -> None:
         super().__init__()
         self._takes_B1 = takes_B[:, None]
+        self._tables = PassageTables.zeros(rows, takes_B)
         self.kept = {layer: torch.zeros(rows, PLACES, device=takes_B.device) for layer in layers}
-        self._below_BP = torch.zeros(rows, PLACES, device=takes_B.device)
-        self._drawn_BP = torch.zeros(rows, PLACES, dtype=torch.int32, device=takes_B.device)
-        self._lowest = True
-
-    def start(self) -> None:
-        super().start()
-        self._lowest = True
-
-    def tables(self, layer: int) -> PassageTables | None:
-        lowest, self._lowest = self._lowest, False
-        return PassageTables(self.kept[layer], self._below_BP, self._drawn_BP, self._takes_B1[:, 0], lowest)
 
     def begin(self, row: int, sums: PassageSums, at: int) -> None:
         """A row goes on where row `at` of other sums ended."""

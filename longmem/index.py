@@ -92,6 +92,10 @@ class Retrieved:
         """All of joint attention in one launch (`ops.joint_rows`); None where it takes more than one."""
         return None
 
+    def raises_at_once(self, query_BKGTE: Tensor) -> bool:
+        """Whether `raised` takes such queries: of single tokens, where no gradient is wanted."""
+        return False
+
     def raised(
         self,
         query_BKGTE: Tensor,
@@ -101,9 +105,9 @@ class Retrieved:
         tables: PassageTables,
         scaling: float,
         reference_size: float,
-    ) -> Tensor | None:
-        """What passage evidence adds to scores, in two launches (`ops.raise_rows`); None where it takes more."""
-        return None
+    ) -> Tensor:
+        """What passage evidence adds to the scores of one token a row (`ops.raise_rows`)."""
+        raise NotImplementedError
 
     def log_weights(
         self,
@@ -185,6 +189,9 @@ class RetrievedRows(Retrieved):
             bias_BKGTR,
         )
 
+    def raises_at_once(self, query_BKGTE: Tensor) -> bool:
+        return query_BKGTE.shape[3] == 1 and joins_at_once(query_BKGTE.device)
+
     def raised(
         self,
         query_BKGTE: Tensor,
@@ -194,9 +201,7 @@ class RetrievedRows(Retrieved):
         tables: PassageTables,
         scaling: float,
         reference_size: float,
-    ) -> Tensor | None:
-        if query_BKGTE.shape[3] != 1 or not joins_at_once(query_BKGTE.device):
-            return None
+    ) -> Tensor:
         found = self.score_BKGTR, self.index_BKGTR, self.bank_size_B
         learned = heads, evidence, tables
         return raise_rows(query_BKGTE, local_logsumexp_BKGT, *found, *learned, scaling, reference_size)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from longmem.ops.joint import JointHeads
@@ -45,6 +46,13 @@ class PassageTables(NamedTuple):
     drawn_BP: Tensor
     takes_B: Tensor
     lowest: bool
+
+    @classmethod
+    def zeros(cls, rows: int, takes_B: Tensor) -> PassageTables:
+        """Of nothing yet."""
+        kept_BP, below_BP = (torch.zeros(rows, PLACES, device=takes_B.device) for _ in range(2))
+        drawn_BP = torch.zeros(rows, PLACES, dtype=torch.int32, device=takes_B.device)
+        return cls(kept_BP, below_BP, drawn_BP, takes_B, lowest=True)
 
 
 def raise_rows(
