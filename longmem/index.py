@@ -20,6 +20,7 @@ from longmem.config import SideNetConfig
 from longmem.data import to_device
 from longmem.ops import (
     JointHeads,
+    NativeOps,
     Pools,
     attend_rows,
     gather_rows,
@@ -92,6 +93,7 @@ class RetrievedRows(Retrieved):
         index_BKGTR: position in the row's bank.
         bank_size_B: remembered tokens N of each row's bank.
         order_BKGTR: int64, larger is newer.
+        native: joins in one call what it takes.
     """
 
     keys_PNE: Tensor | Pools
@@ -102,6 +104,7 @@ class RetrievedRows(Retrieved):
     index_BKGTR: Tensor
     bank_size_B: Tensor
     order_BKGTR: Tensor
+    native: NativeOps | None = None
 
     @property
     def valid_BKGTR(self) -> Tensor:
@@ -126,13 +129,15 @@ class RetrievedRows(Retrieved):
         sharpening: float,
         sharpened_from: float,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        if not joins_at_once(query_BKGTE.device):
+        if joins_at_once(query_BKGTE.device):
+            join = joint_rows
+        elif self.native is not None and self.native.takes(query_BKGTE, self.keys_PNE):
+            join = self.native.joint_rows
+        else:
             return None
         rows = self.keys_PNE, self.values_PNE, self.pool_BK, self.slot_BKGTR, self.score_BKGTR, self.order_BKGTR
         sizes = reference_size, sharpening, sharpened_from
-        return joint_rows(
-            query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows, self.bank_size_B, heads, scaling, *sizes
-        )
+        return join(query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows, self.bank_size_B, heads, scaling, *sizes)
 
     def scores(self, query_BKGTE: Tensor, scaling: float, discount_BKGT: Tensor | None = None) -> Tensor:
         pool_X, slot_XQR, valid_XQR = self._places
@@ -291,11 +296,15 @@ class BankReader:
 
     Each row is searched by itself and its result has a fixed shape, so nothing in a row depends on what another row's
     bank holds.
+
+    Args:
+        native: of a model whose decoding is compiled: reads in fewer operations, without gradients.
     """
 
-    def __init__(self, banks: Sequence[MemoryBank | None], config: SideNetConfig) -> None:
-        self.banks = banks
-        self.config = config
+    def __init__(
+        self, banks: Sequence[MemoryBank | None], config: SideNetConfig, native: NativeOps | None = None
+    ) -> None:
+        self.banks, self.config, self.native = banks, config, native
 
     @torch.no_grad()
     def __call__(self, layer: int, query_BKGTE: Tensor) -> RetrievedRows:
@@ -310,7 +319,7 @@ class BankReader:
         """Which rows of a bank the queries found, and how they score: each KQR."""
         config, keys_KNE = self.config, bank.keys_HNE[heads]
         if bank.index is not None and config.chunk_size == 1:
-            return bank.index.search(heads, query_KQE, keys_KNE, config.top_k)
+            return bank.index.search(heads, query_KQE, keys_KNE, config.top_k, None, self.native)
         return search_tokens(query_KQE, keys_KNE, config.top_k, config.chunk_size)
 
     def _sizes(self, device: torch.device) -> Tensor:
@@ -325,7 +334,7 @@ class BankReader:
         index, score = (part_KQR.unflatten(1, (batch, group, tokens)).transpose(0, 1) for part_KQR in found)
         pool_BK = torch.arange(kv_heads, device=bank.device).expand(batch, kv_heads)
         rows = bank.keys_HNE[heads], bank.values_HNE[heads]
-        return RetrievedRows(*rows, pool_BK, index, score, index, self._sizes(bank.device), index)
+        return RetrievedRows(*rows, pool_BK, index, score, index, self._sizes(bank.device), index, self.native)
 
     def _read_each(self, layer: int, query_BKGTE: Tensor) -> RetrievedRows:
         heads = self.config.heads_of(layer)
@@ -357,12 +366,18 @@ class GroupReader:
 
     Args:
         rows: of each row its banks and their weights above 0; none is an empty one.
+        native: as of `BankReader`.
     """
 
-    def __init__(self, rows: Sequence[Sequence[tuple[MemoryBank, float]]], config: SideNetConfig) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Sequence[tuple[MemoryBank, float]]],
+        config: SideNetConfig,
+        native: NativeOps | None = None,
+    ) -> None:
         most = max(len(row) for row in rows)
         self._readers = [
-            BankReader([row[number][0] if number < len(row) else None for row in rows], config)
+            BankReader([row[number][0] if number < len(row) else None for row in rows], config, native)
             for number in range(most)
         ]
         padded = [[weight for _, weight in row] + [1.0] * (most - len(row)) for row in rows]

@@ -16,6 +16,7 @@ from longmem.ops.dispatch import (
 from longmem.ops.joint import JointHeads, joins_at_once, joint_rows
 from longmem.ops.lists import Lists
 from longmem.ops.loss import linear_cross_entropy, linear_divergence, linear_nll
+from longmem.ops.native import NativeOps
 from longmem.ops.pages import empty_rows, in_large_pages
 from longmem.ops.pools import Pools
 from longmem.ops.reference import causal_mask, row_scores
@@ -23,6 +24,7 @@ from longmem.ops.reference import causal_mask, row_scores
 __all__ = [
     "JointHeads",
     "Lists",
+    "NativeOps",
     "Pools",
     "attend_rows",
     "causal_logsumexp",
