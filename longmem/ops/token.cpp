@@ -169,7 +169,7 @@ extern "C" void search_lists(
     std::vector<int64_t> best, block_B, row_C;
     std::vector<std::pair<float, int64_t>> scored_C;
     std::vector<uint8_t> chosen_L(lists);
-    std::vector<long> ends_q;
+    std::vector<long> list_l, ends_q;
     for (long first = 0; first < queries; first += together) {
         const long asked = std::min(together, queries - first);
         for (long q = 0; q < asked; q++) {
@@ -198,16 +198,22 @@ extern "C" void search_lists(
                 std::fill_n(promise_qL.data() + q * places_L + lists, places_L - lists, INT_MIN);
         }
         std::fill(chosen_L.begin(), chosen_L.end(), 0);
+        list_l.clear();
         for (long q = 0; q < asked; q++) {
             largest(promise_qL.data() + q * places_L, places_L, probes, place, best);
-            for (int64_t one : best) chosen_L[place_of(one)] = 1;
+            for (int64_t one : best) {
+                const long list = place_of(one);
+                if (chosen_L[list]) continue;
+                chosen_L[list] = 1;
+                list_l.push_back(list);
+                fetch(first_L + list, sizeof(int64_t));
+                fetch(blocks_L + list, sizeof(int64_t));
+            }
         }
         // Their keys.
         block_B.clear();
-        for (long list = 0; list < lists; list++)
-            if (chosen_L[list])
-                for (long block = 0; block < blocks_L[list]; block++)
-                    block_B.push_back((first_L[list] + block) * ROWS);
+        for (long list : list_l)
+            for (long block = 0; block < blocks_L[list]; block++) block_B.push_back((first_L[list] + block) * ROWS);
         const long blocks = block_B.size(), places = blocks * ROWS;
         score_qM.resize(asked * places);
         for (long b = 0; b < blocks; b++) {
