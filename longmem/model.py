@@ -245,6 +245,7 @@ class LongMem(nn.Module):
                 for tokens in (2, 1):
                     self(torch.zeros(1, tokens, dtype=torch.int64), cache=cache, last_only=True)
         except CompilerError:
+            self._native = None
             self.decode_by(None)
             raise
 

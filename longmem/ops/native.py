@@ -9,6 +9,7 @@ attention as in `longmem.ops.joint`.
 
 from __future__ import annotations
 
+import sys
 from ctypes import c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from importlib.resources import files
@@ -51,12 +52,13 @@ class NativeOps:
 
     @classmethod
     def load(cls) -> NativeOps | None:
-        """Compile them, or take them from PyTorch's cache on disk. None on a processor without AVX-512 VNNI.
+        """Compile them, or take them from PyTorch's cache on disk. None on a processor without AVX-512 VNNI, and on
+        Windows.
 
         Raises:
             What `longmem.decoding.compiling` explains: there is no working compiler.
         """
-        if not torch.cpu._is_vnni_supported():
+        if sys.platform == "win32" or not torch.cpu._is_vnni_supported():
             return None
         from torch._inductor.codecache import CppCodeCache
 
@@ -88,6 +90,7 @@ class NativeOps:
             keys_NE: bfloat16, those listed.
             candidates: C, of each query, scored again from `keys_NE`.
         """
+        assert matrix_ES.stride(1) == 1
         query_QE = query_QE.contiguous()
         self.library.search_lists(
             query_QE.data_ptr(),
