@@ -109,13 +109,14 @@ def test_the_same_lists_and_candidates_are_chosen(
 
 
 @torch.no_grad()
-def test_keys_that_are_no_numbers_are_never_found_before_others(native: NativeOps) -> None:
+def test_keys_that_are_no_numbers_are_never_found(native: NativeOps) -> None:
     keys_XNE, query_XQE = clumps(1, 400, 16, 0), normal(1, 3, 16)
     made = InvertedFile.build(keys_XNE, Basis.fit(keys_XNE, query_XQE), 16, (5,), together=3, num_lists=5)
     keys_XNE[:, ::3] = torch.nan
-    index_XQR, score_XQR = made.search(query_XQE, keys_XNE, 40, native)
+    index_XQR, score_XQR = made.search(query_XQE, keys_XNE, 300, native)
     found_XQR = score_XQR > -torch.inf
     assert found_XQR[..., 0].all() and (index_XQR[found_XQR] % 3 != 0).all()
+    assert (index_XQR[~found_XQR] == 0).all() and score_XQR.isnan().sum() == 0
 
 
 @st.composite

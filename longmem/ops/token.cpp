@@ -2,7 +2,8 @@
 // the same is written in NumPy) and joint attention over what was found (longmem/attention.py, in PyTorch).
 // For processors with AVX-512 VNNI; `longmem/ops/native.py` compiles it.
 //
-// Names as in those modules: q queries asked together, E head size, S coordinates (P = 2 S), L lists, M places for keys.
+// Names as in those modules: q queries asked together, E head size, S coordinates (P = 2 S), L lists, M places for
+// keys.
 
 #include <immintrin.h>
 
@@ -82,12 +83,12 @@ void encode(const float* number, long size, int8_t* code) {
 // Where the `count` largest of n scores (whole registers of them) are, each in the lower half of a number.
 void largest(const int32_t* score, long n, long count, std::vector<int32_t>& place, std::vector<int64_t>& best) {
     // The largest of some groups say how much is enough: few scores are that much.
-    const long registers = n / ROWS, depth = std::max(4 * registers / count, 1L);
+    const long rows = n / ROWS, depth = std::max(4 * rows / count, 1L);
     std::vector<int32_t>& most = place;
-    most.resize((registers + depth - 1) / depth * ROWS);
-    for (long first = 0, group = 0; first < registers; first += depth, group += ROWS) {
+    most.resize((rows + depth - 1) / depth * ROWS);
+    for (long first = 0, group = 0; first < rows; first += depth, group += ROWS) {
         __m512i largest = _mm512_set1_epi32(INT_MIN);
-        for (long at = first; at < std::min(first + depth, registers); at++)
+        for (long at = first; at < std::min(first + depth, rows); at++)
             largest = _mm512_max_epi32(largest, _mm512_loadu_si512(score + at * ROWS));
         _mm512_storeu_si512(most.data() + group, largest);
     }
@@ -242,7 +243,7 @@ extern "C" void search_lists(
                 if (row_C[c] >= 0) {
                     const float* query_E = query_QE + (first + q) * head_dim;
                     const float score = product(keys_NE + row_C[c] * head_dim, query_E, head_dim);
-                    scored_C.emplace_back(std::isnan(score) ? -INFINITY : score, row_C[c]); // NaN has no order
+                    if (!std::isnan(score)) scored_C.emplace_back(score, row_C[c]); // NaN has no order
                 }
             const long kept = std::min<long>(top_k, scored_C.size());
             std::nth_element(scored_C.begin(), scored_C.begin() + kept, scored_C.end(), std::greater<>());
@@ -256,7 +257,7 @@ extern "C" void search_lists(
 }
 
 extern "C" void joint_rows(
-    // A row of E for each of X searches' Q queries: (X, Q), Q being G heads of T tokens; x counts K heads of each batch row.
+    // A row of E for each of X searches' Q queries, Q being G heads of T tokens; x counts K heads of each batch row.
     const float* query_XQE, const float* local_XQE, const float* local_logsumexp_XQ, long searches, long kv_heads,
     long group, long tokens, long head_dim,
     // What was found: where each search's keys and values lie, and which rows.
@@ -285,7 +286,8 @@ extern "C" void joint_rows(
         float most = -INFINITY;
         for (long r = 0; r < top_k; r++) {
             const bool valid = found_XQR[i * top_k + r] > -INFINITY;
-            score_R[r] = valid ? product(keys_NE + slot_R[r] * head_dim, asked_E.data(), head_dim) * scaling : -INFINITY;
+            const uint16_t* key_E = keys_NE + slot_R[r] * head_dim;
+            score_R[r] = valid ? product(key_E, asked_E.data(), head_dim) * scaling : -INFINITY;
             most = std::max(most, score_R[r]);
         }
         float* log_weight_R = log_weight_XQR + i * top_k;
@@ -302,7 +304,8 @@ extern "C" void joint_rows(
             total = 0;
             for (long r = 0; r < top_k; r++) total += weight_R[r] = std::exp(score_R[r] - most);
             if (discounted) break;
-            const float asked = newest_KG[head] + product(query_E, newest_query_KGE + head * head_dim, head_dim) * scaling;
+            const float* newest_query_E = newest_query_KGE + head * head_dim;
+            const float asked = newest_KG[head] + product(query_E, newest_query_E, head_dim) * scaling;
             newest_first.clear();
             for (long r = 0; r < top_k; r++) newest_first.emplace_back(-order_R[r], r);
             std::sort(newest_first.begin(), newest_first.end());
