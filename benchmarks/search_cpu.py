@@ -280,6 +280,7 @@ def check(keys_XNE: Tensor, query_TXGE: Tensor) -> None:
             torch.testing.assert_close(exactly, truth, atol=1e-3, rtol=1e-5)
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Search for one decode step on a CPU.")
     parser.add_argument("--texts", type=Path, help="folder of .txt files to make vectors of")
