@@ -21,7 +21,7 @@ from torch import Tensor
 from longmem.ops.joint import JointHeads
 from longmem.ops.pools import Pools
 
-_SIGNATURES = {"search_lists": "plllpllppppl pppl pll pp", "joint_rows": "ppplllll ppppplp ppppppp ffff ppp"}
+_SIGNATURES = {"search_lists": "plllpllppppl pppl pll ppl", "joint_rows": "ppplllll ppppplp ppppppp ffff ppp"}
 _TYPES = {"p": c_void_p, "l": c_int64, "f": c_float}
 
 
@@ -114,6 +114,7 @@ class NativeOps:
             index_QR.shape[1],
             index_QR.data_ptr(),
             score_QR.data_ptr(),
+            torch.get_num_threads(),
         )
 
     def takes(self, query_QE: Tensor, rows_NE: Tensor | Pools) -> bool:

@@ -159,7 +159,7 @@ extern "C" void search_lists(
     // The keys themselves, in bfloat16: so many candidates are scored again.
     const uint16_t* keys_NE, long candidates, long top_k,
     // What was found, best first; what is missing is left as it is.
-    int64_t* index_QR, float* score_QR) {
+    int64_t* index_QR, float* score_QR, long threads) {
     const long whole = lists / ROWS * ROWS, places_L = (lists + ROWS - 1) / ROWS * ROWS;
     const long parts = registers(size) * BYTES, promise_parts = registers(2 * size) * BYTES;
     std::vector<int8_t> last_LP(ROWS * 2 * size); // what whole groups of lists leave over, filled up
@@ -188,6 +188,7 @@ extern "C" void search_lists(
             encode(scaled_P.data(), size, code_qS.data() + q * parts);
         }
         // Lists that promise most to any of the queries.
+#pragma omp parallel for num_threads(threads)
         for (long list = 0; list < whole; list += ROWS) {
             fetch(promise_LP + list * 2 * size + AHEAD, ROWS * 2 * size);
             score_rows(promise_LP + list * 2 * size, 2 * size, towards_qP.data(), asked, promise_qL.data() + list,
@@ -217,6 +218,7 @@ extern "C" void search_lists(
             for (long block = 0; block < blocks_L[list]; block++) block_B.push_back((first_L[list] + block) * ROWS);
         const long blocks = block_B.size(), places = blocks * ROWS;
         score_qM.resize(asked * places);
+#pragma omp parallel for num_threads(threads)
         for (long b = 0; b < blocks; b++) {
             if (b + BLOCKS_AHEAD < blocks) fetch(codes_MS + block_B[b + BLOCKS_AHEAD] * size, ROWS * size);
             score_rows(codes_MS + block_B[b] * size, size, code_qS.data(), asked, score_qM.data() + b * ROWS, places);
