@@ -4,7 +4,8 @@
     OMP_NUM_THREADS=1 python benchmarks/decode_cpu.py --vectors real.safetensors --store DIR     # with indexes
 
 Every way continues the same random prompt greedily. Before anything is timed, the logits of compiled decoding are
-compared with eager ones, and the tokens chosen. Ways take turns, so that what else the machine does meets all alike;
+compared with eager ones, and the tokens chosen. Ways take turns, so that what else the machine does meets all alike,
+and what a bank with an index is compared with, an empty bank and the backbone alone, takes turns with it once more;
 the processor's own time is given too, which leaves out waiting for a busy core. Banks hold random keys and values: they
 are for time, not for meaning. An index needs keys of text: with --vectors banks hold texts (--texts; Python's
 documentation by default), repeated with slight noise where there are too few, and what follows in the last of them is
@@ -207,8 +208,9 @@ def main() -> None:
             save_file(make_vectors(arguments.model, arguments.encode, arguments.texts), arguments.vectors)
         vectors, store = load_file(arguments.vectors), MemoryStore.open(arguments.store)
         ids_T = vectors["ids"][vectors["keys"].shape[1] :][: arguments.prompt]
+    empty = compiled.new_bank()
     for size in [None, *arguments.banks]:
-        bank, name, memory, way = None, "none: backbone alone (memory=0)", 0.0, ""
+        bank, name, memory, by_index = None, "none: backbone alone (memory=0)", 0.0, ""
         if size is not None and vectors is not None and store is not None and size:
             bank, name, memory = text_bank(eager, size, vectors, store, arguments.recall), f"{size} tokens of text", 1.0
         elif size is not None:
@@ -218,7 +220,7 @@ def main() -> None:
             bank.use_index(None)
             print(name, *index.kinds, flush=True)
             told = f"recall {min(index.recall):.3f} – {max(index.recall):.3f}"
-            way = f"longmem compiled, index for {index.target} ({told})"
+            by_index = f"longmem compiled, index for {index.target} ({told})"
         tokens = arguments.tokens if (size or 0) < 1 << 19 else 10
         steps: dict[str, list[Tensor]] = {}
         worst = 0.0
@@ -234,11 +236,15 @@ def main() -> None:
                 steps.setdefault("longmem compiled", []).append(compiled_S2)
             if bank is not None and index is not None:
                 bank.use_index(index)
-                chosen, _, indexed_S2 = greedy(compiled, ids_T, bank, memory, tokens)
+                chosen, _, indexed_S2 = greedy(compiled, ids_T, bank, memory, arguments.tokens)
                 bank.use_index(None)
                 print(f"{sum(map(eq, chosen, expected))} of {tokens} tokens as with exact search", flush=True)
                 if turn:
-                    steps.setdefault(way, []).append(indexed_S2)
+                    steps.setdefault(by_index, []).append(indexed_S2)
+                for beside, its_bank, its_memory in (("memory=0", None, 0.0), ("empty bank", empty, 1.0)):
+                    _, _, beside_S2 = greedy(compiled, ids_T, its_bank, its_memory, arguments.tokens)
+                    if turn:
+                        steps.setdefault(f"longmem compiled, {beside}, in turn", []).append(beside_S2)
             if size is None:
                 chosen, seconds_S2 = transformers_greedy(eager, ids_T, tokens)
                 if chosen != expected:
@@ -250,6 +256,10 @@ def main() -> None:
             made |= {"largest_logit_difference": f"{worst:.1e}", "load": round(load, 1)}
             print(made, flush=True)
             write(arguments.out, made | common)
+        for beside in ("memory=0", "empty bank") if by_index else ():
+            its_S2, indexed_S2 = (torch.cat(steps[way]) for way in (f"longmem compiled, {beside}, in turn", by_index))
+            wall, processor_time = (its_S2.median(0).values / indexed_S2.median(0).values).tolist()
+            print(f"{name}: {wall:.1%} of the speed with {beside}, by processor time {processor_time:.1%}")
 
 
 def write(path: Path, made: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from longmem.approximate import BankIndex
 from longmem.ivf import InvertedFile, default_lists
-from longmem.ops import cpu, reference
+from longmem.ops import NativeOps, cpu, reference
 from longmem.sketch import Basis, Sketch, recall
 
 RESULTS = Path(__file__).parent / "results" / "search_cpu.csv"
@@ -161,6 +161,7 @@ def ways(
     keys_XNE: Tensor, recorded_XQE: Tensor, known: dict[str, Any], real: bool, target: float, wanted: list[str]
 ) -> Iterator[tuple[str, str, float, Search]]:
     """(name, settings, bytes a key, search) of each way, made when it is its turn. `known`: settings of real keys."""
+    native = NativeOps.load()
     searches, size, head_dim = keys_XNE.shape
     head = [slice(x % searches, x % searches + 1) for x in range(3)]
 
@@ -168,8 +169,8 @@ def ways(
         parts = [index[one] for one in head]
         return lambda x, q: parts[x].search(q, keys_XNE[head[x]], TOP_K, **options)
 
-    def searching_files(files: list[InvertedFile]) -> Search:
-        return lambda x, q: files[x % searches].search(q, keys_XNE[head[x]], TOP_K)
+    def searching_files(files: list[InvertedFile], native: NativeOps | None = None) -> Search:
+        return lambda x, q: files[x % searches].search(q, keys_XNE[head[x]], TOP_K, native)
 
     if "topk_scan" in wanted:
         for precision in (torch.bfloat16, torch.float32):
@@ -208,6 +209,8 @@ def ways(
         # At least: each of the three query heads chooses its own lists.
         width = sum(file.size * file.probes[0] / len(file.lists[0]) for file in files) / searches
         yield "inverted file", settings, width, searching_files(files)
+        if native is not None:
+            yield "inverted file, compiled", settings, width, searching_files(files, native)
     del files
     if size >= LARGE or "peers" not in wanted:
         return  # what follows needs more memory, or more time
@@ -277,6 +280,7 @@ def check(keys_XNE: Tensor, query_TXGE: Tensor) -> None:
             torch.testing.assert_close(exactly, truth, atol=1e-3, rtol=1e-5)
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Search for one decode step on a CPU.")
     parser.add_argument("--texts", type=Path, help="folder of .txt files to make vectors of")

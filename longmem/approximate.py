@@ -21,7 +21,7 @@ from torch import Tensor
 from longmem.errors import ConfigError
 from longmem.ivf import InvertedFile
 from longmem.lists import GpuLists, KeyLists
-from longmem.ops import Pools, reads_apart
+from longmem.ops import NativeOps, Pools, reads_apart
 from longmem.sketch import GpuSketch, Sketch
 
 # From so many tokens on, reading some lists is faster than reading a few numbers of every key (docs/search.md).
@@ -141,7 +141,13 @@ class BankIndex:
         return num_tokens - len(self) > TAIL * len(self)
 
     def search(
-        self, heads: slice, query_KQE: Tensor, keys_KNE: Tensor | Pools, top_k: int, length_K: Tensor | None = None
+        self,
+        heads: slice,
+        query_KQE: Tensor,
+        keys_KNE: Tensor | Pools,
+        top_k: int,
+        length_K: Tensor | None = None,
+        native: NativeOps | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The `top_k` keys of largest dot product for each query of some heads, but for the share that `recall` says.
 
@@ -151,6 +157,7 @@ class BankIndex:
             keys_KNE: the bank's keys of these heads: those indexed, and any that were appended since.
             top_k: R.
             length_K: how many keys there are, if `keys_KNE` has room for more (on a GPU).
+            native: searches inverted files in one call each.
 
         Returns:
             index_KQR and score_KQR as `ops.topk_scan` returns them.
@@ -164,7 +171,9 @@ class BankIndex:
         else:
             ones = [slice(k, k + 1) for k in range(len(keys_KNE))]
             found = [
-                index.search(query_KQE[one], keys_KNE[one], top_k)
+                index.search(query_KQE[one], keys_KNE[one], top_k, native)
+                if isinstance(index, InvertedFile)
+                else index.search(query_KQE[one], keys_KNE[one], top_k)
                 for one, index in zip(ones, self.heads[heads], strict=True)
             ]
         if len(found) == 1:

@@ -21,6 +21,7 @@ from longmem.data import to_device
 from longmem.ops import (
     EvidenceHeads,
     JointHeads,
+    NativeOps,
     PassageTables,
     Pools,
     attend_rows,
@@ -134,6 +135,7 @@ class RetrievedRows(Retrieved):
         index_BKGTR: position in the row's bank.
         bank_size_B: remembered tokens N of each row's bank.
         order_BKGTR: int64, larger is newer.
+        native: joins in one call what it takes.
     """
 
     keys_PNE: Tensor | Pools
@@ -144,6 +146,7 @@ class RetrievedRows(Retrieved):
     index_BKGTR: Tensor
     bank_size_B: Tensor
     order_BKGTR: Tensor
+    native: NativeOps | None = None
 
     @property
     def valid_BKGTR(self) -> Tensor:
@@ -174,23 +177,20 @@ class RetrievedRows(Retrieved):
         reference_size: float,
         bias_BKGTR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        if not joins_at_once(query_BKGTE.device):
+        if joins_at_once(query_BKGTE.device):
+            join = joint_rows
+        elif self.native is not None and self._native(query_BKGTE):
+            join = self.native.joint_rows
+        else:
             return None
         rows = self.keys_PNE, self.values_PNE, self.pool_BK, self.slot_BKGTR, self.score_BKGTR, self.order_BKGTR
-        return joint_rows(
-            query_BKGTE,
-            local_BKGTE,
-            local_logsumexp_BKGT,
-            *rows,
-            self.bank_size_B,
-            heads,
-            scaling,
-            reference_size,
-            bias_BKGTR,
-        )
+        asked = query_BKGTE, local_BKGTE, local_logsumexp_BKGT
+        return join(*asked, *rows, self.bank_size_B, heads, scaling, reference_size, bias_BKGTR)
 
     def raises_at_once(self, query_BKGTE: Tensor) -> bool:
-        return query_BKGTE.shape[3] == 1 and joins_at_once(query_BKGTE.device)
+        if query_BKGTE.shape[3] != 1:
+            return False
+        return joins_at_once(query_BKGTE.device) or self._native(query_BKGTE)
 
     def raised(
         self,
@@ -204,7 +204,13 @@ class RetrievedRows(Retrieved):
     ) -> Tensor:
         found = self.score_BKGTR, self.index_BKGTR, self.bank_size_B
         learned = heads, evidence, tables
-        return raise_rows(query_BKGTE, local_logsumexp_BKGT, *found, *learned, scaling, reference_size)
+        at_once = joins_at_once(query_BKGTE.device) or self.native is None
+        step = raise_rows if at_once else self.native.raise_rows
+        return step(query_BKGTE, local_logsumexp_BKGT, *found, *learned, scaling, reference_size)
+
+    def _native(self, query_BKGTE: Tensor) -> bool:
+        """Whether compiled functions of a CPU take such queries."""
+        return self.native is not None and self.native.takes(query_BKGTE, self.keys_PNE)
 
     def scores(
         self,
@@ -402,11 +408,15 @@ class BankReader:
 
     Each row is searched by itself and its result has a fixed shape, so nothing in a row depends on what another row's
     bank holds.
+
+    Args:
+        native: of a model whose decoding is compiled: reads in fewer operations, without gradients.
     """
 
-    def __init__(self, banks: Sequence[MemoryBank | None], config: SideNetConfig) -> None:
-        self.banks = banks
-        self.config = config
+    def __init__(
+        self, banks: Sequence[MemoryBank | None], config: SideNetConfig, native: NativeOps | None = None
+    ) -> None:
+        self.banks, self.config, self.native = banks, config, native
 
     @torch.no_grad()
     def __call__(self, layer: int, query_BKGTE: Tensor) -> RetrievedRows:
@@ -421,7 +431,7 @@ class BankReader:
         """Which rows of a bank the queries found, and how they score: each KQR."""
         config, keys_KNE = self.config, bank.keys_HNE[heads]
         if bank.index is not None and config.chunk_size == 1:
-            return bank.index.search(heads, query_KQE, keys_KNE, config.top_k)
+            return bank.index.search(heads, query_KQE, keys_KNE, config.top_k, None, self.native)
         return search_tokens(query_KQE, keys_KNE, config.top_k, config.chunk_size)
 
     def _sizes(self, device: torch.device) -> Tensor:
@@ -436,7 +446,7 @@ class BankReader:
         index, score = (part_KQR.unflatten(1, (batch, group, tokens)).transpose(0, 1) for part_KQR in found)
         pool_BK = torch.arange(kv_heads, device=bank.device).expand(batch, kv_heads)
         rows = bank.keys_HNE[heads], bank.values_HNE[heads]
-        return RetrievedRows(*rows, pool_BK, index, score, index, self._sizes(bank.device), index)
+        return RetrievedRows(*rows, pool_BK, index, score, index, self._sizes(bank.device), index, self.native)
 
     def _read_each(self, layer: int, query_BKGTE: Tensor) -> RetrievedRows:
         heads = self.config.heads_of(layer)
@@ -468,12 +478,18 @@ class GroupReader:
 
     Args:
         rows: of each row its banks and their weights above 0; none is an empty one.
+        native: as of `BankReader`.
     """
 
-    def __init__(self, rows: Sequence[Sequence[tuple[MemoryBank, float]]], config: SideNetConfig) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Sequence[tuple[MemoryBank, float]]],
+        config: SideNetConfig,
+        native: NativeOps | None = None,
+    ) -> None:
         most = max(len(row) for row in rows)
         self._readers = [
-            BankReader([row[number][0] if number < len(row) else None for row in rows], config)
+            BankReader([row[number][0] if number < len(row) else None for row in rows], config, native)
             for number in range(most)
         ]
         padded = [[weight for _, weight in row] + [1.0] * (most - len(row)) for row in rows]

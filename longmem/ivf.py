@@ -22,7 +22,7 @@ from torch import Tensor
 
 from longmem.clusters import moved, nearest
 from longmem.errors import ConfigError
-from longmem.ops import cpu, in_large_pages
+from longmem.ops import NativeOps, cpu, in_large_pages
 from longmem.sketch import MEASURED, Basis, halves, recall, with_tail
 
 # Candidates for each retrieved key, scored again in float32.
@@ -195,13 +195,16 @@ class InvertedFile:
             low, high = (low, middle) if found(middle) >= target else (middle, high)
         return high
 
-    def search(self, query_XQE: Tensor, keys_XNE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    def search(
+        self, query_XQE: Tensor, keys_XNE: Tensor, top_k: int, native: NativeOps | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The `top_k` keys of largest dot product for each query, but for the share that `recall` says.
 
         Args:
             query_XQE: queries, of which `together` at a time are asked at once.
             keys_XNE: the bank's keys: those indexed, and any that were appended since. These are searched exactly.
             top_k: R.
+            native: searches lists in one call, if it takes such queries and keys.
 
         Returns:
             index_XQR and score_XQR as `ops.topk_scan` returns them; scores are those of the keys themselves.
@@ -209,6 +212,11 @@ class InvertedFile:
         index_XQR = torch.zeros(*query_XQE.shape[:2], top_k, dtype=torch.int64)
         score_XQR = torch.full(index_XQR.shape, -torch.inf)
         for x in range(len(self.lists)):
+            if native is not None and native.takes(query_XQE, keys_XNE):
+                matrix_ES, found = self.basis.queries_XEE[x, :, : self.size], (index_XQR[x], score_XQR[x])
+                lists = self.lists[x], self.probes[x]
+                native.search_lists(query_XQE[x], self.together, matrix_ES, *lists, keys_XNE[x], SPARE * top_k, *found)
+                continue
             parts = (rows_XQ[x].split(self.together) for rows_XQ in (query_XQE, index_XQR, score_XQR))
             for query_qE, index_qR, score_qR in zip(*parts, strict=True):
                 self._search(x, query_qE.float(), keys_XNE[x], index_qR, score_qR)

@@ -34,7 +34,7 @@ from longmem.errors import BankMismatchError, CompilerError, ConfigError, SideNe
 from longmem.grid import Grid
 from longmem.group import BankGroup, Readable, members
 from longmem.index import BankReader, GroupReader, Retrieve, Retrieved
-from longmem.ops import linear_nll
+from longmem.ops import NativeOps, linear_nll
 from longmem.sidenet import SideNet, SideNetCache
 from longmem.store import StoredBank
 
@@ -106,6 +106,7 @@ class LongMem(nn.Module):
     def __init__(self, backbone: Backbone, sidenet: SideNet | SideNetConfig) -> None:
         super().__init__()
         self.fuses_steps = False
+        self._native: NativeOps | None = None
         self.backbone = backbone
         self.sidenet = new_sidenet(sidenet, backbone) if isinstance(sidenet, SideNetConfig) else sidenet
 
@@ -272,10 +273,12 @@ class LongMem(nn.Module):
         try:
             # The first token is what compiles; better here, where it is asked for, than amid a text.
             with compiling():
+                self._native = NativeOps.load()
                 cache = self.new_cache()
                 for tokens in (2, 1):
                     self(torch.zeros(1, tokens, dtype=torch.int64), cache=cache, last_only=True)
         except CompilerError:
+            self._native = None
             self.decode_by(None)
             raise
 
@@ -356,8 +359,8 @@ class LongMem(nn.Module):
             return None
         read = [() if bank is None else members(bank) for bank in banks]
         if all(not row or (len(row) == 1 and row[0][1] == 1.0) for row in read):
-            return BankReader([row[0][0] if row else None for row in read], self.config)
-        return GroupReader(read, self.config)
+            return BankReader([row[0][0] if row else None for row in read], self.config, self._native)
+        return GroupReader(read, self.config, self._native)
 
     def check(self, bank: Readable) -> None:
         """Raise `BankMismatchError` if the bank, or a group's, is not for this model."""

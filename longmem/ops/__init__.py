@@ -16,6 +16,7 @@ from longmem.ops.dispatch import (
 from longmem.ops.joint import JointHeads, joins_at_once, joint_rows
 from longmem.ops.lists import Lists
 from longmem.ops.loss import linear_cross_entropy, linear_divergence, linear_nll
+from longmem.ops.native import NativeOps
 from longmem.ops.pages import empty_rows, in_large_pages
 from longmem.ops.passages import FADING, PASSAGE, PLACES, UNIT, EvidenceHeads, PassageTables, raise_rows
 from longmem.ops.pools import Pools
@@ -29,6 +30,7 @@ __all__ = [
     "EvidenceHeads",
     "JointHeads",
     "Lists",
+    "NativeOps",
     "PassageTables",
     "Pools",
     "attend_rows",
