@@ -204,8 +204,8 @@ class RetrievedRows(Retrieved):
     ) -> Tensor:
         found = self.score_BKGTR, self.index_BKGTR, self.bank_size_B
         learned = heads, evidence, tables
-        at_once = joins_at_once(query_BKGTE.device) or self.native is None
-        step = raise_rows if at_once else self.native.raise_rows
+        native = None if joins_at_once(query_BKGTE.device) else self.native
+        step = raise_rows if native is None else native.raise_rows
         return step(query_BKGTE, local_logsumexp_BKGT, *found, *learned, scaling, reference_size)
 
     def _native(self, query_BKGTE: Tensor) -> bool:
