@@ -37,7 +37,15 @@ from longmem.index import PlacedReader
 
 PACKAGE = str(Path(longmem.__file__).parent)
 # Launches of each kernel's Python function; where a bank has room for more than 32,768 tokens a search takes one more.
-KERNELS = {"topk_scan": 4, "topk_coded": 4, "topk_listed": 10, "code_queries": 1, "attend_rows": 1, "joint_rows": 1}
+KERNELS = {
+    "topk_scan": 4,
+    "topk_coded": 4,
+    "topk_listed": 10,
+    "code_queries": 1,
+    "attend_rows": 1,
+    "joint_rows": 1,
+    "raise_rows": 2,
+}
 # What takes or names memory, and launches nothing.
 NOTHING = (
     "empty",

@@ -39,7 +39,13 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "form", [{"update": "alpha"}, {"update": "difference"}, {"newest_wins": True}, {"fusion": "gate", "chunk_size": 4}]
+    "form",
+    [
+        {"update": "alpha"},
+        {"update": "difference"},
+        {"newest_wins": True, "passage_evidence": True},
+        {"fusion": "gate", "chunk_size": 4},
+    ],
 )
 def test_a_few_steps_learn_and_leave_the_backbone_alone(form: dict[str, Any], tmp_path: Path) -> None:
     model = fresh(**form)
@@ -56,6 +62,19 @@ def test_a_few_steps_learn_and_leave_the_backbone_alone(form: dict[str, Any], tm
     assert again.config == model.config
     newest = [parameter for name, parameter in model.sidenet.named_parameters() if ".newest_" in name]
     assert len(newest) == (4 if model.config.newest_wins else 0) and all(parameter.any() for parameter in newest)
+    gains = [parameter for name, parameter in model.sidenet.named_parameters() if name.endswith(".evidence_KG")]
+    assert len(gains) == (2 if model.config.passage_evidence else 0) and all(parameter.any() for parameter in gains)
+
+
+def test_how_memory_is_read_can_be_trained_alone(tmp_path: Path) -> None:
+    model = fresh(passage_evidence=True)
+    before = {name: parameter.clone() for name, parameter in model.sidenet.named_parameters()}
+    train(model, REPETITIVE, dataclasses.replace(SMALL, layers=False, learning_rate=3e-3), tmp_path)
+    for name, parameter in model.sidenet.named_parameters():
+        moved = ".memory." in name and "size_bias" not in name
+        assert torch.equal(parameter, before[name]) != moved or "size_bias" in name, name
+    with pytest.raises(ConfigError, match="nothing to train"):
+        TrainConfig(layers=False, memory=False)
 
 
 def test_mixed_precision_trains_too(tmp_path: Path) -> None:

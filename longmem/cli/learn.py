@@ -180,6 +180,7 @@ def train(
     top_k: Annotated[int, _shape("Remembered tokens that each query head retrieves.")] = 64,
     newest_wins: Annotated[bool, _shape("Heads may learn to prefer what was remembered later.")] = False,
     passage_evidence: Annotated[bool, _shape("… and what lies in passages that other queries found.")] = False,
+    windows: Annotated[str | None, _shape("How texts of its banks are cut: new tokens + context (960+63).")] = None,
     steps: Annotated[int, _setting("Optimiser steps.")] = 2000,
     rows: Annotated[int, _setting("Streams side by side.")] = 16,
     segment: Annotated[int, _setting("Tokens of a segment.")] = 1024,
@@ -240,6 +241,7 @@ def train(
     if len(given) > 1:
         raise typer.BadParameter(f"{' and '.join(given)} each decide the memory heads: give one of them.")
     shares = None if mix is None else parse_shares(mix, len(documents))
+    from longmem.config import EncodeConfig
     from longmem.data import Mixture, Streams
     from longmem.evals.perplexity import PerplexityConfig
     from longmem.model import LongMem
@@ -254,6 +256,7 @@ def train(
     evaluation = PerplexityConfig("blocks", segment=segment, prefill=eval_prefill, segments=eval_segments)
     _check_out(out, resume=resume)
 
+    encode = None if windows is None else EncodeConfig.from_text(windows)
     frozen = common.load_backbone(backbone, device, precision)
     if warm_from is not None:
         model = LongMem.from_pretrained(warm_from, backbone=frozen)
@@ -261,6 +264,7 @@ def train(
             model.config,
             newest_wins=newest_wins or model.config.newest_wins,
             passage_evidence=passage_evidence or model.config.passage_evidence,
+            encode=encode or model.config.encode,
         )
         if learns != model.config:
             # What is new is zero at the start, so this is the same network.
@@ -281,7 +285,7 @@ def train(
                 newest_wins=newest_wins,
                 passage_evidence=passage_evidence,
             )
-        model = LongMem(frozen, layout)
+        model = LongMem(frozen, layout if encode is None else dataclasses.replace(layout, encode=encode))
     if shares is None:
         texts = common.load_documents(documents, frozen)
     else:
