@@ -65,8 +65,6 @@ class TrainConfig:
             next token.
         answer_weight: of marked answers (see `longmem.data.Document`), beside 1 for any other token, in rows that read
             their own bank. Elsewhere nothing could tell the answers, so there they are left out of the loss.
-        layers: False trains only what decides how memory is read (the few thousand numbers of
-            `longmem.attention.MemoryAttention`) and leaves the layers alone: minutes on a CPU.
         memory: False trains the memory-free twin: the same network, data, steps and seed without any bank.
         max_segments: segments read of one document before the stream moves on.
         dtype: precision of the forward pass; master weights are float32.
@@ -96,7 +94,6 @@ class TrainConfig:
     harmless_weight: float = 0.0
     lookup_weight: float = 0.0
     answer_weight: float = 1.0
-    layers: bool = True
     memory: bool = True
     max_segments: int = 64
     dtype: str = "bfloat16"
@@ -121,8 +118,6 @@ class TrainConfig:
             raise ConfigError(f"starved must divide the {self.segment} tokens of a segment; got {self.starved}.")
         if self.starved_crowd < 1 or self.rows % self.starved_crowd:
             raise ConfigError(f"starved_crowd must divide the {self.rows} rows; got {self.starved_crowd}.")
-        if not self.layers and not self.memory:
-            raise ConfigError("Without layers and without memory there is nothing to train; give up one of the two.")
         if self.empty_weight < 0:
             raise ConfigError(f"empty_weight must not be negative; got {self.empty_weight}.")
         if self.harmless_weight < 0:
@@ -153,10 +148,7 @@ class Trainer:
         self.model = model
         self.config = config
         self.device = model.device
-        self.sidenet = model.sidenet.float().requires_grad_(config.layers)
-        for layer in self.sidenet.layers:
-            if layer.kv_heads:
-                layer.memory.requires_grad_(True)
+        self.sidenet = model.sidenet.float().requires_grad_(True)
         if config.compile:
             model.backbone.compile_layers()
             self.sidenet.compile_layers()
@@ -188,8 +180,6 @@ class Trainer:
         config = self.config
         matrices, vectors, gates = [], [], []
         for name, parameter in self.sidenet.named_parameters():
-            if not parameter.requires_grad:
-                continue
             if ".decoder." in name or name.endswith("memory_output_DF"):
                 (matrices if parameter.ndim == 2 else vectors).append(parameter)
             else:
@@ -239,7 +229,7 @@ class Trainer:
         """Learn from the same segments with an empty bank; their hidden states, if they are needed."""
         config = self.config
         # The difference form has nothing to learn from an empty bank: there it is the backbone.
-        learns = bool(config.empty_weight) and self.sidenet.config.update == "alpha" and config.layers
+        learns = bool(config.empty_weight) and self.sidenet.config.update == "alpha"
         if not learns and not config.harmless_weight:
             return None
         with (

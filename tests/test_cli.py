@@ -735,7 +735,7 @@ def test_tokenize_train_evaluate(texts):
     )
     ok(*train("tokens", "texts/a.txt", "--out", "runs/x", "--steps", 3, "--save-every", 2, "--resume", *shape))
     ok(*train("tokens", "--out", "runs/warm", "--steps", 1, "--warm-from", "runs/x", *texts))
-    more = "--newest-wins", "--passage-evidence", "--windows", "20+4", "--no-layers"
+    more = "--newest-wins", "--passage-evidence", "--windows", "20+4"
     ok(*train("tokens", "--out", "runs/newest", "--steps", 1, "--warm-from", "runs/x", *more, *texts))
     grown = json.loads(Path("runs/newest/config.json").read_text())["sidenet"]
     assert grown["newest_wins"] and grown["passage_evidence"] and grown["encode"] == {"stride": 20, "overlap": 4}

@@ -66,17 +66,6 @@ def test_a_few_steps_learn_and_leave_the_backbone_alone(form: dict[str, Any], tm
     assert len(gains) == (2 if model.config.passage_evidence else 0) and all(parameter.any() for parameter in gains)
 
 
-def test_how_memory_is_read_can_be_trained_alone(tmp_path: Path) -> None:
-    model = fresh(passage_evidence=True)
-    before = {name: parameter.clone() for name, parameter in model.sidenet.named_parameters()}
-    train(model, REPETITIVE, dataclasses.replace(SMALL, layers=False, learning_rate=3e-3), tmp_path)
-    for name, parameter in model.sidenet.named_parameters():
-        moved = ".memory." in name and "size_bias" not in name
-        assert torch.equal(parameter, before[name]) != moved or "size_bias" in name, name
-    with pytest.raises(ConfigError, match="nothing to train"):
-        TrainConfig(layers=False, memory=False)
-
-
 def test_mixed_precision_trains_too(tmp_path: Path) -> None:
     model = tiny.model("llama", torch.bfloat16, trained=False)
     train(model, REPETITIVE, dataclasses.replace(SMALL, dtype="bfloat16"), tmp_path)

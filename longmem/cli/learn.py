@@ -204,7 +204,6 @@ def train(
     harmless_weight: Annotated[float, _setting("Of what a wrong bank changes.")] = 0.0,
     lookup_weight: Annotated[float, _setting("Of the memory regulariser.")] = 0.0,
     answer_weight: Annotated[float, _setting("Of tokens that documents mark as answers; of all others 1.")] = 1.0,
-    layers: Annotated[bool, _setting("--no-layers trains only how memory is read: minutes on a CPU.")] = True,
     memory: Annotated[bool, _setting("--no-memory trains the memory-free twin.")] = True,
     max_segments: Annotated[int, _setting("Segments read of one document.")] = 64,
     dtype: Annotated[
