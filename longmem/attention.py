@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from longmem.evidence import PassageSums
 from longmem.index import Retrieved
-from longmem.ops import EvidenceHeads, JointHeads, causal_mask
+from longmem.ops import JointHeads, causal_mask
 
 # Bank size at which the size bias is 0, so that it and the plain bias can be learned apart.
 REFERENCE_SIZE = 16384
@@ -173,7 +173,7 @@ class MemoryAttention(nn.Module):
             bias_BKGTR = self._raise(query_BKGTE, local_logsumexp_BKGT, found, sums or PassageSums())
         if self.fusion == "joint":
             inputs = query_BKGTE, local_BKGTE, local_logsumexp_BKGT
-            joined = found.join(*inputs, self._joint_heads, self.scaling, REFERENCE_SIZE, bias_BKGTR)
+            joined = found.join(*inputs, self._joint_heads, bias_BKGTR)
             if joined is not None:
                 difference_BKGTE, mass_BKGT, log_weight_BKGTR = joined
                 return difference_BKGTE, MemoryRead(
@@ -217,9 +217,8 @@ class MemoryAttention(nn.Module):
     def _raise(self, query_BKGTE: Tensor, local_logsumexp_BKGT: Tensor, found: Retrieved, sums: PassageSums) -> Tensor:
         """What evidence adds to scores, (B, K, G, T, R)."""
         if found.raises_at_once(query_BKGTE):
-            heads = self._joint_heads, EvidenceHeads(self.evidence_KG, self.evidence_query_KGE, self.evidence_from_KG)
             tables = sums.tables(self.layer, len(query_BKGTE), query_BKGTE.device)
-            return found.raised(query_BKGTE, local_logsumexp_BKGT, *heads, tables, self.scaling, REFERENCE_SIZE)
+            return found.raised(query_BKGTE, local_logsumexp_BKGT, self._joint_heads, tables)
         drawn_BKGTR = self._drawn(query_BKGTE, local_logsumexp_BKGT, found)
         sum_BKGTR = sums.evidence(self.layer, found.index_BKGTR, drawn_BKGTR)
         counted_BKGTR = (sum_BKGTR * (-self.evidence_from_KG.float()).exp()[..., None, None]).log1p()
@@ -241,5 +240,9 @@ class MemoryAttention(nn.Module):
 
     @property
     def _joint_heads(self) -> JointHeads:
+        always = self.scale_KG, self.bias_KG, self.size_bias_KG, self.null_key_KGE, self.null_bias_KG
         newest = (self.newest_KG, self.newest_query_KGE) if self.newest_wins else (None, None)
-        return JointHeads(self.scale_KG, self.bias_KG, self.size_bias_KG, self.null_key_KGE, self.null_bias_KG, *newest)
+        evidence = ()
+        if self.passage_evidence:
+            evidence = self.evidence_KG, self.evidence_query_KGE, self.evidence_from_KG
+        return JointHeads(self.scaling, REFERENCE_SIZE, *always, *newest, *evidence)

@@ -19,7 +19,7 @@ from longmem.bank import MemoryBank
 from longmem.config import SideNetConfig
 from longmem.data import to_device
 from longmem.ops import (
-    EvidenceHeads,
+    FoundRows,
     JointHeads,
     NativeOps,
     PassageTables,
@@ -86,8 +86,6 @@ class Retrieved:
         local_BKGTE: Tensor,
         local_logsumexp_BKGT: Tensor,
         heads: JointHeads,
-        scaling: float,
-        reference_size: float,
         bias_BKGTR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """All of joint attention in one launch (`ops.joint_rows`); None where it takes more than one."""
@@ -98,14 +96,7 @@ class Retrieved:
         return False
 
     def raised(
-        self,
-        query_BKGTE: Tensor,
-        local_logsumexp_BKGT: Tensor,
-        heads: JointHeads,
-        evidence: EvidenceHeads,
-        tables: PassageTables,
-        scaling: float,
-        reference_size: float,
+        self, query_BKGTE: Tensor, local_logsumexp_BKGT: Tensor, heads: JointHeads, tables: PassageTables
     ) -> Tensor:
         """What passage evidence adds to the scores of one token a row (`ops.raise_rows`)."""
         raise NotImplementedError
@@ -173,8 +164,6 @@ class RetrievedRows(Retrieved):
         local_BKGTE: Tensor,
         local_logsumexp_BKGT: Tensor,
         heads: JointHeads,
-        scaling: float,
-        reference_size: float,
         bias_BKGTR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         if joins_at_once(query_BKGTE.device):
@@ -183,9 +172,7 @@ class RetrievedRows(Retrieved):
             join = self.native.joint_rows
         else:
             return None
-        rows = self.keys_PNE, self.values_PNE, self.pool_BK, self.slot_BKGTR, self.score_BKGTR, self.order_BKGTR
-        asked = query_BKGTE, local_BKGTE, local_logsumexp_BKGT
-        return join(*asked, *rows, self.bank_size_B, heads, scaling, reference_size, bias_BKGTR)
+        return join(query_BKGTE, local_BKGTE, local_logsumexp_BKGT, self._found, heads, bias_BKGTR)
 
     def raises_at_once(self, query_BKGTE: Tensor) -> bool:
         if query_BKGTE.shape[3] != 1:
@@ -193,20 +180,16 @@ class RetrievedRows(Retrieved):
         return joins_at_once(query_BKGTE.device) or self._native(query_BKGTE)
 
     def raised(
-        self,
-        query_BKGTE: Tensor,
-        local_logsumexp_BKGT: Tensor,
-        heads: JointHeads,
-        evidence: EvidenceHeads,
-        tables: PassageTables,
-        scaling: float,
-        reference_size: float,
+        self, query_BKGTE: Tensor, local_logsumexp_BKGT: Tensor, heads: JointHeads, tables: PassageTables
     ) -> Tensor:
-        found = self.score_BKGTR, self.index_BKGTR, self.bank_size_B
-        learned = heads, evidence, tables
         native = None if joins_at_once(query_BKGTE.device) else self.native
         step = raise_rows if native is None else native.raise_rows
-        return step(query_BKGTE, local_logsumexp_BKGT, *found, *learned, scaling, reference_size)
+        return step(query_BKGTE, local_logsumexp_BKGT, self._found, heads, tables)
+
+    @property
+    def _found(self) -> FoundRows:
+        found = self.slot_BKGTR, self.score_BKGTR, self.index_BKGTR, self.order_BKGTR
+        return FoundRows(self.keys_PNE, self.values_PNE, self.pool_BK, *found, self.bank_size_B)
 
     def _native(self, query_BKGTE: Tensor) -> bool:
         """Whether compiled functions of a CPU take such queries."""

@@ -13,12 +13,12 @@ from longmem.ops.dispatch import (
     topk_listed,
     topk_scan,
 )
-from longmem.ops.joint import JointHeads, joins_at_once, joint_rows
+from longmem.ops.joint import FoundRows, JointHeads, joins_at_once, joint_rows
 from longmem.ops.lists import Lists
 from longmem.ops.loss import linear_cross_entropy, linear_divergence, linear_nll
 from longmem.ops.native import NativeOps
 from longmem.ops.pages import empty_rows, in_large_pages
-from longmem.ops.passages import FADING, PASSAGE, PLACES, UNIT, EvidenceHeads, PassageTables, raise_rows
+from longmem.ops.passages import FADING, PASSAGE, PLACES, UNIT, PassageTables, raise_rows
 from longmem.ops.pools import Pools
 from longmem.ops.reference import causal_mask, row_scores
 
@@ -27,7 +27,7 @@ __all__ = [
     "PASSAGE",
     "PLACES",
     "UNIT",
-    "EvidenceHeads",
+    "FoundRows",
     "JointHeads",
     "Lists",
     "NativeOps",

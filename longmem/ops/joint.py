@@ -16,15 +16,49 @@ from longmem.ops.pools import Pools
 
 
 class JointHeads(NamedTuple):
-    """What memory heads have learned, as `longmem.attention.MemoryAttention` describes it; the last two may be None."""
+    """What memory heads have learned, as `longmem.attention.MemoryAttention` describes it. Of what a layer does not
+    have, both or all three are None.
 
+    Attributes:
+        scaling: what q·k is multiplied by.
+        reference_size: bank size at which the size bias is 0.
+    """
+
+    scaling: float
+    reference_size: float
     scale_KG: Tensor
     bias_KG: Tensor
     size_bias_KG: Tensor
     null_key_KGE: Tensor
     null_bias_KG: Tensor
-    newest_KG: Tensor | None
-    newest_query_KGE: Tensor | None
+    newest_KG: Tensor | None = None
+    newest_query_KGE: Tensor | None = None
+    evidence_KG: Tensor | None = None
+    evidence_query_KGE: Tensor | None = None
+    evidence_from_KG: Tensor | None = None
+
+    @property
+    def joining(self) -> list[Tensor | None]:
+        """What joint attention asks for, in this order and without gaps."""
+        return [None if part is None else part.contiguous() for part in self[2:9]]
+
+    @property
+    def raising(self) -> list[Tensor]:
+        """What passage evidence asks for."""
+        return [part.contiguous() for part in (*self[2:7], *self[9:]) if part is not None]
+
+
+class FoundRows(NamedTuple):
+    """What queries found and where it lies, as `longmem.index.RetrievedRows` describes it."""
+
+    keys_PNE: Tensor | Pools
+    values_PNE: Tensor | Pools
+    pool_BK: Tensor
+    slot_BKGTR: Tensor
+    score_BKGTR: Tensor
+    index_BKGTR: Tensor
+    order_BKGTR: Tensor
+    bank_size_B: Tensor
 
 
 def joins_at_once(device: torch.device) -> bool:
@@ -36,16 +70,8 @@ def joint_rows(
     query_BKGTE: Tensor,
     local_BKGTE: Tensor,
     local_logsumexp_BKGT: Tensor,
-    keys_PNE: Tensor | Pools,
-    values_PNE: Tensor | Pools,
-    pool_BK: Tensor,
-    slot_BKGTR: Tensor,
-    score_BKGTR: Tensor,
-    order_BKGTR: Tensor,
-    bank_size_B: Tensor,
+    found: FoundRows,
     heads: JointHeads,
-    scaling: float,
-    reference_size: float,
     bias_BKGTR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `longmem.attention.MemoryAttention` computes of these, in one launch. What that rounds at every step is
@@ -53,9 +79,6 @@ def joint_rows(
 
     Args:
         query_BKGTE, local_BKGTE, local_logsumexp_BKGT: any strides.
-        keys_PNE … bank_size_B: as in `longmem.index.Retrieved`.
-        scaling: what q·k is multiplied by.
-        reference_size: bank size at which the size bias is 0.
         bias_BKGTR: what is added to scores; None is nothing.
 
     Returns:
@@ -65,6 +88,4 @@ def joint_rows(
     """
     from longmem.ops.triton import joint
 
-    rows = keys_PNE, values_PNE, pool_BK, slot_BKGTR, score_BKGTR, order_BKGTR, bank_size_B
-    inputs = query_BKGTE, local_BKGTE, local_logsumexp_BKGT, *rows
-    return joint.joint_rows(*inputs, heads, scaling, reference_size, bias_BKGTR)
+    return joint.joint_rows(query_BKGTE, local_BKGTE, local_logsumexp_BKGT, found, heads, bias_BKGTR)

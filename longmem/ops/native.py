@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from longmem.ops.joint import JointHeads
-from longmem.ops.passages import FADING, PASSAGE, PLACES, EvidenceHeads, PassageTables
+from longmem.ops.joint import FoundRows, JointHeads
+from longmem.ops.passages import FADING, PASSAGE, PLACES, PassageTables
 from longmem.ops.pools import Pools
 
 _SIGNATURES = {
@@ -137,46 +137,36 @@ class NativeOps:
         query_BKGTE: Tensor,
         local_BKGTE: Tensor,
         local_logsumexp_BKGT: Tensor,
-        keys_PNE: Tensor | Pools,
-        values_PNE: Tensor | Pools,
-        pool_BK: Tensor,
-        slot_BKGTR: Tensor,
-        score_BKGTR: Tensor,
-        order_BKGTR: Tensor,
-        bank_size_B: Tensor,
+        found: FoundRows,
         heads: JointHeads,
-        scaling: float,
-        reference_size: float,
         bias_BKGTR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`ops.joint_rows` of float32 queries and keys and values in bfloat16, on a CPU, without gradients."""
-        assert isinstance(keys_PNE, Tensor) and isinstance(values_PNE, Tensor)
+        assert isinstance(found.keys_PNE, Tensor) and isinstance(found.values_PNE, Tensor)
         batch, kv_heads, group, tokens, head_dim = query_BKGTE.shape
         difference_BKGTE = torch.empty(query_BKGTE.shape)
-        mass_BKGT, log_weight_BKGTR = torch.empty(query_BKGTE.shape[:-1]), torch.empty(slot_BKGTR.shape)
+        mass_BKGT, log_weight_BKGTR = torch.empty(query_BKGTE.shape[:-1]), torch.empty(found.slot_BKGTR.shape)
         keys_BK, values_BK = (
-            rows_PNE.data_ptr() + pool_BK * (rows_PNE.stride(0) * rows_PNE.element_size())
-            for rows_PNE in (keys_PNE, values_PNE)
+            rows_PNE.data_ptr() + found.pool_BK * (rows_PNE.stride(0) * rows_PNE.element_size())
+            for rows_PNE in (found.keys_PNE, found.values_PNE)
         )
-        asked = query_BKGTE, local_BKGTE, local_logsumexp_BKGT
-        found = keys_BK, values_BK, slot_BKGTR, score_BKGTR, order_BKGTR, bank_size_B
-        made = bias_BKGTR, difference_BKGTE, mass_BKGT, log_weight_BKGTR
-        # Held until the call is over, as are copies of what has gaps.
-        parts = [None if part is None else part.contiguous() for part in (*asked, *found, *heads, *made)]
-        pointers = [None if part is None else part.data_ptr() for part in parts]
+        asked = _Held(query_BKGTE, local_BKGTE, local_logsumexp_BKGT)
+        lying = _Held(keys_BK, values_BK, found.slot_BKGTR, found.score_BKGTR, found.order_BKGTR)
+        learned = _Held(found.bank_size_B, *heads.joining)
+        made = _Held(bias_BKGTR, difference_BKGTE, mass_BKGT, log_weight_BKGTR)
         self.library.joint_rows(
-            *pointers[:3],
+            *asked.pointers,
             batch * kv_heads,
             kv_heads,
             group,
             tokens,
             head_dim,
-            *pointers[3:8],
-            slot_BKGTR.shape[-1],
-            *pointers[8:16],
-            scaling,
-            reference_size,
-            *pointers[16:],
+            *lying.pointers,
+            found.slot_BKGTR.shape[-1],
+            *learned.pointers,
+            heads.scaling,
+            heads.reference_size,
+            *made.pointers,
         )
         return difference_BKGTE, mass_BKGT, log_weight_BKGTR
 
@@ -184,32 +174,24 @@ class NativeOps:
         self,
         query_BKG1E: Tensor,
         local_logsumexp_BKG1: Tensor,
-        score_BKG1R: Tensor,
-        index_BKG1R: Tensor,
-        bank_size_B: Tensor,
+        found: FoundRows,
         heads: JointHeads,
-        evidence: EvidenceHeads,
         tables: PassageTables,
-        scaling: float,
-        reference_size: float,
     ) -> Tensor:
         """`ops.raise_rows` of float32 queries, on a CPU."""
-        raised_BKG1R = torch.empty(score_BKG1R.shape)
+        raised_BKG1R = torch.empty(found.score_BKGTR.shape)
         batch, kv_heads, group, _, head_dim = query_BKG1E.shape
-        asked = query_BKG1E, local_logsumexp_BKG1
-        found = score_BKG1R, index_BKG1R, bank_size_B
-        # Held until the call is over, as are copies of what has gaps.
-        parts = [part.contiguous() for part in (*asked, *found, *heads[:5], *evidence)]
-        pointers = [part.data_ptr() for part in parts]
+        asked = _Held(query_BKG1E, local_logsumexp_BKG1)
+        known = _Held(found.score_BKGTR, found.index_BKGTR, found.bank_size_B, *heads.raising)
         self.library.raise_rows(
-            *pointers[:2],
+            *asked.pointers,
             batch,
             kv_heads * group,
             head_dim,
-            score_BKG1R.shape[-1],
-            *pointers[2:],
-            scaling,
-            reference_size,
+            found.score_BKGTR.shape[-1],
+            *known.pointers,
+            heads.scaling,
+            heads.reference_size,
             tables.kept_BP.data_ptr(),
             tables.below_BP.data_ptr(),
             tables.takes_B.data_ptr(),
@@ -220,6 +202,17 @@ class NativeOps:
             raised_BKG1R.data_ptr(),
         )
         return raised_BKG1R
+
+
+class _Held:
+    """Tensors without gaps (copies of those that have some), which live as long as this does."""
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self._tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+    @property
+    def pointers(self) -> list[int | None]:
+        return [None if tensor is None else tensor.data_ptr() for tensor in self._tensors]
 
 
 __all__ = ["NativeOps"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longmem.ops.joint import JointHeads
+from longmem.ops.joint import FoundRows, JointHeads
 
 # Tokens that are one passage; a passage shares what it drew with those beside it.
 PASSAGE = 32
@@ -20,14 +20,6 @@ PLACES = 4093
 FADING = 0.95
 # Sums are counted in these units, since the order in which a GPU adds changes sums of floating-point numbers.
 UNIT = 2.0**-24
-
-
-class EvidenceHeads(NamedTuple):
-    """What memory heads have learned of evidence, as `longmem.attention.MemoryAttention` describes it."""
-
-    evidence_KG: Tensor
-    evidence_query_KGE: Tensor
-    evidence_from_KG: Tensor
 
 
 class PassageTables(NamedTuple):
@@ -58,25 +50,15 @@ class PassageTables(NamedTuple):
 def raise_rows(
     query_BKG1E: Tensor,
     local_logsumexp_BKG1: Tensor,
-    score_BKG1R: Tensor,
-    index_BKG1R: Tensor,
-    bank_size_B: Tensor,
+    found: FoundRows,
     heads: JointHeads,
-    evidence: EvidenceHeads,
     tables: PassageTables,
-    scaling: float,
-    reference_size: float,
 ) -> Tensor:
     """What evidence adds to the scores (B, K, G, 1, R) of one token a row, which counts in the tables from now on.
 
     Args:
         query_BKG1E, local_logsumexp_BKG1: any strides.
-        score_BKG1R, index_BKG1R, bank_size_B: as in `longmem.index.Retrieved`.
-        scaling: what q·k is multiplied by.
-        reference_size: bank size at which the size bias is 0.
     """
     from longmem.ops.triton import passages
 
-    found = score_BKG1R, index_BKG1R, bank_size_B
-    inputs = query_BKG1E, local_logsumexp_BKG1, *found
-    return passages.raise_rows(*inputs, heads, evidence, tables, scaling, reference_size)
+    return passages.raise_rows(query_BKG1E, local_logsumexp_BKG1, found, heads, tables)

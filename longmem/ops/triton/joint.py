@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longmem.ops.joint import JointHeads
-from longmem.ops.pools import Pools
+from longmem.ops.joint import FoundRows, JointHeads
 from longmem.ops.triton.attention import attend_row
 from longmem.ops.triton.rows import Source, pool_at
 
@@ -25,43 +24,35 @@ def joint_rows(
     query_BKGTE: Tensor,
     local_BKGTE: Tensor,
     local_logsumexp_BKGT: Tensor,
-    keys_PNE: Tensor | Pools,
-    values_PNE: Tensor | Pools,
-    pool_BK: Tensor,
-    slot_BKGTR: Tensor,
-    score_BKGTR: Tensor,
-    order_BKGTR: Tensor,
-    bank_size_B: Tensor,
+    found: FoundRows,
     heads: JointHeads,
-    scaling: float,
-    reference_size: float,
     bias_BKGTR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `longmem.ops.joint.joint_rows`."""
     batch, kv_heads, group, tokens, head_dim = query_BKGTE.shape
-    found, shape_BKGT, device = slot_BKGTR.shape[-1], query_BKGTE.shape[:-1], query_BKGTE.device
-    keys, values = Source.of(keys_PNE), Source.of(values_PNE)
+    slot_BKGTR, pool_BK = found.slot_BKGTR, found.pool_BK
+    top_k, shape_BKGT, device = slot_BKGTR.shape[-1], query_BKGTE.shape[:-1], query_BKGTE.device
+    keys, values = Source.of(found.keys_PNE), Source.of(found.values_PNE)
     assert keys[2:] == values[2:] and keys.rows.dtype == values.rows.dtype
     newest = heads.newest_KG is not None
     query_BKGTE, local_BKGTE = _dense_rows(query_BKGTE), _dense_rows(local_BKGTE)
-    per_query = (slot_BKGTR, score_BKGTR, order_BKGTR) if newest else (slot_BKGTR, score_BKGTR)
+    per_query = (slot_BKGTR, found.score_BKGTR, *((found.order_BKGTR,) if newest else ()))
     if len({rows.stride() for rows in per_query}) > 1 or slot_BKGTR.stride(-1) != 1:
         per_query = tuple(rows.contiguous() for rows in per_query)
     # Tokens first, as an output projection takes them.
     difference_BTKGE = torch.empty(batch, tokens, kv_heads, group, head_dim, dtype=local_BKGTE.dtype, device=device)
     mass_BKGT = torch.empty(shape_BKGT, device=device)
-    log_weight_BKGTR = torch.empty(*shape_BKGT, found, device=device)
+    log_weight_BKGTR = torch.empty(*shape_BKGT, top_k, device=device)
     if mass_BKGT.numel():
         _joint[(mass_BKGT.numel(),)](
             query_BKGTE, *query_BKGTE.stride()[:4], local_BKGTE, *local_BKGTE.stride()[:4],
             local_logsumexp_BKGT, *local_logsumexp_BKGT.stride(),
             *keys[:2], *values, pool_BK, *pool_BK.stride(),
-            *per_query, *(() if newest else (None,)), *per_query[0].stride()[:4], bank_size_B,
-            *(None if part is None else part.contiguous() for part in heads),
+            *per_query, *(() if newest else (None,)), *per_query[0].stride()[:4], found.bank_size_B,
+            *heads.joining,
             difference_BTKGE, mass_BKGT, log_weight_BKGTR, None if bias_BKGTR is None else bias_BKGTR.contiguous(),
-            kv_heads, group, tokens, found, head_dim, scaling,
-            float(reference_size), -math.log(found),
-            ALIGNED=Source(*values).aligned, R=triton.next_power_of_2(found), E=triton.next_power_of_2(head_dim),
+            kv_heads, group, tokens, top_k, head_dim, heads.scaling, float(heads.reference_size), -math.log(top_k),
+            ALIGNED=Source(*values).aligned, R=triton.next_power_of_2(top_k), E=triton.next_power_of_2(head_dim),
             num_warps=4 if newest else 2,
         )  # fmt: skip
     return difference_BTKGE.permute(0, 2, 3, 1, 4), mass_BKGT, log_weight_BKGTR

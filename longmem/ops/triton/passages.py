@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from longmem.ops.joint import JointHeads
-from longmem.ops.passages import FADING, PASSAGE, PLACES, UNIT, EvidenceHeads, PassageTables
+from longmem.ops.joint import FoundRows, JointHeads
+from longmem.ops.passages import FADING, PASSAGE, PLACES, UNIT, PassageTables
 
 _BLOCK = 1024
 
@@ -19,31 +19,26 @@ _BLOCK = 1024
 def raise_rows(
     query_BKG1E: Tensor,
     local_logsumexp_BKG1: Tensor,
-    score_BKG1R: Tensor,
-    index_BKG1R: Tensor,
-    bank_size_B: Tensor,
+    found: FoundRows,
     heads: JointHeads,
-    evidence: EvidenceHeads,
     tables: PassageTables,
-    scaling: float,
-    reference_size: float,
 ) -> Tensor:
     """See `longmem.ops.passages.raise_rows`."""
     batch, kv_heads, group, _, head_dim = query_BKG1E.shape
-    found = score_BKG1R.shape[-1]
+    score_BKG1R, index_BKG1R = found.score_BKGTR, found.index_BKGTR
+    top_k = score_BKG1R.shape[-1]
     query_BKG1E = query_BKG1E if query_BKG1E.stride(-1) == 1 else query_BKG1E.contiguous()
     if score_BKG1R.stride() != index_BKG1R.stride() or score_BKG1R.stride(-1) != 1:
         score_BKG1R, index_BKG1R = score_BKG1R.contiguous(), index_BKG1R.contiguous()
-    raised_BKG1R = torch.empty(batch, kv_heads, group, 1, found, device=query_BKG1E.device)
-    learned = (*heads[:5], *evidence)
+    raised_BKG1R = torch.empty(batch, kv_heads, group, 1, top_k, device=query_BKG1E.device)
     _raise[(batch * kv_heads * group,)](
         query_BKG1E, *query_BKG1E.stride()[:3], local_logsumexp_BKG1, *local_logsumexp_BKG1.stride()[:3],
-        score_BKG1R, index_BKG1R, *score_BKG1R.stride()[:3], bank_size_B,
-        *(part.contiguous() for part in learned),
+        score_BKG1R, index_BKG1R, *score_BKG1R.stride()[:3], found.bank_size_B,
+        *heads.raising,
         tables.kept_BP, tables.below_BP, tables.drawn_BP, raised_BKG1R,
-        kv_heads, group, found, head_dim, scaling, float(reference_size),
+        kv_heads, group, top_k, head_dim, heads.scaling, float(heads.reference_size),
         PASSAGE=PASSAGE, PLACES=PLACES, FADING=FADING, UNIT=UNIT, LOWEST=tables.lowest,
-        R=triton.next_power_of_2(found), E=triton.next_power_of_2(head_dim), num_warps=1,
+        R=triton.next_power_of_2(top_k), E=triton.next_power_of_2(head_dim), num_warps=1,
     )  # fmt: skip
     _fade[(batch, triton.cdiv(PLACES, _BLOCK))](
         tables.kept_BP, tables.below_BP, tables.drawn_BP, tables.takes_B,
