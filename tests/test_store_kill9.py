@@ -27,9 +27,11 @@ def kill9():
     del sys.modules["kill9"]
 
 
-def test_kills_lose_and_tear_nothing(kill9, tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", [1, 2])
+def test_kills_lose_and_tear_nothing(kill9, tmp_path: Path, store: int) -> None:
+    """A hundred in all."""
     pytest.importorskip("cryptography")
-    found = kill9.run(tmp_path / "memories", kills=20, writers=2)
+    found = kill9.run(tmp_path / f"memories-{store}", kills=50, writers=2)
     assert found["acknowledged_tokens"] > 0 and found["reads"] > 0 and found["segments_merged"] > 0
     assert found["forked_merged_and_forgotten"] > 0 and found["encrypted_and_destroyed"] > 0
     assert (found["lost_tokens"], found["torn_reads"], found["faults"]) == (0, 0, [])
