@@ -10,6 +10,7 @@
 #   told, twin-told       go on from OUT/main-int4 and OUT/twin with a quarter of histories (HISTORIES, of `longmem histories`)
 #   asked-SEED, twin-asked  go on from OUT/told and OUT/twin-told: windows starved, a wrong bank harmless, histories with
 #                         ordinary talk (`longmem histories --replies`)
+#   evident-SEED, twin-evident  go on from OUT/asked-1 and OUT/twin-asked: passage evidence, crowds of 16 (not shipped yet)
 #   evaluate-NAME         OUT/NAME → OUT/evals
 # TRAIN, HELDOUT, HISTORIES: folders of texts, or of `longmem tokenize`. The SideNet that ships is `asked-1-int4`, the
 # median of seeds 0, 1, 2 by its gain in a sliding window, after `main --steps 2400` (78.6M tokens, eight minutes of one
@@ -23,6 +24,7 @@ memory=(--heads '17.1 18.2 20.2 23.0 23.1 23.2' --empty-weight 0.5 --wrong-fract
 common=(--backbone smollm2-135m --steps 3100 --rows 16 --segment 2048 --bank-tokens 32768 --max-segments 32
     --learning-rate 0.002 --warmup 100 --compile --log-every 50)
 asked=(--steps 3000 --learning-rate 0.001 --warmup 60 --mix '0.75 0.25' --answer-weight 10 --starved-fraction 0.2)
+evident=(--steps 2200 --learning-rate 0.001 --warmup 60 --mix '0.75 0.25' --answer-weight 10 --starved-fraction 0.2)
 told=(--steps 3200 --learning-rate 0.001 --mix '0.75 0.25' --answer-weight 10)
 mkdir -p "$out/evals"
 
@@ -56,6 +58,16 @@ case $step in
     twin-asked)
         "${longmem[@]}" train "$train" "${HISTORIES:?a folder of longmem histories}" --out "$out/twin-asked" \
             --warm-from "$out/twin-told" "${common[@]}" "${asked[@]}" --no-memory "$@"
+        ;;
+    evident-*)
+        "${longmem[@]}" train "$train" "${HISTORIES:?a folder of longmem histories}" --out "$out/$step" \
+            --warm-from "$out/asked-1" "${common[@]}" --empty-weight 0.5 "${evident[@]}" --wrong-fraction 0.25 \
+            --crowded-fraction 0.125 --crowd 16 --starved-crowd 16 --newest-wins --passage-evidence --harmless-weight 0.6 \
+            --windows 960+63 --seed "${step#evident-}" "$@"
+        ;;
+    twin-evident)
+        "${longmem[@]}" train "$train" "${HISTORIES:?a folder of longmem histories}" --out "$out/twin-evident" \
+            --warm-from "$out/twin-asked" "${common[@]}" "${evident[@]}" --no-memory "$@"
         ;;
     pack-*)
         for precision in int8 int4; do
