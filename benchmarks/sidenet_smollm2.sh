@@ -15,7 +15,7 @@
 # TRAIN, HELDOUT, HISTORIES: folders of texts, or of `longmem tokenize`. The SideNet that ships is `asked-1-int4`, the
 # median of seeds 0, 1, 2 by its gain in a sliding window, after `main --steps 2400` (78.6M tokens, eight minutes of one
 # H100), `told` (104.9M tokens, nine minutes of one H200; its histories were those from before commit 63053ce) and
-# `asked-1` (98.3M tokens, nine minutes of one H200).
+# `asked-1` (98.3M tokens, nine minutes of one H200); then `benchmarks/fit_evidence.py` (four minutes of two CPU cores).
 set -euo pipefail
 step=$1 train=$2 heldout=$3 out=$4
 shift 4
