@@ -223,7 +223,8 @@ class MemoryAttention(nn.Module):
         sum_BKGTR = sums.evidence(self.layer, found.index_BKGTR, drawn_BKGTR)
         counted_BKGTR = (sum_BKGTR * (-self.evidence_from_KG.float()).exp()[..., None, None]).log1p()
         asked_BKGT = (query_BKGTE * self.evidence_query_KGE[..., None, :]).sum(-1).float() * self.scaling
-        return (self.evidence_KG[..., None] + asked_BKGT)[..., None] * counted_BKGTR
+        # What others found is never held against a passage.
+        return (self.evidence_KG[..., None] + asked_BKGT).clamp(min=0)[..., None] * counted_BKGTR
 
     def _rest(self, query_BKGTE: Tensor, local_logsumexp_BKGT: Tensor) -> Tensor:
         """log-sum-exp (B, K, G, T) of what memory competes with: local keys and the null key."""

@@ -135,7 +135,7 @@ def test_joint_attention_is_one_softmax_over_local_retrieved_and_null_keys(case:
         if attention.passage_evidence:
             drawn_R = evidence_BKGTR[b, k, g, t] / attention.evidence_from_KG[k, g].exp()
             gain = attention.evidence_KG[k, g] + query_BKGTE[b, k, g, t] @ attention.evidence_query_KGE[k, g] * SCALING
-            score_R = score_R + gain * drawn_R.log1p()
+            score_R = score_R + gain.clamp(min=0) * drawn_R.log1p()
         if attention.newest_wins and valid_R.any():
             discount = attention.newest_KG[k, g] + query_BKGTE[b, k, g, t] @ attention.newest_query_KGE[k, g] * SCALING
             share_R, order = score_R.softmax(0), found.order_BKGTR[b, k, g, t].tolist()

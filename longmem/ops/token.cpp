@@ -361,7 +361,8 @@ extern "C" void raise_rows(
             const float* query_E = query_BHE + i * head_dim;
             const float* found_R = found_BHR + i * top_k;
             const int64_t* index_R = index_BHR + i * top_k;
-            const float gain = gain_H[h] + product(query_E, gain_query_HE + h * head_dim, head_dim) * scaling;
+            const float asked = product(query_E, gain_query_HE + h * head_dim, head_dim) * scaling;
+            const float gain = std::max(gain_H[h] + asked, 0.0f);
             const float null = null_bias_H[h] + product(query_E, null_key_HE + h * head_dim, head_dim) * scaling;
             const float local = local_logsumexp_BH[i], larger = std::max(local, null);
             const float rest = larger + std::log1p(std::exp(std::min(local, null) - larger)) - bias_H[h] -

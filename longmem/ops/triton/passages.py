@@ -68,6 +68,7 @@ def _raise(
     gain_E = tl.load(gain_query_ptr + head * head_dim + e, mask=real, other=0.0).to(tl.float32)
     null = tl.sum(query_E * null_E, axis=0) * scaling + tl.load(null_bias_ptr + head).to(tl.float32)
     gain = tl.sum(query_E * gain_E, axis=0) * scaling + tl.load(gain_ptr + head).to(tl.float32)
+    gain = tl.maximum(gain, 0.0)
     at = b * found_b + k * found_k + g * found_g + r
     score_R = tl.load(score_ptr + at, mask=r < found, other=float("-inf"))
     passage_R = tl.load(index_ptr + at, mask=r < found, other=0) // PASSAGE
