@@ -2,7 +2,7 @@
 
     python benchmarks/write_gpu.py [--out FILE.csv] [--model smollm2-135m --text FILE] [--tokens 262144] [--compile]
 
-"prefill" is the whole backbone with nothing remembered and without logits, in windows of 1,024 or 2,048 tokens, as many
+"prefill" is the whole backbone with nothing remembered and without logits, in windows of `PREFILLS` tokens, as many
 tokens a batch as writing takes; "encode" is `LongMem.encode` with the windows that are told, NEW tokens behind CONTEXT,
 so many a batch; "encode and store" hands what it found to a bank on disk as well. Ways take turns; seconds are by the
 wall, the device's work included. Checked first, in float32: a batch of windows against windows one by one, and against

@@ -185,8 +185,7 @@ class MemoryAttention(nn.Module):
                 )
         discount_BKGT = None
         if self.newest_wins:
-            asked_BKGT = (query_BKGTE * self.newest_query_KGE[..., None, :]).sum(-1).float() * self.scaling
-            discount_BKGT = self.newest_KG[..., None] + asked_BKGT
+            discount_BKGT = self.newest_KG[..., None] + self._products(query_BKGTE, self.newest_query_KGE)
         rest_BKGT = local_logsumexp_BKGT
         if self.fusion == "joint":
             rest_BKGT = self._rest(query_BKGTE, local_logsumexp_BKGT)
@@ -222,19 +221,23 @@ class MemoryAttention(nn.Module):
         drawn_BKGTR = self._drawn(query_BKGTE, local_logsumexp_BKGT, found)
         sum_BKGTR = sums.evidence(self.layer, found.index_BKGTR, drawn_BKGTR)
         counted_BKGTR = (sum_BKGTR * (-self.evidence_from_KG.float()).exp()[..., None, None]).log1p()
-        asked_BKGT = (query_BKGTE * self.evidence_query_KGE[..., None, :]).sum(-1).float() * self.scaling
+        gain_BKGT = self.evidence_KG[..., None] + self._products(query_BKGTE, self.evidence_query_KGE)
         # What others found is never held against a passage.
-        return (self.evidence_KG[..., None] + asked_BKGT).clamp(min=0)[..., None] * counted_BKGTR
+        return gain_BKGT.clamp(min=0)[..., None] * counted_BKGTR
 
     def _rest(self, query_BKGTE: Tensor, local_logsumexp_BKGT: Tensor) -> Tensor:
         """log-sum-exp (B, K, G, T) of what memory competes with: local keys and the null key."""
-        null_BKGT = (query_BKGTE * self.null_key_KGE[..., None, :]).sum(-1).float() * self.scaling
-        return torch.logaddexp(local_logsumexp_BKGT, null_BKGT + self.null_bias_KG[..., None])
+        null_BKGT = self._products(query_BKGTE, self.null_key_KGE) + self.null_bias_KG[..., None]
+        return torch.logaddexp(local_logsumexp_BKGT, null_BKGT)
 
     def _bias(self, found: Retrieved) -> Tensor:
         """What is added to the scores of all that a row found, (B, K, G, 1)."""
         log_size_B111 = (found.bank_size_B.clamp(min=1) / REFERENCE_SIZE).log()[:, None, None, None]
         return self.bias_KG[..., None] + self.size_bias_KG[..., None] * log_size_B111
+
+    def _products(self, query_BKGTE: Tensor, vector_KGE: Tensor) -> Tensor:
+        """Scaled products (B, K, G, T) of queries and one vector a head."""
+        return (query_BKGTE * vector_KGE[..., None, :]).sum(-1).float() * self.scaling
 
     def _scaled(self, query_BKGTE: Tensor) -> Tensor:
         return query_BKGTE.float() * self.scale_KG[..., None, None].float()

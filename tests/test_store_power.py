@@ -252,6 +252,26 @@ def held(store: MemoryStore) -> dict[str, dict[str, str]]:
     return {name: {source: bank.text_of(source) for source in bank.sources} for name, bank in banks.items()}
 
 
+def crashes_of(
+    store: MemoryStore, disk: Disk, steps: dict[str, Callable[[MemoryStore], Any]], monkeypatch: pytest.MonkeyPatch
+) -> list[tuple[str, Crash, list[dict[str, dict[str, str]]]]]:
+    """Losses of power at any instant of steps taken one after another: of which step, what is on disk then, and what a
+    store may hold that is opened on it."""
+    crashes = []
+    for name, step in steps.items():
+        before = held(store)
+        disk.crashes.clear()
+        with recorded(disk, monkeypatch):
+            step(store)
+        disk.crash()
+        # The last ones are after it returned: then it is done.
+        *during, after_synced, after_now = disk.crashes
+        states = [before, held(store)]
+        crashes += [(name, crash, states) for crash in during]
+        crashes += [(name, crash, states[1:]) for crash in (after_synced, after_now)]
+    return crashes
+
+
 def test_every_operation_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a loss of power at any step of any operation, the store is what it was before it or after it."""
     folder, model, secret = tmp_path / "memories", Model(), "the s3cret stone"
@@ -268,24 +288,14 @@ def test_every_operation_is_whole_or_not_there(tmp_path: Path, monkeypatch: pyte
         "forget": lambda store: store.forget("notes/draft", [Stretch("a")], model),
         "delete": lambda store: store.delete("notes"),
     }
-    disk, crashes = Disk(folder), list[tuple[str, Crash, list[dict[str, dict[str, str]]]]]()
+    disk = Disk(folder)
     with MemoryStore.open(folder) as store:
         bank = store.bank("notes", SPEC)
         with recorded(disk, monkeypatch):
             bank.append(model.entry("a", "one two three "))
             bank.append(model.entry("b", f"and {secret} here"))
             bank.append(model.entry("a", "four", 14, "one two three "))
-        for name, step in steps.items():
-            before = held(store)
-            disk.crashes.clear()
-            with recorded(disk, monkeypatch):
-                step(store)
-            disk.crash()
-            # The last ones are after it returned: then it is done.
-            *during, after_synced, after_now = disk.crashes
-            states = [before, held(store)]
-            crashes += [(name, crash, states) for crash in during]
-            crashes += [(name, crash, states[1:]) for crash in (after_synced, after_now)]
+        crashes = crashes_of(store, disk, steps, monkeypatch)
     assert {name for name, _, _ in crashes} == set(steps) and len(crashes) > 100
     for number, (name, crash, states) in enumerate(different(crashes)):
         crash.write(tmp_path / str(number))
@@ -317,7 +327,7 @@ def test_encryption_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
         "delete": lambda store: store.delete("notes"),
         "encrypt a new one": lambda store: store.encrypt("later"),
     }
-    disk, crashes = Disk(folder), list[tuple[str, Crash, list[dict[str, dict[str, str]]]]]()
+    disk = Disk(folder)
     with MemoryStore.open(folder) as store:
         bank = store.bank("notes", SPEC)
         with recorded(disk, monkeypatch):
@@ -326,16 +336,7 @@ def test_encryption_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Mo
             bank.append(model.entry("a", "four", 14, "one two three "))
             bank.keep_scores("surprise", {piece.id: torch.ones(piece.tokens) for piece in bank.pieces})
             bank.save_index(make_index(bank))
-        for name, step in steps.items():
-            before = held(store)
-            disk.crashes.clear()
-            with recorded(disk, monkeypatch):
-                step(store)
-            disk.crash()
-            *during, after_synced, after_now = disk.crashes
-            states = [before, held(store)]
-            crashes += [(name, crash, states) for crash in during]
-            crashes += [(name, crash, states[1:]) for crash in (after_synced, after_now)]
+        crashes = crashes_of(store, disk, steps, monkeypatch)
     assert {name for name, _, _ in crashes} == set(steps) and len(crashes) > 100
     for number, (name, crash, states) in enumerate(different(crashes)):
         where = tmp_path / str(number)
