@@ -77,7 +77,7 @@ def test_sharing_the_filler_equals_writing_everything_anew(
                 banks = []
                 for evidence in (needle.evidence, needle.wrong):
                     bank = model.new_bank()
-                    for place, text in enumerate(texts[:count]):
+                    for place, text in enumerate(texts[:count]):  # the first case's stretch
                         hidden = needle.hidden_in(text, evidence) if place == index else text
                         model.write_text(bank, hidden, source=f"anything/{place}")
                     banks.append(bank)
@@ -128,6 +128,27 @@ def test_results_add_up(
     saved = json.loads((tmp_path / "new" / "figures.json").read_text())
     assert saved["groups"]["passkey"]["64"]["scores"]["bank_on"]["rates"]["answer"] == 1
     assert saved["config"]["seed"] == 0
+
+
+@given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 12))
+def test_every_case_has_its_stretch_of_the_pool(count: int, spare: int, cases: int) -> None:
+    entries: Any = list(range(count + spare))
+    stretches: list[Any] = recall._stretches(entries, count, cases)
+    assert len(stretches) == cases
+    assert all(part == list(range(part[0], part[0] + count)) for part in stretches)
+    assert stretches[0][0] == 0 and (cases == 1 or stretches[-1][-1] == entries[-1])
+    assert len({part[0] for part in stretches}) == min(cases, spare + 1) or cases == 1
+
+
+def test_a_larger_pool(model: LongMem, filler: TokenizedDocuments) -> None:
+    config = RecallConfig(("passkey",), (64,), cases=3, passage=32, pool=160)
+    progress: list[int] = []
+    result = recall.recall(model, filler, config, on_case=progress.append)
+    assert sum(progress) == recall.steps(config) == 5 + 3
+    alone = recall.recall(model, filler, dataclasses.replace(config, pool=0))
+    given = [[case["outcomes"]["bank_on"]["log_probability"] for case in each.cases] for each in (result, alone)]
+    assert given[0][0] == pytest.approx(given[1][0], abs=1e-4)  # the first stretch is the whole of the lesser pool
+    assert given[0][2] != pytest.approx(given[1][2], abs=1e-4)
 
 
 @given(st.integers(1, 60))

@@ -259,6 +259,10 @@ def recall(
     ] = None,
     cases: Annotated[int, typer.Option(help="Questions a task and size.")] = 100,
     pairs: Annotated[int, typer.Option(help="Keys with values side by side, one of which is asked for.")] = 4,
+    pool: Annotated[
+        int,
+        typer.Option(help="Tokens of filler, of which every case remembers a stretch; at least the largest bank's."),
+    ] = 0,
     passage: Annotated[int, typer.Option(help="Tokens of a piece of filler, each a source of its own.")] = 512,
     context_tokens: Annotated[
         int, typer.Option("--context", help="Tokens of other text that stand before the question in the window.")

@@ -2,7 +2,8 @@
 
 A bank of N remembered tokens holds passages of other text, each a source of its own. One of them, at a random depth,
 has the evidence at a random place of its text; it alone is encoded anew for a case, all others once. A bank knows no
-positions, so depth matters only where keys are averaged in chunks.
+positions, so depth matters only where keys are averaged in chunks. Which filler lies around matters much, so every case
+has a stretch of its own of a pool of filler, where the pool is larger than the bank.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class RecallConfig:
         remembered: tokens of the bank, each size measured with the same cases.
         cases: questions a task and size.
         pairs: keys with values that stand side by side, one of which is asked for.
+        pool: tokens of filler, of which the bank of every case is a stretch; at least those of the largest bank, which
+            alone would stand among the same filler in all cases.
         passage: tokens of a piece of filler, and of the source that holds the evidence, without the evidence.
         context: tokens of other text, not remembered, that stand before the question in the window under every
             condition, as they would where a text is read on; at most `passage`.
@@ -67,6 +70,7 @@ class RecallConfig:
     remembered: tuple[int, ...] = (65536,)
     cases: int = 100
     pairs: int = 4
+    pool: int = 0
     passage: int = 512
     context: int = 0
     seed: int = 0
@@ -126,8 +130,8 @@ class RecallResult:
 
     Attributes:
         groups: task → tokens of the bank → scores.
-        bank_tokens: asked for → tokens that the filler has.
-        filler_repeats: how often a passage of filler stands in the largest bank on average.
+        bank_tokens: asked for → tokens that the filler has, on average over cases.
+        filler_repeats: how often a passage of filler stands in the pool on average.
         cases: one row a question, size and task: what was asked and came out under each condition.
     """
 
@@ -193,8 +197,7 @@ def recall(
     """
     advance = on_case or (lambda steps: None)
     rng = np.random.default_rng(config.seed)
-    largest = max(config.remembered) // config.passage * config.passage
-    size = largest + (config.passage if config.context else 0)
+    size = _pooled(config) * config.passage + (config.passage if config.context else 0)
     texts, repeats = passages(filler, model.tokenizer, tokens=size, size=config.passage, rng=rng)
     opening = last_tokens(model, texts.pop(), config.context) + "\n\n" if config.context else ""
     entries = encode_filler(model, texts, advance)
@@ -204,23 +207,41 @@ def recall(
         count = remembered // config.passage
         for task in config.tasks:
             outcomes = []
-            hidden = needles(task, config)
+            hidden = list(zip(needles(task, config), _stretches(entries, count, config.cases), strict=True))
             size = cases_at_once(model, remembered)
             for first in range(0, len(hidden), size):
                 some = hidden[first : first + size]
-                for needle, found in zip(some, _outcomes(model, some, entries[:count], opening), strict=True):
+                for (needle, _), found in zip(some, _outcomes(model, some, opening), strict=True):
                     outcomes.append(found)
                     given = {name: dataclasses.asdict(outcome) for name, outcome in found.items()}
                     rows.append({"remembered": remembered, **dataclasses.asdict(needle), "outcomes": given})
                     advance(1)
             groups[task][remembered] = score_group(outcomes, LABELS, config.seed)
-    bank_tokens = {n: sum(len(each) for each in entries[: n // config.passage]) for n in config.remembered}
+    bank_tokens = {
+        n: round(
+            sum(len(each) for part in _stretches(entries, n // config.passage, config.cases) for each in part)
+            / config.cases
+        )
+        for n in config.remembered
+    }
     return RecallResult(groups, bank_tokens, repeats, rows, dataclasses.asdict(config))
 
 
 def steps(config: RecallConfig) -> int:
     """How often `recall` reports progress."""
-    return max(config.remembered) // config.passage + len(config.remembered) * len(config.tasks) * config.cases
+    return _pooled(config) + len(config.remembered) * len(config.tasks) * config.cases
+
+
+def _pooled(config: RecallConfig) -> int:
+    """Passages of filler."""
+    return max(config.pool, *config.remembered) // config.passage
+
+
+def _stretches(entries: Sequence[BankEntry], count: int, cases: int) -> list[Sequence[BankEntry]]:
+    """Of each case as many entries that follow each other, from beginnings spread evenly."""
+    spare = len(entries) - count
+    starts = (spare * case // max(cases - 1, 1) for case in range(cases))
+    return [entries[start : start + count] for start in starts]
 
 
 def last_tokens(model: LongMem, text: str, tokens: int) -> str:
@@ -230,17 +251,17 @@ def last_tokens(model: LongMem, text: str, tokens: int) -> str:
 
 
 def _outcomes(
-    model: LongMem, some: Sequence[Needle], filler: Sequence[BankEntry], opening: str
+    model: LongMem, some: Sequence[tuple[Needle, Sequence[BankEntry]]], opening: str
 ) -> list[dict[str, Outcome]]:
-    places = [int(needle.depth * len(filler)) for needle in some]
+    placed = [(needle, filler, int(needle.depth * len(filler))) for needle, filler in some]
     texts = [
         needle.hidden_in(filler[place].text, evidence)
-        for needle, place in zip(some, places, strict=True)
+        for needle, filler, place in placed
         for evidence in (needle.evidence, needle.wrong)
     ]
     encoded = iter(encode_texts(model, texts))
     cases = []
-    for needle, place in zip(some, places, strict=True):
+    for needle, filler, place in placed:
         on, wrong = (dataclasses.replace(next(encoded), source=filler[place].source) for _ in range(2))
         question = Question(needle.prompt, needle.answer, needle.labels, opening, evidence=on.text + "\n\n")
         rest = (("before", filler[:place]), ("after", filler[place + 1 :]))
