@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from longmem.contenders.extended_rope import ExtendedRope
 from longmem.contenders.longmem import LongMemContender
 from longmem.contenders.longmem_paper import LongMemPaper
 from longmem.contenders.longmem_rag import LongMemRag
+from longmem.contenders.longmem_recall import LongMemRecall
 from longmem.contenders.memgpt import MemGpt
 from longmem.contenders.oracle import Oracle
 from longmem.contenders.rag_bm25 import RagBm25
@@ -29,6 +31,7 @@ from longmem.contenders.window import Window
 from longmem.data import Document
 from longmem.errors import ConfigError, UnavailableError
 from longmem.model import LongMem
+from longmem.recall import recall
 from longmem.registry import found
 
 CONFIG = ContenderConfig(window=96, extended=256, chunk=16, chunks=2)
@@ -51,7 +54,10 @@ def test_reading_windows_in_a_row_is_reading_each_anew(seed: int, memory: float)
     more = random.integers(2, 90, size=random.integers(1, 40)).tolist()
     bank = _MODEL.new_bank() if memory else None
     if bank is not None:
-        _MODEL.write_text(bank, TINY_TEXT, source="bees")
+        # No more than every query finds: among more, two that match alike to within rounding may change places.
+        few = _MODEL.tokenizer(TINY_TEXT)["input_ids"][: _MODEL.config.top_k]
+        _MODEL.write_text(bank, _MODEL.tokenizer.decode(few), source="bees")
+        assert 4 < len(bank) <= _MODEL.config.top_k
     reader = Reader(_MODEL, memory)
     reader.forget(bank)
     for number, window in enumerate(windows):
@@ -285,6 +291,29 @@ def test_longmem_with_pieces_differs_by_the_bank_alone(model: LongMem) -> None:
         contender.prepare(DOCUMENTS)
     assert both.view(PROMPT) == words.view(PROMPT)
     assert both.bank.sources and both.log_likelihood(PROMPT, " under") != words.log_likelihood(PROMPT, " under")
+
+
+def test_what_is_recalled_stands_in_the_window(model: LongMem) -> None:
+    contender = LongMemRecall(model, dataclasses.replace(CONFIG, window=400))
+    contender.prepare(DOCUMENTS)
+    hits = recall(model, contender.bank, PROMPT.query, CONFIG.chunks)
+    view = contender.view(PROMPT)
+    assert contender.seen == tuple(hit.text for hit in reversed(hits)) and DOCUMENTS[1].text in contender.seen
+    assert model.tokenizer.decode(view.asked).endswith(PROMPT.text)
+    assert contender.bank.sources and contender.log_likelihood(PROMPT, " under")
+    # What it asks its bank with is read as well.
+    before = contender.cost.asked_tokens
+    contender.view(PROMPT)
+    assert contender.cost.asked_tokens - before == len(model.tokenizer(PROMPT.query)["input_ids"])
+    # Told something else, it finds that; of a blank prompt, and in nothing, it finds nothing.
+    contender.prepare(DOCUMENTS[:1])
+    contender.view(PROMPT)
+    assert DOCUMENTS[1].text not in contender.seen
+    contender.view(Prompt(" ", room=4))
+    assert contender.seen == ()
+    contender.prepare([])
+    contender.view(PROMPT)
+    assert contender.seen == ()
 
 
 def test_the_paper_needs_its_weights(model: LongMem, tiny_model_dir: Path) -> None:

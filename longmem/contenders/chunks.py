@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from longmem.contenders.contender import GAP, Contender, ContenderConfig, Prompt, View
+from longmem.contenders.contender import Contender, ContenderConfig, Prompt, View
 from longmem.contenders.kept import Kept
 from longmem.data import Document
 from longmem.model import LongMem
@@ -55,20 +55,6 @@ class Retriever(Contender):
     def view(self, prompt: Prompt) -> View:
         ranked = np.argsort(-self.scores(prompt.wanted), kind="stable")[: self.config.chunks]
         return self.shown([self.pieces[place] for place in ranked], prompt)
-
-    def shown(self, best_first: Sequence[str], prompt: Prompt) -> View:
-        """Pieces before the prompt, as many as fit half of the window; a long prompt keeps the other half."""
-        window = min(self.config.window, self.model.backbone.max_positions)
-        opening, found = self.reader.tokenize(prompt.opening), []
-        self.seen = ()
-        for piece in best_first:
-            more = self.reader.tokenize(piece + GAP)
-            if len(found) + len(more) > (window - prompt.room) // 2:
-                break
-            found = more + found
-            self.seen = (piece, *self.seen)
-        text = self.fitted([], prompt, window - len(found)).asked
-        return View(opening, found + text)
 
     def kept_bytes(self) -> int:
         return sum(len(piece.encode()) for piece in self.pieces)

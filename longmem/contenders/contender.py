@@ -222,6 +222,21 @@ class Contender(ABC):
             told = told[len(told) - room // _STEP * _STEP :]
         return View(opening + list(told), text)
 
+    def shown(self, best_first: Sequence[str], prompt: Prompt) -> View:
+        """Pieces before the prompt, the best one last, as many as fit half of the window; a long prompt keeps the other
+        half."""
+        window = min(self.config.window, self.model.backbone.max_positions)
+        opening, found = self.reader.tokenize(prompt.opening), []
+        self.seen = ()
+        for piece in best_first:
+            more = self.reader.tokenize(piece + GAP)
+            if len(found) + len(more) > (window - prompt.room) // 2:
+                break
+            found = more + found
+            self.seen = (piece, *self.seen)
+        text = self.fitted([], prompt, window - len(found)).asked
+        return View(opening, found + text)
+
     def _read(self, prompt: Prompt) -> None:
         if prompt == self._prompt:
             return  # read already
