@@ -50,6 +50,7 @@ _COLUMNS = {
     "wrong": ("longmem-wrong",),
     "**bank**": ("longmem",),
     "**bank + BM25**": ("longmem+rag",),
+    "**bank + recall**": ("longmem+recall",),
     "paper's recipe": ("longmem-paper",),
     "shown the evidence": ("oracle",),
 }
@@ -168,6 +169,7 @@ def summary(comparison: Comparison) -> str:
         report.table(["", *_COLUMNS], rows),
         *standing_lines(comparison, "longmem"),
         *standing_lines(comparison, "longmem+rag"),
+        *standing_lines(comparison, "longmem+recall"),
     ]
     invented = comparison.cell("facts", "longmem").figures.get("invented")
     if invented is not None:

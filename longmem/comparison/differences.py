@@ -21,6 +21,7 @@ WORTH = {
     ("longmem+rag", "rag-bm25"): "LongMem added to retrieval",
     ("longmem", "best"): "against the best without LongMem",
     ("longmem+rag", "best"): "the same with retrieval",
+    ("longmem+recall", "best"): "the same with what it recalls",
 }
 # What does without LongMem and is not shown the evidence.
 _RIVALS = ("window", "extended", "extended-rope", "rag-bm25", "rag-dense", "rag-hybrid", "memgpt")

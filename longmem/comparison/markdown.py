@@ -85,7 +85,7 @@ def worth_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 def standing(comparison: Comparison) -> list[str]:
     """Where LongMem loses and wins, in words."""
-    return [line for name in ("longmem", "longmem+rag") for line in standing_lines(comparison, name)]
+    return [line for name in ("longmem", "longmem+rag", "longmem+recall") for line in standing_lines(comparison, name)]
 
 
 def details(comparison: Comparison, task: Named, notes: Notes) -> str:
