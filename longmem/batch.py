@@ -13,7 +13,7 @@ from torch import Tensor
 
 from longmem.attention import MemoryRead
 from longmem.errors import ConfigError
-from longmem.generation import Continuation, GenerationConfig, LocalWindow, Piece, prompt_ids, sample, sampler
+from longmem.generation import Continuation, GenerationConfig, LocalWindow, Piece, begun, sample, sampler
 from longmem.group import Readable
 from longmem.model import LongMem
 from longmem.steps import BatchDecoder
@@ -79,7 +79,8 @@ def _side_by_side(
         for row in range(rows):
             if row not in texts and waiting:
                 number = waiting.popleft()
-                texts[row] = number, Continuation(windows[number], prompt_ids(model, prompts[number]))
+                window = windows[number]
+                texts[row] = number, Continuation(window, begun(window, prompts[number]))
         # A text that is new, or whose window has just moved, is read; all others take a step.
         results = {
             row: (*decoder.begin(row, text.window.tokens_N, text.window.visible), 0)

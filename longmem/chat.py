@@ -20,6 +20,7 @@ from longmem.errors import ConfigError
 from longmem.generation import GenerationConfig, LocalWindow, Piece, continue_text, sampler, stop_token_ids, tokenize
 from longmem.group import Readable
 from longmem.model import LongMem
+from longmem.recall import Hit
 
 # Stands for an earlier reply where the template is asked how the next turn begins.
 _REPLY = "8c1f9e"
@@ -84,6 +85,11 @@ class ChatSession:
             raise ConfigError("There is nothing to answer: the message is empty.")
         return self._turn(text)
 
+    @property
+    def recalled(self) -> tuple[Hit, ...]:
+        """Passages that the window shows, put there for the last turn (`GenerationConfig.recall`)."""
+        return self._window.recalled
+
     def close(self) -> None:
         """End the session. Everything said is in the bank already unless a reply is still being streamed."""
         if not self._closed:
@@ -104,6 +110,7 @@ class ChatSession:
             # Some templates begin with the very token that the window puts first.
             window.extend(head[head[:1] == [self.model.backbone.prefix_token_id] :], remember=False)
             self._started = True
+        window.recollect(text, room=len(turn))
         try:
             yield from continue_text(window, turn, self._generator)
         finally:

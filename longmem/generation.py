@@ -25,6 +25,7 @@ from longmem.errors import ConfigError
 from longmem.group import BankGroup, Readable, members
 from longmem.index import PLACES, place_of
 from longmem.model import LongMem, ModelCache
+from longmem.recall import Hit, Recaller, as_told
 from longmem.steps import BatchDecoder, read_on, records
 
 DEFAULT_WINDOW = 1536
@@ -49,6 +50,9 @@ class GenerationConfig:
         attribute: find out which remembered text each token drew on (`Piece.sources`). What is remembered of the
             generated text then says so, too, so that it can be found when that text is forgotten.
         remember: write what leaves the window to the bank; otherwise it is dropped.
+        recall: passages of the bank at most that are put into the window, before everything that is remembered of it:
+            those that a prompt or a turn is about (`longmem.recall`), in up to a third of the window. The bank is read
+            beside them as ever. They cost reading; a fact that stands in the window is used more surely.
         stop: end before any of these strings.
         stop_token_ids: end at any of these; None is the tokenizer's end of text.
         cache: False reads the whole window again for every token. Slow; the reference that the cache is tested on.
@@ -63,6 +67,7 @@ class GenerationConfig:
     memory: float = 1.0
     attribute: bool = False
     remember: bool = True
+    recall: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] | None = None
     cache: bool = True
@@ -73,6 +78,7 @@ class GenerationConfig:
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("recall", self.recall >= 0, "0 (no passages) or more"),
             ("window", self.window is None or self.window >= 8, "at least 8 tokens"),
             ("memory", 0 <= self.memory <= 1, "from 0 (the backbone alone) to 1 (the trained strength)"),
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty"),
@@ -136,7 +142,16 @@ def generate(
     """
     config = config or GenerationConfig()
     window = LocalWindow(model, bank, config, source=source)
-    return continue_text(window, prompt_ids(model, prompt), sampler(config))
+    return continue_text(window, begun(window, prompt), sampler(config))
+
+
+def begun(window: LocalWindow, prompt: str | Tensor) -> list[int]:
+    """Token ids of a prompt, which may be given as such; the window shows what it recalls to it."""
+    token_ids = prompt.flatten().tolist() if isinstance(prompt, Tensor) else tokenize(window.model, prompt)
+    if window.config.recall:
+        text = prompt if isinstance(prompt, str) else window.model.tokenizer.decode(token_ids)
+        window.recollect(text, room=len(token_ids))
+    return token_ids
 
 
 def continue_text(window: LocalWindow, token_ids: Sequence[int], generator: torch.Generator) -> Iterator[Piece]:
@@ -263,11 +278,6 @@ def _overlap(text: str, stop: str) -> int:
 # ---- text ----------------------------------------------------------------------------------------------------
 
 
-def prompt_ids(model: LongMem, prompt: str | Tensor) -> list[int]:
-    """Token ids of a prompt, which may be given as such."""
-    return prompt.flatten().tolist() if isinstance(prompt, Tensor) else tokenize(model, prompt)
-
-
 def tokenize(model: LongMem, text: str) -> list[int]:
     """Token ids of a text, without the tokens a tokenizer would put around it."""
     return model.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -306,6 +316,24 @@ class TextDecoder:
         """Text that became certain since the last call."""
         new, self._taken = self.text[self._taken :], len(self.text)
         return new
+
+    def replace(self, begin: int, end: int, token_ids: Sequence[int]) -> None:
+        """Put others in the place of tokens [begin, end). Everything is certain and taken then."""
+        self.flush()
+        other = TextDecoder(self._tokenizer)
+        for token_id in token_ids:
+            other.push(token_id)
+        other.flush()
+        start = self.offsets[begin - 1][1] if begin else 0
+        stop = self.offsets[end - 1][1] if end > begin else start
+        longer = len(other.text) - (stop - start)
+        self.text = self.text[:start] + other.text + self.text[stop:]
+        self._taken = len(self.text)
+        self.offsets = [
+            *self.offsets[:begin],
+            *((start + first, start + last) for first, last in other.offsets),
+            *((first + longer, last + longer) for first, last in self.offsets[end:]),
+        ]
 
     def forget(self, tokens: int) -> None:
         """Drop the first tokens and their text."""
@@ -358,6 +386,7 @@ class LocalWindow:
         bank: that what leaves goes to.
         token_ids: in the window, without the prefix.
         decoder: their text.
+        recalled: passages that were put into the window, what was remembered last at the end.
     """
 
     def __init__(
@@ -380,9 +409,13 @@ class LocalWindow:
         self._cache: ModelCache | None = None
         self._steps: BatchDecoder | None = None
         self._read = 0
-        # The window is [unremembered | in the bank | not yet in the bank]
+        # The window is [unremembered | in the bank | not yet in the bank]; what is shown of the bank ends the first.
         self._unremembered = 0
+        self._shown = 0
         self._in_bank = 0
+        self._moved = 0  # and not told yet
+        self.recalled: tuple[Hit, ...] = ()
+        self._recaller = Recaller(model)
         self._drew_on: list[Attribution] = []
 
     def draw_on(self, sources: Sequence[Attribution]) -> None:
@@ -403,7 +436,7 @@ class LocalWindow:
             remember: False for tokens that are never written (only at the start of a stream).
             silent: they cover no text, as special tokens do.
         """
-        moved = 0
+        moved, self._moved = self._moved, 0
         for token_id in token_ids:
             if 1 + len(self.token_ids) >= self.size:
                 moved += self._move()
@@ -412,6 +445,48 @@ class LocalWindow:
             if not remember:
                 self._unremembered += 1
         return moved
+
+    def recollect(self, query: str, *, room: int) -> None:
+        """Show the passages that a query is about instead of those shown before, after what is never written.
+
+        Args:
+            room: tokens that will follow.
+        """
+        if self.remembered is None or not self.config.recall:
+            return
+        passages: dict[Hit, list[int]] = {}
+        left = self.size // 3
+        for hit in self._recaller.recall(self.remembered, query, self.config.recall, skip=self._is_here):
+            passages[hit] = tokenize(self.model, hit.text + "\n\n")
+            left -= len(passages[hit])
+            if left < 0:
+                del passages[hit]
+                break
+        self.recalled = tuple(as_told(list(passages), self.remembered))
+        shown = [token_id for hit in self.recalled for token_id in passages[hit]]
+        self._show([])
+        # What would leave as soon as the rest comes leaves now, or what is shown would leave with it.
+        most = self.size - 1 - len(shown) - min(room, self.size // 3)
+        while len(self.token_ids) > most:
+            self._moved += self._move()
+        self._show(shown)
+
+    def _is_here(self, hit: Hit) -> bool:
+        """Whether a passage stands in the window, in part at least, since it has just been said."""
+        if self.bank is None or not self._in_bank or (hit.bank, hit.source) != (self.bank.name, self._source):
+            return False
+        first, last = self._unremembered, self._unremembered + self._in_bank - 1
+        here = self.decoder.offsets[last][1] - self.decoder.offsets[first][0]
+        return hit.end > self.bank.length_of(hit.source) - here
+
+    def _show(self, token_ids: list[int]) -> None:
+        if self._shown or token_ids:
+            begin, end = self._unremembered - self._shown, self._unremembered
+            self.decoder.replace(begin, end, token_ids)
+            self.token_ids[begin:end] = token_ids
+            self._unremembered += len(token_ids) - self._shown
+            self._shown = len(token_ids)
+            self._cache, self._read = None, 0
 
     def remember(self) -> int:
         """Write what is not in the bank yet, durably if the bank is a stored one; returns how many tokens."""
@@ -457,6 +532,7 @@ class LocalWindow:
             self._write(cut)
         unremembered = min(cut, self._unremembered)
         self._unremembered -= unremembered
+        self._shown = min(self._shown, self._unremembered)
         self._in_bank = max(0, self._in_bank - (cut - unremembered))
         del self.token_ids[:cut]
         self.decoder.forget(cut)

@@ -31,6 +31,9 @@ LONGEST = 256  # tokens of a passage; a longer paragraph is cut at sentence or l
 SHORT = 64  # paragraphs up to so many tokens are joined with their neighbours
 WORDS = 0.7  # default share of the word score: benchmarks/recall_xquad.py
 _LONGEST_QUERY = 256  # tokens the memory heads read of a query, its last ones
+_BEHIND = 1 / 32
+_SKIPPED = 32  # passages at most that there is no use for: what stands in a window is hardly more
+_FITS = 0.35  # score of a passage worth showing: more than the memory heads give without a word in common
 _NOTICED = 0.01  # share of a query token's attention from which on a remembered token counts as found
 
 _BLANK_LINES = re.compile(r"\s*\n[^\S\n]*\n\s*")
@@ -98,6 +101,34 @@ def recall(
         raise ConfigError(f"words must be from 0 (memory heads alone) to 1 (words alone); got {words}.")
     if index is None or index.sizes != _sizes(bank):
         index = PassageIndex(bank, on_progress)
+    return ranked(model, bank, query, index, top_k, words)
+
+
+class Recaller:
+    """Recalls what is worth a place in the window, from a bank that grows.
+
+    Passages that hardly fit are left out: to a greeting nothing is recalled. Those of the bank are found anew once it
+    has grown by more than `_BEHIND`; what came since is not recalled before.
+    """
+
+    def __init__(self, model: LongMem) -> None:
+        self._model = model
+        self._index: PassageIndex | None = None
+
+    def recall(
+        self, bank: Readable, query: str, top_k: int, *, skip: Callable[[Hit], bool] = lambda hit: False
+    ) -> list[Hit]:
+        """At most so many passages, best first, without those to skip."""
+        if not query.strip():
+            return []
+        if self._index is None or not self._index.nearly_fits(bank):
+            self._index = PassageIndex(bank)
+        hits = ranked(self._model, bank, query, self._index, top_k + _SKIPPED, WORDS)
+        return [hit for hit in hits if hit.score >= _FITS and not skip(hit)][:top_k]
+
+
+def ranked(model: LongMem, bank: Readable, query: str, index: PassageIndex, top_k: int, words: float) -> list[Hit]:
+    """The best passages of an index, which may lack what was remembered last."""
     if not index.passages:
         return []
     memory_P = _relative(memory_scores(model, bank, query, index)) if words < 1 else torch.zeros(len(index.passages))
@@ -112,6 +143,16 @@ def recall(
             of, _ = members(bank)[int(index.bank_P[place])]
             hits.append(Hit(passage.source, passage.start, passage.end, passage.text, *scores, of.name))
     return hits
+
+
+def as_told(hits: Sequence[Hit], bank: Readable) -> list[Hit]:
+    """Hits in the order of their sources, the one begun last at the end, so that what is newer is read later."""
+    begun = {
+        (one.name, source): (number, place)
+        for number, (one, _) in enumerate(members(bank))
+        for place, source in enumerate(one.sources)
+    }
+    return sorted(hits, key=lambda hit: (*begun[hit.bank, hit.source], hit.start))
 
 
 def _sizes(bank: Readable) -> list[int]:
@@ -135,7 +176,7 @@ def memory_scores(model: LongMem, bank: Readable, query: str, index: PassageInde
     token_ids = model.tokenizer(query, add_special_tokens=False)["input_ids"][-_LONGEST_QUERY:]
     input_ids_1T = model.with_prefix(torch.tensor(token_ids, dtype=torch.int64))[None].to(model.device)
     _, reads = model.read(input_ids_1T, model.reader(bank, rows=1))
-    score_P = torch.zeros(len(index.passages))
+    score_P, sizes = torch.zeros(len(index.passages)), torch.tensor(index.sizes)
     for read in reads[:-1] or reads:
         # (heads, tokens · R), without what the prefix read
         position_QX = read.index_BKGTR[0, :, :, 1:].flatten(0, 1).flatten(1).cpu()
@@ -146,8 +187,10 @@ def memory_scores(model: LongMem, bank: Readable, query: str, index: PassageInde
             readers_U = zeros_U.index_add(0, inverse_X, (weight_X > _NOTICED).float())
             damping_U = ((len(token_ids) + 2) / (readers_U + 1)).log()
             weight_U = zeros_U.index_add(0, inverse_X, weight_X) * damping_U
-            begin_U = index.begins[position_U // PLACES]
-            score_P.index_add_(0, index.passage_N[begin_U + position_U % PLACES], weight_U)
+            number_U, place_U = position_U // PLACES, position_U % PLACES
+            known_U = place_U < sizes[number_U]
+            token_U = (index.begins[number_U] + place_U)[known_U]
+            score_P.index_add_(0, index.passage_N[token_U], weight_U[known_U])
     return score_P
 
 
@@ -181,6 +224,13 @@ class PassageIndex:
             counts.append(len(self.passages) - before)
         self.bank_P = torch.arange(len(banks)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
         self._words = self._index_words()
+
+    def nearly_fits(self, bank: Readable) -> bool:
+        """Whether the bank has at most grown, and by little."""
+        sizes = _sizes(bank)
+        if len(sizes) != len(self.sizes) or any(now < then for now, then in zip(sizes, self.sizes, strict=True)):
+            return False
+        return sum(sizes) - sum(self.sizes) <= _BEHIND * sum(self.sizes)
 
     def _cut(self, bank: MemoryBank, begin: int) -> Iterator[str]:
         """Cut a bank into passages; yields each source when it is done."""

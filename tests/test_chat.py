@@ -125,6 +125,23 @@ def test_what_is_said_is_not_written_without_leave(model):
     assert say(ChatSession(model, None, "ada", CONFIG), "Hello") is not None
 
 
+def test_a_turn_shows_what_it_recalls(model):
+    bank = model.new_bank()
+    for number, text in enumerate(FACTS.split(". ")[:2]):
+        model.write_text(bank, text, source=f"note {number}")
+    config = dataclasses.replace(CONFIG, recall=1, window=120)
+    session = ChatSession(model, bank, "a", config, system="Be brief.")
+    for turn, opening in (("Who keeps bees?", "Be brief."), ("Who paints boats?", "")):
+        say(session, turn)
+        (hit,) = session.recalled
+        text = window_text(session)
+        assert hit.text in text and text.count(hit.text) == 1 and text.index(hit.text) < text.index(turn)
+        assert opening in text
+    session.close()
+    assert FACTS[:20] not in bank.text_of("chat/a")
+    assert "Who paints boats?" in bank.text_of("chat/a")
+
+
 def test_system_prompt(model):
     session = ChatSession(model, model.new_bank(), "a", CONFIG, system="Be brief.")
     say(session, "Hello")

@@ -31,7 +31,7 @@ from longmem.contenders.window import Window
 from longmem.data import Document
 from longmem.errors import ConfigError, UnavailableError
 from longmem.model import LongMem
-from longmem.recall import recall
+from longmem.recall import Recaller, as_told
 from longmem.registry import found
 
 CONFIG = ContenderConfig(window=96, extended=256, chunk=16, chunks=2)
@@ -296,9 +296,9 @@ def test_longmem_with_pieces_differs_by_the_bank_alone(model: LongMem) -> None:
 def test_what_is_recalled_stands_in_the_window(model: LongMem) -> None:
     contender = LongMemRecall(model, dataclasses.replace(CONFIG, window=400))
     contender.prepare(DOCUMENTS)
-    hits = recall(model, contender.bank, PROMPT.query, CONFIG.chunks)
+    hits = as_told(Recaller(model).recall(contender.bank, PROMPT.query, CONFIG.chunks), contender.bank)
     view = contender.view(PROMPT)
-    assert contender.seen == tuple(hit.text for hit in reversed(hits)) and DOCUMENTS[1].text in contender.seen
+    assert contender.seen == tuple(hit.text for hit in hits) and DOCUMENTS[1].text in contender.seen
     assert model.tokenizer.decode(view.asked).endswith(PROMPT.text)
     assert contender.bank.sources and contender.log_likelihood(PROMPT, " under")
     # What it asks its bank with is read as well.

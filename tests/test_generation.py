@@ -30,6 +30,7 @@ from longmem.generation import (
     StopStrings,
     TextDecoder,
     attribute,
+    begun,
     continue_text,
     generate,
     sample,
@@ -242,6 +243,70 @@ def test_each_text_gets_its_own_source():
     assert bank.sources == ("facts", "generated/1", "generated/2")
     list(generate(model, FACTS, bank=bank, config=ENDLESS, source="facts"))
     assert bank.text_of("facts").startswith(FACTS + FACTS[:20])
+
+
+# ---- what is recalled into the window ----
+
+RECALLING = GenerationConfig(window=90, recall=2)
+QUIET = dataclasses.replace(ENDLESS, remember=False)
+
+
+def notes(model: LongMem):
+    bank = model.new_bank()
+    for number, text in enumerate(FACTS.split(". ")[:3]):
+        model.write_text(bank, text, source=f"note {number}")
+    return bank
+
+
+@settings(max_examples=10)
+@given(
+    turns=st.lists(
+        st.tuples(st.sampled_from(["bees on the roof", "boats in Brest", "zebra", " "]), token_ids), max_size=4
+    ),
+    opening=st.lists(st.integers(0, VOCABULARY - 1), max_size=6),
+    size=st.integers(8, 90),
+)
+def test_what_is_recalled_is_shown_and_never_written(turns, opening, size):
+    model = tiny()
+    bank = notes(model)
+    window = LocalWindow(model, bank, dataclasses.replace(RECALLING, window=size), source="stream")
+    window.extend(opening[: size // 3], remember=False)
+    said: list[int] = []
+    for query, more in turns:
+        window.recollect(query, room=len(more))
+        shown = "".join(hit.text + "\n\n" for hit in window.recalled)
+        assert text_of(window.token_ids[window._unremembered - window._shown : window._unremembered]) == shown
+        assert window._shown <= size // 3
+        moved = window.extend(more)
+        said += more
+        assert moved >= 0 and len(window.token_ids) < size
+        window.remember()
+        assert bank.tokens_of("stream").tolist() == said
+
+
+def test_a_window_that_recalls_reads_what_it_shows():
+    model = tiny()
+    window = LocalWindow(model, notes(model), RECALLING)
+    for turn in ("Who keeps bees on the roof?", "Who paints boats in Brest?"):
+        ids = begun(window, turn)
+        window.extend(ids)
+        (hit,) = window.recalled[-1:]
+        assert hit.text in tokenizer().decode(window.token_ids)
+        logits_V, _ = window.logits()
+        whole_1T = window.tokens_N[None]
+        assert window.visible is not None
+        torch.testing.assert_close(logits_V, model(whole_1T, window.visible).logits_BTV[0, -1], atol=1e-4, rtol=1e-4)
+    assert window.token_ids[-len(ids) :] == ids
+
+
+def test_what_hardly_fits_is_not_recalled():
+    model = tiny()
+    for bank, prompt in ((notes(model), "zebra"), (model.new_bank(), "bees"), (None, "bees")):
+        pieces = [
+            [piece.token_id for piece in generate(model, prompt, bank=bank, config=config)]
+            for config in (QUIET, dataclasses.replace(QUIET, recall=3))
+        ]
+        assert pieces[0] == pieces[1]
 
 
 # ---- text ----

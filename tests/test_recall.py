@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_generation import tiny
 
 from longmem.errors import BankMismatchError, ConfigError
-from longmem.recall import PassageIndex, cut, recall
+from longmem.recall import PassageIndex, Recaller, as_told, cut, recall
 
 NOTES = "Ada keeps bees on the roof.\n\nHer brother paints boats in Brest. He sells them in spring."
 RECIPE = "Bake the bread for forty minutes. Let it cool."
@@ -152,3 +152,30 @@ def test_mistakes(bank):
         recall(tiny(), bank, "bees", words=2.0)
     with pytest.raises(BankMismatchError):
         recall(tiny("neox"), bank, "bees")
+
+
+def test_a_recaller_follows_a_bank_that_grows():
+    model, bank = tiny(), tiny().new_bank()
+    for number in range(40):
+        model.write_text(bank, f"Note topic{number} says nothing in particular, as most do.", source=f"{number}")
+    recaller = Recaller(model)
+    assert recaller.recall(bank, "  ", 4) == recaller.recall(bank, "zebra", 4) == []
+    (hit,) = recaller.recall(bank, "Anything on topic7?", 2)
+    assert hit.source == "7"
+    assert recaller.recall(bank, "Anything on topic7?", 2, skip=lambda hit: hit.source == "7") == []
+    index = recaller._index
+    model.write_text(bank, "A zebra.", source="zebra")  # little: not seen yet, and its tokens belong to no passage
+    assert recaller.recall(bank, "zebra", 4) == [] and recaller._index is index
+    assert recaller.recall(bank, "Anything on topic7?", 2)
+    model.write_text(bank, "Where zebras live there is grass. " * 9, source="zebras")
+    assert [hit.source for hit in recaller.recall(bank, "zebra", 1)] == ["zebra"]
+    bank.forget(source="zebra")  # its places move
+    assert [hit.source for hit in recaller.recall(bank, "zebras", 1)] == ["zebras"]
+    assert recaller.recall(tiny().new_bank(), "Anything on topic7?", 2) == []
+
+
+def test_hits_as_they_were_told(bank):
+    hits = recall(tiny(), bank, "Who keeps bees and bread on the roof, and paints boats?", top_k=20)
+    told = as_told(hits, bank)
+    places = [(bank.sources.index(hit.source), hit.start) for hit in told]
+    assert set(told) == set(hits) and places == sorted(places)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 # Spans of one source that are at most so many characters apart are one place.
 _NEAR = 40
 _MOST_FOOTNOTES = 10
+_HELP = """\
+/sources  what the last reply drew on, and what was recalled for it
+/quit     leave (or Ctrl-D)
+Ctrl-C    stop a reply"""
 
 MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token; higher values sample.")]
@@ -30,6 +34,9 @@ TopK = Annotated[int, typer.Option(help="Sample from so many of the most likely 
 Seed = Annotated[int | None, typer.Option(help="Of sampling.")]
 Window = Annotated[
     int | None, typer.Option(help="Tokens of the local window; 1536, or the backbone's if smaller, by default.")
+]
+Recall = Annotated[
+    int, typer.Option(help="Passages of the bank that are put into the window: what is remembered about the text.")
 ]
 Memory = Annotated[float, typer.Option(help="A dial: 0 is the backbone alone, 1 the trained strength.")]
 
@@ -45,6 +52,7 @@ def generate(
     seed: Seed = None,
     window: Window = None,
     memory: Memory = 1.0,
+    recall: Recall = 0,
     remember: Annotated[bool, typer.Option(help="Write what leaves the local window to the bank.")] = True,
     attribute: Annotated[bool, typer.Option("--attribute", help="Say which remembered text it drew on.")] = False,
     search: common.Search = "exact",
@@ -59,6 +67,7 @@ def generate(
     common.check_bank(store, bank, search)
     if attribute and not bank:
         raise typer.BadParameter("without --bank there is nothing to draw on.", param_hint="--attribute")
+    _check_recall(recall, bank)
     from longmem import generation
 
     config = generation.GenerationConfig(
@@ -69,6 +78,7 @@ def generate(
         seed=seed,
         window=window,
         memory=memory,
+        recall=recall,
         attribute=attribute,
         remember=remember and version is None,  # what is past cannot be written to
     )
@@ -111,6 +121,7 @@ def chat(
     seed: Seed = None,
     window: Window = None,
     memory: Memory = 1.0,
+    recall: Recall = 0,
     search: common.Search = "exact",
     precision: common.BankPrecision = None,
     model: common.Model = common.DEFAULT_MODEL,
@@ -120,6 +131,7 @@ def chat(
 ) -> None:
     """Talk to a model that remembers, in this conversation and the next. Ctrl-C stops a reply, Ctrl-D leaves."""
     common.check_bank(store, bank, search)
+    _check_recall(recall, bank)
     from longmem.chat import ChatSession
     from longmem.generation import GenerationConfig
     from longmem.store import MemoryStore
@@ -132,6 +144,7 @@ def chat(
         seed=seed,
         window=window,
         memory=memory,
+        recall=recall,
         attribute=bool(bank),
     )
     name = datetime.now().strftime("%Y-%m-%d %H:%M:%S") if session is None else session
@@ -157,6 +170,11 @@ def chat(
             _converse(conversation, remembered)
 
 
+def _check_recall(recall: int, bank: list[str] | None) -> None:
+    if recall and not bank:
+        raise typer.BadParameter("without --bank there is nothing to recall.", param_hint="--recall")
+
+
 def _converse(conversation: ChatSession, bank: Readable | None) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  (gives `input` line editing and a history)
@@ -173,8 +191,10 @@ def _converse(conversation: ChatSession, bank: Readable | None) -> None:
         if line == "/quit":
             return
         if line == "/help":
-            typer.echo("/sources  what the last reply drew on\n/quit     leave (or Ctrl-D)\nCtrl-C    stop a reply")
+            typer.echo(_HELP)
         elif line == "/sources":
+            for hit in conversation.recalled:
+                typer.echo(f"in the window: {hit.source}:{hit.start}–{hit.end} “{common.snippet(hit.text, 240)}”")
             if bank is None or not _print_footnotes(reply, bank):
                 typer.echo("The last reply drew on nothing in particular.")
         elif line.startswith("/"):

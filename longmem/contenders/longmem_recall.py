@@ -11,23 +11,22 @@ from longmem.bank import MemoryBank
 from longmem.contenders.contender import Prompt, View
 from longmem.contenders.longmem import LongMemContender
 from longmem.data import Document
-from longmem.recall import PassageIndex, recall
+from longmem.recall import Recaller, as_told
 
 
 class LongMemRecall(LongMemContender):
     name = "longmem+recall"
-    title = "LongMem, bank on and what `recall` finds in it in its window"
+    title = "LongMem, bank on and what it recalls in its window"
     order = 85
 
     def learn(self, documents: Sequence[Document]) -> MemoryBank:
-        self._passages: PassageIndex | None = None
+        self._recaller = Recaller(self.model)
         return super().learn(documents)
 
     def view(self, prompt: Prompt) -> View:
-        if self._passages is None:
-            self._passages = PassageIndex(self.bank)
-        hits = []
-        if prompt.wanted.strip():
-            hits = recall(self.model, self.bank, prompt.wanted, self.config.chunks, index=self._passages)
-            self.cost.asked_tokens += len(self.reader.tokenize(prompt.wanted))
-        return self.shown([hit.text for hit in hits], prompt)
+        hits = self._recaller.recall(self.bank, prompt.wanted, self.config.chunks)
+        self.cost.asked_tokens += len(self.reader.tokenize(prompt.wanted))
+        view = self.shown([hit.text for hit in hits], prompt)
+        # As many of the best as fit, what was told last at the end, as `GenerationConfig.recall` shows them.
+        order = as_told(hits[: len(self.seen)], self.bank)
+        return self.shown([hit.text for hit in reversed(order)], prompt) if order else view
