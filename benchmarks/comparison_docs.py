@@ -86,7 +86,7 @@ def results(comparison: Comparison, note: str) -> str:
         head = ["", *(f"{task.name}, {report.heading(task.measures[0])}" for task in tasks)]
         parts.append(report.table(head, rows))
     if notes.texts:
-        parts.append("Empty cells: " + " ".join(f"({n}) {text}." for n, text in enumerate(notes.texts, start=1)))
+        parts.append("Notes: " + " ".join(f"({n}) {text}." for n, text in enumerate(notes.texts, start=1)))
     if late := [f"{task.name}:{told}" for task in comparison.tasks if (told := report.late(comparison, task))]:
         parts.append(" ".join(late))
     if worth := report.worth(comparison):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -353,6 +354,20 @@ def test_what_was_done_is_not_done_again(
     other = Comparison([], [], before.settings, {**before.machine, "torch": "0.1"})
     with pytest.raises(ConfigError, match="machine differ, torch is"):
         before.joined(other)
+    # What has no figures here is taken from elsewhere and says so; what has stays.
+    bare = {place: dataclasses.replace(cell, figures={}, reason="no memory") for place, cell in result.cells.items()}
+    own_place, other_place = ("colours", "window"), ("colours", "nothing")
+    gaps = dataclasses.replace(result, cells={**result.cells, own_place: bare[own_place]})
+    settings = {**result.settings, "precision": "float32, elsewhere", "rows": 7}
+    there = dataclasses.replace(result, settings=settings, machine={"processor": "an abacus"})
+    filled = gaps.filled(there)
+    assert filled.cells[own_place].figures == result.cells[own_place].figures
+    assert filled.cells[own_place].elsewhere == "an abacus, float32, elsewhere"
+    assert filled.cells[other_place].elsewhere == "" and filled.machine == result.machine
+    assert "run elsewhere: an abacus, float32, elsewhere" in markdown(filled) and "elsewhere" not in markdown(gaps)
+    assert "run elsewhere: an abacus" in html(filled)
+    with pytest.raises(ConfigError, match="settings differ, seed"):
+        gaps.filled(dataclasses.replace(there, settings={**settings, "seed": 1}))
     for text in ("{", "[]", "{}", '{"tasks": [{"name": "a"}]}'):
         path.write_text(text)
         with pytest.raises(SourceError, match="is no report of a comparison"):

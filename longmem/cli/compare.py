@@ -241,6 +241,14 @@ def _compare(
 def merge(
     reports: Annotated[list[Path], typer.Argument(help="Folders of reports.", file_okay=False, show_default=False)],
     out: Out = Path("report"),
+    fill: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Report of the same settings from another machine: its figures stand where there are none, and say so",
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """One report of several that were run apart, with the same settings on machines of one kind."""
     from functools import reduce
@@ -254,6 +262,7 @@ def merge(
 
     _folder(out)
     comparison = reduce(Comparison.joined, [Comparison.load(each / "report.json") for each in reports])
+    comparison = reduce(Comparison.filled, [Comparison.load(each / "report.json") for each in fill or []], comparison)
     # In whatever order they were run.
     comparison = comparison.in_order([*found(longmem.tasks, Task)], [*found(longmem.contenders, Contender)])
     _write(comparison, out)

@@ -62,7 +62,7 @@ def html(comparison: Comparison) -> str:
             parts.append(_table(TOKEN_HEAD, list(map(_tr, of_tokens))))
     reasons = "".join(f"<li>{escape(text)}</li>" for text in notes.texts)
     if reasons:
-        parts.append(f"<h2>Empty cells</h2><ol>{reasons}</ol>")
+        parts.append(f"<h2>Notes</h2><ol>{reasons}</ol>")
     head = f'<meta charset="utf-8"><title>longmem: comparison</title><style>{_STYLE}</style>'
     return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
 

@@ -21,20 +21,24 @@ def markdown(comparison: Comparison) -> str:
         parts += ["## What memory is worth", WORTH, compared, "\n\n".join(standing(comparison))]
     parts += ["## Each task", *(details(comparison, task, notes) for task in comparison.tasks)]
     if notes.texts:
-        parts += ["## Empty cells", "\n".join(f"{number}. {text}" for number, text in enumerate(notes.texts, start=1))]
+        parts += ["## Notes", "\n".join(f"{number}. {text}" for number, text in enumerate(notes.texts, start=1))]
     return "\n\n".join(parts) + "\n"
 
 
 class Notes:
-    """Reasons of empty cells, numbered as they first appear."""
+    """Reasons of empty cells, and where others were run, numbered as they first appear."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def mark(self, reason: str) -> str:
-        if reason not in self.texts:
-            self.texts.append(reason)
-        return f"– ({self.texts.index(reason) + 1})"
+        """What stands in an empty cell."""
+        return f"– {self.number(reason)}"
+
+    def number(self, text: str) -> str:
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"({self.texts.index(text) + 1})"
 
 
 def summary(comparison: Comparison, notes: Notes) -> str:
@@ -194,7 +198,8 @@ def told(cell: Cell, measure: Measure, notes: Notes, most: int) -> str:
     figure = cell.figures.get(measure.name)
     if figure is None:
         return notes.mark(f"no case has {measure.name!r}")
-    return shown(measure, figure) + (f" of {figure.cases}" if figure.cases < most else "")
+    text = shown(measure, figure) + (f" of {figure.cases}" if figure.cases < most else "")
+    return f"{text} {notes.number(f'run elsewhere: {cell.elsewhere}')}" if cell.elsewhere else text
 
 
 def most_cases(measure: Measure, cells: Sequence[Cell]) -> int:

@@ -19,6 +19,8 @@ from longmem.evals.answers import wilson
 from longmem.tasks.task import Measure
 
 DRAWS = 2000  # of a bootstrap
+# Settings that say how a comparison was run, not what was asked.
+_RUNNING = ("precision", "rows", "seconds")
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Cell:
         unasked: how many cases the time was too short for.
         left_out: why the contender could not be asked some cases → how many.
         seconds: that the cell took, cases side by side.
+        elsewhere: on which other machine than the rest, and in what precision; "" for none.
     """
 
     task: str
@@ -91,6 +94,7 @@ class Cell:
     unasked: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
+    elsewhere: str = ""
 
     @classmethod
     def of(cls, row: dict[str, Any]) -> Cell:
@@ -182,17 +186,7 @@ class Comparison:
         Raises:
             ConfigError: they were run with different settings, or on different machines.
         """
-        for what, mine, theirs in (
-            ("settings", self.settings, other.settings),
-            ("machine", self.machine, other.machine),
-            *((f"settings of {name}", *both) for name, both in self._settings_of_both(other).items()),
-        ):
-            for name in sorted({*mine, *theirs}):
-                if mine.get(name) != theirs.get(name):
-                    raise ConfigError(
-                        f"These figures do not belong in one table: {what} differ, {name} is {mine.get(name)!r} in one "
-                        f"and {theirs.get(name)!r} in the other. Use the same, or write to another folder."
-                    )
+        self._check(other, [("machine", self.machine, other.machine)])
         cells = {place: cell for place, cell in other.cells.items() if cell.figures or not self.cell(*place).figures}
         return Comparison(
             list({each.name: each for each in (*self.tasks, *other.tasks)}.values()),
@@ -201,6 +195,36 @@ class Comparison:
             self.machine,
             {**self.cells, **cells},
         )
+
+    def filled(self, other: Comparison) -> Comparison:
+        """The same with the figures of another machine where there are none; such a cell says where it was run.
+
+        Raises:
+            ConfigError: the other has different settings, but for how it was run.
+        """
+        self._check(other, [], besides=_RUNNING)
+        machine = other.machine.get("gpu") or other.machine.get("processor")
+        where = f"{machine}, {other.settings.get('precision')}"
+        cells = {
+            place: dataclasses.replace(cell, elsewhere=cell.elsewhere or where)
+            for place, cell in other.cells.items()
+            if cell.figures and place in self.cells and not self.cells[place].figures
+        }
+        return dataclasses.replace(self, cells={**self.cells, **cells})
+
+    def _check(self, other: Comparison, more: list[tuple[str, Mapping, Mapping]], besides: Sequence[str] = ()) -> None:
+        """Raise `ConfigError` if settings, or what else is given, differ."""
+        for what, mine, theirs in (
+            ("settings", self.settings, other.settings),
+            *more,
+            *((f"settings of {name}", *both) for name, both in self._settings_of_both(other).items()),
+        ):
+            for name in sorted({*mine, *theirs} - {*besides}):
+                if mine.get(name) != theirs.get(name):
+                    raise ConfigError(
+                        f"These figures do not belong in one table: {what} differ, {name} is {mine.get(name)!r} in one "
+                        f"and {theirs.get(name)!r} in the other. Use the same, or write to another folder."
+                    )
 
     def in_order(self, tasks: Sequence[str], contenders: Sequence[str]) -> Comparison:
         """The same, tasks and contenders in the order of their names here, others behind them."""
