@@ -10,12 +10,13 @@
 #   told, twin-told       go on from OUT/main-int4 and OUT/twin with a quarter of histories (HISTORIES, of `longmem histories`)
 #   asked-SEED, twin-asked  go on from OUT/told and OUT/twin-told: windows starved, a wrong bank harmless, histories with
 #                         ordinary talk (`longmem histories --replies`)
-#   evident-SEED, twin-evident  go on from OUT/asked-1 and OUT/twin-asked: passage evidence, crowds of 16 (not shipped yet)
+#   evident-SEED, twin-evident  go on from OUT/fitted-1 and OUT/twin-asked: passage evidence, crowds of 16
 #   evaluate-NAME         OUT/NAME → OUT/evals
-# TRAIN, HELDOUT, HISTORIES: folders of texts, or of `longmem tokenize`. The SideNet that ships is `asked-1-int4`, the
+# TRAIN, HELDOUT, HISTORIES: folders of texts, or of `longmem tokenize`. The SideNet that ships is `evident-2-int4`, the
 # median of seeds 0, 1, 2 by its gain in a sliding window, after `main --steps 2400` (78.6M tokens, eight minutes of one
-# H100), `told` (104.9M tokens, nine minutes of one H200; its histories were those from before commit 63053ce) and
-# `asked-1` (98.3M tokens, nine minutes of one H200); then `benchmarks/fit_evidence.py` (four minutes of two CPU cores).
+# H100), `told` (104.9M tokens, nine minutes of one H200; its histories were those from before commit 63053ce), `asked-1`
+# (98.3M tokens, nine minutes of one H200), `fit_evidence.py OUT/asked-1 TRAIN HISTORIES --out OUT/fitted-1` (four minutes
+# of two CPU cores) and `evident-2` (32.8M tokens, five minutes of one H200). Its twin has not been trained that last step.
 set -euo pipefail
 step=$1 train=$2 heldout=$3 out=$4
 shift 4
@@ -24,7 +25,7 @@ memory=(--heads '17.1 18.2 20.2 23.0 23.1 23.2' --empty-weight 0.5 --wrong-fract
 common=(--backbone smollm2-135m --steps 3100 --rows 16 --segment 2048 --bank-tokens 32768 --max-segments 32
     --learning-rate 0.002 --warmup 100 --compile --log-every 50)
 asked=(--steps 3000 --learning-rate 0.001 --warmup 60 --mix '0.75 0.25' --answer-weight 10 --starved-fraction 0.2)
-evident=(--steps 2200 --learning-rate 0.001 --warmup 60 --mix '0.75 0.25' --answer-weight 10 --starved-fraction 0.2)
+evident=(--steps 1000 --learning-rate 0.001 --warmup 60 --mix '0.75 0.25' --answer-weight 10 --starved-fraction 0.2)
 told=(--steps 3200 --learning-rate 0.001 --mix '0.75 0.25' --answer-weight 10)
 mkdir -p "$out/evals"
 
@@ -61,7 +62,7 @@ case $step in
         ;;
     evident-*)
         "${longmem[@]}" train "$train" "${HISTORIES:?a folder of longmem histories}" --out "$out/$step" \
-            --warm-from "$out/asked-1" "${common[@]}" --empty-weight 0.5 "${evident[@]}" --wrong-fraction 0.25 \
+            --warm-from "$out/fitted-1" "${common[@]}" --empty-weight 0.5 "${evident[@]}" --wrong-fraction 0.25 \
             --crowded-fraction 0.125 --crowd 16 --starved-crowd 16 --newest-wins --passage-evidence --harmless-weight 0.6 \
             --windows 960+63 --seed "${step#evident-}" "$@"
         ;;

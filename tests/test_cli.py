@@ -276,6 +276,17 @@ def test_chat_is_remembered(work, tiny_model_dir):
     assert "forgotten" in cli("chat", "--model", tiny_model_dir, *CPU, input="/quit\n").stderr
 
 
+def test_what_is_recalled_stands_in_the_window(tiny_model_dir, notes):
+    words = ("--max-new-tokens", 3, "--model", tiny_model_dir, *CPU)
+    for flags, shown in (((), True), (("--recall", 1), True), (("--recall", 0), False)):
+        said = ok("chat", *at("notes"), *words, *flags, input="Ada keeps bees.\n/sources\n/quit\n")
+        assert ("in the window: notes.txt:" in said) == shown
+    for command in (("chat",), ("generate", "Ada")):
+        assert "nothing to recall" in fails(*command, "--recall", 2, *words, code=2)
+    texts = [ok("generate", "Ada keeps", *at("notes"), *words, "--recall", n, "--no-remember") for n in (0, 2)]
+    assert texts[0] != texts[1]
+
+
 def test_ctrl_c_stops_a_reply_and_keeps_the_turn(work, tiny_model_dir, monkeypatch):
     from longmem import generation
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Spans of one source that are at most so many characters apart are one place.
 _NEAR = 40
 _MOST_FOOTNOTES = 10
+_RECALLED = 4
 _HELP = """\
 /sources  what the last reply drew on, and what was recalled for it
 /quit     leave (or Ctrl-D)
@@ -121,7 +122,12 @@ def chat(
     seed: Seed = None,
     window: Window = None,
     memory: Memory = 1.0,
-    recall: Recall = 0,
+    recall: Annotated[
+        int | None,
+        typer.Option(
+            help="Passages of the bank put into the window for each turn; 4, or 0 without a bank.", show_default=False
+        ),
+    ] = None,
     search: common.Search = "exact",
     precision: common.BankPrecision = None,
     model: common.Model = common.DEFAULT_MODEL,
@@ -131,6 +137,7 @@ def chat(
 ) -> None:
     """Talk to a model that remembers, in this conversation and the next. Ctrl-C stops a reply, Ctrl-D leaves."""
     common.check_bank(store, bank, search)
+    recall = (_RECALLED if bank else 0) if recall is None else recall
     _check_recall(recall, bank)
     from longmem.chat import ChatSession
     from longmem.generation import GenerationConfig
