@@ -535,6 +535,25 @@ def test_what_breaks_takes_nothing_with_it(
     assert BROKE in order[-1]
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_short_memory_is_asked_for_once_more(
+    times: int, model: LongMem, own: tuple[type[Task], type[Contender]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, calls = Window.kept_bytes, []
+
+    def short(self: Window) -> int:
+        calls.append(1)
+        if len(calls) <= times:
+            raise torch.OutOfMemoryError("others have it")
+        return kept(self)
+
+    monkeypatch.setattr(Window, "kept_bytes", short)
+    cell = compare(model, [own[0]], [Window], TaskConfig(cases=2), SMALL).cell("colours", "window")
+    assert bool(cell.figures) == (times == 1)
+    assert cell.reason == (None if times == 1 else "memory of cpu was too small")
+    assert len(cell.cases) == (2 if times == 1 else 0)
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_what_one_cannot_be_told_is_left_out(
     rows: int, model: LongMem, own: tuple[type[Task], type[Contender]], monkeypatch: pytest.MonkeyPatch

@@ -63,20 +63,26 @@ def run_cell(
     Args:
         speaker: of the contender's model and memory.
     """
-    run = _Run(task, rounds, contender, config, speaker, on_case)
-    try:
-        if run.config.rows == 1:
-            run.one_by_one()
-        elif contender.converses:
-            run.talking()
-        else:
-            run.side_by_side()
-    except LongMemError as error:
-        return Cell(task.name, contender.name, reason=str(error))
-    except torch.OutOfMemoryError:
+    # Memory may be short because other programs had it, or this one's own leftovers.
+    for _ in range(2):
+        run = _Run(task, rounds, contender, config, speaker, on_case)
+        try:
+            if run.config.rows == 1:
+                run.one_by_one()
+            elif contender.converses:
+                run.talking()
+            else:
+                run.side_by_side()
+            return run.cell()
+        except LongMemError as error:
+            return Cell(task.name, contender.name, reason=str(error))
+        except torch.OutOfMemoryError:
+            del run
+        finally:
+            if contender.model.device.type == "cuda":
+                torch.cuda.empty_cache()
         speaker.release()
-        return Cell(task.name, contender.name, reason=f"memory of {contender.model.device} was too small")
-    return run.cell()
+    return Cell(task.name, contender.name, reason=f"memory of {contender.model.device} was too small")
 
 
 class _Run:
