@@ -32,8 +32,7 @@ class PlainReader(BankReader):
     """Searches by the reference alone."""
 
     def _search(self, bank: MemoryBank, heads: slice, query_KQE: Tensor) -> tuple[Tensor, Tensor]:
-        index_KQR, score_KQR = reference.topk_scan(query_KQE, bank.keys_HNE[heads], self.config.top_k)
-        return index_KQR, score_KQR > -torch.inf
+        return reference.topk_scan(query_KQE, bank.keys_HNE[heads], self.config.top_k)
 
 
 def bank_of(model: LongMem, ids_N: Tensor, keys_values: tuple[Tensor, Tensor]) -> MemoryBank:
