@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -24,8 +25,7 @@ class PlainReader(BankReader):
     """Searches by the reference alone."""
 
     def _search(self, bank: MemoryBank, heads: slice, query_KQE: Tensor) -> tuple[Tensor, Tensor]:
-        index_KQR, score_KQR = reference.topk_scan(query_KQE.float(), bank.keys_HNE[heads], self.config.top_k)
-        return index_KQR, score_KQR > -torch.inf
+        return reference.topk_scan(query_KQE.float(), bank.keys_HNE[heads], self.config.top_k)
 
 
 @torch.no_grad()
@@ -48,10 +48,15 @@ def _perplexity(logits_TV: Tensor, ids_T: Tensor) -> float:
     return math.exp(torch.nn.functional.cross_entropy(logits_TV, ids_T[1:]).item())
 
 
-@pytest.fixture(params=["llama", "gemma3"])
+@pytest.fixture(params=["llama", "gemma3", "llama, with evidence"])
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> LongMem:
     monkeypatch.setattr(cpu, "has_bfloat16_products", lambda: True)
-    return tiny.model(request.param)
+    family, _, evidence = request.param.partition(", ")
+    made = tiny.model(family, passage_evidence=bool(evidence), newest_wins=bool(evidence))
+    for layer in made.sidenet.layers if evidence else ():
+        if hasattr(layer, "memory"):
+            torch.nn.init.ones_(layer.memory.evidence_KG)
+    return made
 
 
 def compiled(model: LongMem, retrieve: Retrieve) -> float:
@@ -76,6 +81,12 @@ def test_fast_paths_agree_with_the_reference(model: LongMem, read: Callable[[Lon
     # The bank matters, or any search would do.
     assert abs(at_once(model, PlainReader([tiny.bank(model, REMEMBERED, seed=3)], model.config)) - expected) > 1e-2
     assert read(model, fast) == pytest.approx(expected, rel=5e-5)
+    # So does the evidence of passages, where it is read.
+    if model.config.passage_evidence:
+        without = dataclasses.replace(model.config, passage_evidence=False)
+        other = LongMem(model.backbone, without).eval()
+        other.sidenet.load_state_dict(model.sidenet.state_dict(), strict=False)
+        assert abs(at_once(other, PlainReader([bank], without)) - expected) > 1e-2
     # An index of all coordinates finds all there is to find.
     bank.use_index(BankIndex.choose(bank.keys_HNE, torch.cat(searched), top_k=model.config.top_k, target=1.0))
     assert bank.index is not None and min(bank.index.recall) == 1.0
