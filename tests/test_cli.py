@@ -276,11 +276,15 @@ def test_chat_is_remembered(work, tiny_model_dir):
     assert "forgotten" in cli("chat", "--model", tiny_model_dir, *CPU, input="/quit\n").stderr
 
 
-def test_what_is_recalled_stands_in_the_window(tiny_model_dir, notes):
+def test_what_is_recalled_stands_in_the_window(tiny_model_dir, notes, monkeypatch):
     words = ("--max-new-tokens", 3, "--model", tiny_model_dir, *CPU)
     for flags, shown in (((), True), (("--recall", 1), True), (("--recall", 0), False)):
         said = ok("chat", *at("notes"), *words, *flags, input="Ada keeps bees.\n/sources\n/quit\n")
         assert ("in the window: notes.txt:" in said) == shown
+    monkeypatch.setattr("longmem.cli.talk._CUT_SOON", 10)
+    for flags, shown in (((), False), (("--recall", 1), True)):
+        said = cli("chat", *at("notes"), *words, *flags, input="Ada keeps bees.\n/sources\n/quit\n")
+        assert ("in the window: " in said.stdout) == shown == ("--recall 4" not in said.stderr)
     for command in (("chat",), ("generate", "Ada")):
         assert "nothing to recall" in fails(*command, "--recall", 2, *words, code=2)
     texts = [ok("generate", "Ada keeps", *at("notes"), *words, "--recall", n, "--no-remember") for n in (0, 2)]

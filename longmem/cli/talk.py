@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _NEAR = 40
 _MOST_FOOTNOTES = 10
 _RECALLED = 4
+_CUT_SOON = 2_000_000  # tokens whose passages are found in a few seconds
 _HELP = """\
 /sources  what the last reply drew on, and what was recalled for it
 /quit     leave (or Ctrl-D)
@@ -125,7 +126,8 @@ def chat(
     recall: Annotated[
         int | None,
         typer.Option(
-            help="Passages of the bank put into the window for each turn; 4, or 0 without a bank.", show_default=False
+            help="Passages of the bank put into the window for each turn; 4, or 0 of millions of tokens.",
+            show_default=False,
         ),
     ] = None,
     search: common.Search = "exact",
@@ -137,8 +139,7 @@ def chat(
 ) -> None:
     """Talk to a model that remembers, in this conversation and the next. Ctrl-C stops a reply, Ctrl-D leaves."""
     common.check_bank(store, bank, search)
-    recall = (_RECALLED if bank else 0) if recall is None else recall
-    _check_recall(recall, bank)
+    _check_recall(recall or 0, bank)
     from longmem.chat import ChatSession
     from longmem.generation import GenerationConfig
     from longmem.store import MemoryStore
@@ -151,7 +152,7 @@ def chat(
         seed=seed,
         window=window,
         memory=memory,
-        recall=recall,
+        recall=recall or 0,
         attribute=bool(bank),
     )
     name = datetime.now().strftime("%Y-%m-%d %H:%M:%S") if session is None else session
@@ -170,9 +171,17 @@ def chat(
         common.check_precision(found[0], first, precision)
         found += [opened.bank(other, device=loaded.device, search=search) for other, _ in others]
         remembered = common.together(found, [weight for _, weight in names])
+        soon = sum(len(one) for one in found) <= _CUT_SOON
+        if recall is None and soon:
+            config = dataclasses.replace(config, recall=_RECALLED)
         with ChatSession(loaded, remembered, name, config, system=system) as conversation:
             for one in found:
                 typer.echo(f"Bank {one.name} remembers {common.contents(one)}.", err=True)
+            if recall is None and not soon:
+                typer.echo(
+                    f"To cut so much into passages takes a while: they are recalled with --recall {_RECALLED}.",
+                    err=True,
+                )
             typer.echo(f"This is {conversation.source} of bank {first}. /help lists commands.", err=True)
             _converse(conversation, remembered)
 
