@@ -464,9 +464,11 @@ class LocalWindow:
                 break
         self.recalled = tuple(as_told(list(passages), self.remembered))
         shown = [token_id for hit in self.recalled for token_id in passages[hit]]
-        self._show([])
         # What would leave as soon as the rest comes leaves now, or what is shown would leave with it.
         most = self.size - 1 - len(shown) - min(room, self.size // 3)
+        if shown == self._shown_ids and len(self.token_ids) - len(shown) <= most:
+            return  # and what was read of the window stays
+        self._show([])
         while len(self.token_ids) > most:
             self._moved += self._move()
         self._show(shown)
@@ -478,6 +480,10 @@ class LocalWindow:
         first, last = self._unremembered, self._unremembered + self._in_bank - 1
         here = self.decoder.offsets[last][1] - self.decoder.offsets[first][0]
         return hit.end > self.bank.length_of(hit.source) - here
+
+    @property
+    def _shown_ids(self) -> list[int]:
+        return self.token_ids[self._unremembered - self._shown : self._unremembered]
 
     def _show(self, token_ids: list[int]) -> None:
         if self._shown or token_ids:

@@ -297,6 +297,12 @@ def test_a_window_that_recalls_reads_what_it_shows():
         assert window.visible is not None
         torch.testing.assert_close(logits_V, model(whole_1T, window.visible).logits_BTV[0, -1], atol=1e-4, rtol=1e-4)
     assert window.token_ids[-len(ids) :] == ids
+    # What is shown already is not read again.
+    shown, read = window.recalled, window._read
+    window.recollect(turn, room=4)
+    assert window.recalled == shown and window._read == read > 0
+    window.recollect("Who keeps bees on the roof?", room=4)
+    assert window.recalled != shown and window._read == 0
 
 
 def test_what_hardly_fits_is_not_recalled():
