@@ -82,7 +82,7 @@ def recall(
     Args:
         bank: what is remembered, in one bank or in a group.
         words: share of the word score, from 0 (memory heads alone) to 1 (BM25 alone); None is the measured default.
-        index: the bank's passages, to ask many questions of a bank; made anew if the bank has grown or shrunk.
+        index: the bank's passages, to ask many questions of a bank; made anew if the bank has changed.
         on_progress: called with the sources cut into passages so far, and how many there are.
 
     Raises:
@@ -99,7 +99,7 @@ def recall(
         raise ConfigError(f"top_k must be at least 1; got {top_k}.")
     if not 0.0 <= words <= 1.0:
         raise ConfigError(f"words must be from 0 (memory heads alone) to 1 (words alone); got {words}.")
-    if index is None or index.sizes != _sizes(bank):
+    if index is None or index.behind(bank) != 0:
         index = PassageIndex(bank, on_progress)
     return ranked(model, bank, query, index, top_k, words)
 
@@ -121,7 +121,8 @@ class Recaller:
         """At most so many passages, best first, without those to skip."""
         if not query.strip():
             return []
-        if self._index is None or not self._index.nearly_fits(bank):
+        behind = None if self._index is None else self._index.behind(bank)
+        if self._index is None or behind is None or behind > _BEHIND * sum(self._index.sizes):
             self._index = PassageIndex(bank)
         hits = ranked(self._model, bank, query, self._index, top_k + _SKIPPED, WORDS)
         return [hit for hit in hits if hit.score >= _FITS and not skip(hit)][:top_k]
@@ -214,6 +215,8 @@ class PassageIndex:
         self.begins = torch.tensor([0, *self.sizes]).cumsum(0)[:-1]
         self.passage_N = torch.zeros(sum(self.sizes), dtype=torch.int64)
         banks = [one for one, _ in members(bank)]
+        # By what it was made of, not by how much: something may be forgotten and as much remembered since.
+        self._known = [(one.sources, one.token_ids_N.to("cpu", copy=True)) for one in banks]
         sources, done, counts = sum(len(one.sources) for one in banks), 0, []
         for one, begin in zip(banks, self.begins.tolist(), strict=True):
             before = len(self.passages)
@@ -225,12 +228,16 @@ class PassageIndex:
         self.bank_P = torch.arange(len(banks)).repeat_interleave(torch.tensor(counts, dtype=torch.int64))
         self._words = self._index_words()
 
-    def nearly_fits(self, bank: Readable) -> bool:
-        """Whether the bank has at most grown, and by little."""
-        sizes = _sizes(bank)
-        if len(sizes) != len(self.sizes) or any(now < then for now, then in zip(sizes, self.sizes, strict=True)):
-            return False
-        return sum(sizes) - sum(self.sizes) <= _BEHIND * sum(self.sizes)
+    def behind(self, bank: Readable) -> int | None:
+        """How many tokens came since; None if anything it was made of is no longer there or has moved."""
+        banks = [one for one, _ in members(bank)]
+        if len(banks) != len(self._known):
+            return None
+        for one, (sources, token_ids_N) in zip(banks, self._known, strict=True):
+            now_N = one.token_ids_N[: len(token_ids_N)].cpu()
+            if one.sources[: len(sources)] != sources or not torch.equal(now_N, token_ids_N):
+                return None
+        return sum(_sizes(bank)) - sum(self.sizes)
 
     def _cut(self, bank: MemoryBank, begin: int) -> Iterator[str]:
         """Cut a bank into passages; yields each source when it is done."""

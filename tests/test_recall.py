@@ -171,6 +171,16 @@ def test_a_recaller_follows_a_bank_that_grows():
     assert [hit.source for hit in recaller.recall(bank, "zebra", 1)] == ["zebra"]
     bank.forget(source="zebra")  # its places move
     assert [hit.source for hit in recaller.recall(bank, "zebras", 1)] == ["zebras"]
+    # What is forgotten is not recalled, though as much and more is remembered since.
+    size = len(bank)
+    bank.forget(source="zebras")
+    model.write_text(bank, "Where gnus live there is grass. " * 9 + "And some trees stand there.", source="gnus")
+    assert size <= len(bank) <= size * 33 / 32
+    assert recaller.recall(bank, "zebras", 4) == []
+    index = PassageIndex(bank)
+    model.write_text(bank, "Gone.", source="gone")
+    bank.forget(source="gone")
+    assert index.behind(bank) == 0 and index.behind(tiny().new_bank()) is None
     assert recaller.recall(tiny().new_bank(), "Anything on topic7?", 2) == []
 
 
