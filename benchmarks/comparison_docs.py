@@ -17,7 +17,6 @@ from pathlib import Path
 
 from longmem.comparison import markdown as report
 from longmem.comparison.curves import by_position, drawing
-from longmem.comparison.differences import standing_lines
 from longmem.comparison.html import html
 from longmem.comparison.result import Cell, Comparison, Named
 
@@ -170,9 +169,7 @@ def summary(comparison: Comparison) -> str:
     ]
     if where := sorted({cell.elsewhere for cell in comparison.cells.values() if cell.elsewhere}):
         lines.append(f"Some cells were run elsewhere ({'; '.join(where)}); docs/comparison.md marks them.")
-    for name in ("longmem", "longmem+rag", "longmem+recall"):
-        # The undecided stand in docs/comparison.md.
-        lines += [line for line in standing_lines(comparison, name) if "is undecided" not in line]
+    lines += report.standing(comparison, undecided=False)  # those stand in docs/comparison.md
     invented = comparison.cell("facts", "longmem").figures.get("invented")
     if invented is not None:
         share, cases = f"{invented.value:.0f} %", invented.cases

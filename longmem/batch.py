@@ -16,6 +16,7 @@ from longmem.errors import ConfigError
 from longmem.generation import Continuation, GenerationConfig, LocalWindow, Piece, begun, sample, sampler
 from longmem.group import Readable
 from longmem.model import LongMem
+from longmem.recall import Recaller
 from longmem.steps import BatchDecoder
 
 
@@ -55,7 +56,12 @@ def generate_batch(
             f"{len(banks)} banks and {len(sources)} sources were given for {len(prompts)} prompts; give one of each a "
             "prompt."
         )
-    windows = [LocalWindow(model, bank, config, source=source) for bank, source in zip(banks, sources, strict=True)]
+    # The passages of a bank are found once for all its texts.
+    recallers = {id(bank): Recaller(model) for bank in banks}
+    windows = [
+        LocalWindow(model, bank, config, source=source, recaller=recallers[id(bank)])
+        for bank, source in zip(banks, sources, strict=True)
+    ]
     return _side_by_side(model, prompts, windows, config, min(rows, len(prompts)), compile)
 
 

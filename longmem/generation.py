@@ -380,6 +380,7 @@ class LocalWindow:
     Args:
         bank: None drops what leaves; of a group, the first gets it.
         source: name of the stream in the bank, continued if it is there already.
+        recaller: of this bank, if others recall from it as well.
 
     Attributes:
         remembered: the bank or group as it was given.
@@ -390,7 +391,13 @@ class LocalWindow:
     """
 
     def __init__(
-        self, model: LongMem, bank: Readable | None, config: GenerationConfig, *, source: str | None = None
+        self,
+        model: LongMem,
+        bank: Readable | None,
+        config: GenerationConfig,
+        *,
+        source: str | None = None,
+        recaller: Recaller | None = None,
     ) -> None:
         longest = model.backbone.max_positions
         self.size = min(DEFAULT_WINDOW, longest) if config.window is None else config.window
@@ -415,7 +422,7 @@ class LocalWindow:
         self._in_bank = 0
         self._moved = 0  # and not told yet
         self.recalled: tuple[Hit, ...] = ()
-        self._recaller = Recaller(model)
+        self._recaller = recaller or Recaller(model)
         self._drew_on: list[Attribution] = []
 
     def draw_on(self, sources: Sequence[Attribution]) -> None:

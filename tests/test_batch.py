@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from test_generation import FACTS, full_bank
+from test_generation import FACTS, full_bank, notes
 from test_generation import tiny as talking
 
 from longmem.errors import ConfigError
+from longmem.recall import PassageIndex
 
 
 def test_texts_generated_together_are_those_generated_alone():
@@ -50,3 +51,18 @@ def test_mistakes_in_a_batch_show_before_the_first_token():
         model.generate_batch(["Ada"], sources=["a", "b"])
     with pytest.raises(ConfigError, match="local window"):
         model.generate_batch(["Ada"], window=100_000)
+
+
+def test_texts_recall_as_each_would_alone_and_a_bank_is_cut_once(monkeypatch):
+    model = talking()
+    bank, made = notes(model), []
+    cut = PassageIndex.__init__
+    monkeypatch.setattr(PassageIndex, "__init__", lambda self, *given: (made.append(1), cut(self, *given))[1])
+    prompts = ["Who keeps bees on the roof?", "Who paints boats in Brest?", "A zebra"]
+    settings = {"max_new_tokens": 5, "window": 90, "recall": 1, "remember": False, "stop_token_ids": ()}
+    said: dict[int, list[int]] = {number: [] for number in range(3)}
+    for number, piece in model.generate_batch(prompts, banks=bank, rows=2, **settings):
+        said[number].append(piece.token_id)
+    assert len(made) == 1
+    for number, prompt in enumerate(prompts):
+        assert said[number] == [piece.token_id for piece in model.generate(prompt, bank=bank, **settings)]

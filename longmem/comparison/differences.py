@@ -23,6 +23,8 @@ WORTH = {
     ("longmem+rag", "best"): "the same with retrieval",
     ("longmem+recall", "best"): "the same with what it recalls",
 }
+# Whose standing is told in words.
+STANDING = [first for first, second in WORTH if second == "best"]
 # What does without LongMem and is not shown the evidence.
 _RIVALS = ("window", "extended", "extended-rope", "rag-bm25", "rag-dense", "rag-hybrid", "memgpt")
 
@@ -121,14 +123,14 @@ def standings(comparison: Comparison, name: str) -> dict[int, list[Difference]]:
     return found
 
 
-def standing_lines(comparison: Comparison, name: str) -> list[str]:
-    """The same in words, worst first: where it loses, where it wins, where nothing can be told."""
+def standing_lines(comparison: Comparison, name: str, *, undecided: bool = True) -> list[str]:
+    """The same in words, worst first: where it loses, where it wins, where nothing can be told (if wanted)."""
     measures = {task.name: task.measures[0] for task in comparison.tasks}
     found = standings(comparison, name)
     lines = []
     for verdict, words in ((-1, "loses"), (1, "wins"), (0, "is undecided")):
         some: Sequence[Difference] = sorted(found[verdict], key=lambda each: each.figure.value * (verdict or 1))[::-1]
-        if some:
+        if some and (verdict or undecided):
             told = [
                 f"{each.task} {shown(each, measures[each.task])} {unit(measures[each.task])}".rstrip()
                 + f" against `{each.second}`"

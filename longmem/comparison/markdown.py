@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from longmem.comparison.curves import by_position, in_order
+from longmem.comparison.differences import STANDING, differences, standing_lines
 from longmem.comparison.differences import WORTH as WORTHS
-from longmem.comparison.differences import differences, standing_lines
 from longmem.comparison.differences import shown as shown_difference
 from longmem.comparison.result import Cell, Comparison, Figure, Named
 from longmem.comparison.tokens import GAIN, LIKELY, MARGIN, MEASURES, key_share, token_figures
@@ -87,9 +87,9 @@ def worth_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def standing(comparison: Comparison) -> list[str]:
+def standing(comparison: Comparison, *, undecided: bool = True) -> list[str]:
     """Where LongMem loses and wins, in words."""
-    return [line for name in ("longmem", "longmem+rag", "longmem+recall") for line in standing_lines(comparison, name)]
+    return [line for name in STANDING for line in standing_lines(comparison, name, undecided=undecided)]
 
 
 def details(comparison: Comparison, task: Named, notes: Notes) -> str:

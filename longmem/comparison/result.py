@@ -186,7 +186,8 @@ class Comparison:
         Raises:
             ConfigError: they were run with different settings, or on different machines.
         """
-        self._check(other, [("machine", self.machine, other.machine)])
+        self._agree(other)
+        _agree("machine", self.machine, other.machine)
         cells = {place: cell for place, cell in other.cells.items() if cell.figures or not self.cell(*place).figures}
         return Comparison(
             list({each.name: each for each in (*self.tasks, *other.tasks)}.values()),
@@ -202,7 +203,7 @@ class Comparison:
         Raises:
             ConfigError: the other has different settings, but for how it was run.
         """
-        self._check(other, [], besides=_RUNNING)
+        self._agree(other, besides=_RUNNING)
         machine = other.machine.get("gpu") or other.machine.get("processor")
         where = f"{machine}, {other.settings.get('precision')}"
         cells = {
@@ -212,19 +213,11 @@ class Comparison:
         }
         return dataclasses.replace(self, cells={**self.cells, **cells})
 
-    def _check(self, other: Comparison, more: list[tuple[str, Mapping, Mapping]], besides: Sequence[str] = ()) -> None:
-        """Raise `ConfigError` if settings, or what else is given, differ."""
-        for what, mine, theirs in (
-            ("settings", self.settings, other.settings),
-            *more,
-            *((f"settings of {name}", *both) for name, both in self._settings_of_both(other).items()),
-        ):
-            for name in sorted({*mine, *theirs} - {*besides}):
-                if mine.get(name) != theirs.get(name):
-                    raise ConfigError(
-                        f"These figures do not belong in one table: {what} differ, {name} is {mine.get(name)!r} in one "
-                        f"and {theirs.get(name)!r} in the other. Use the same, or write to another folder."
-                    )
+    def _agree(self, other: Comparison, besides: Sequence[str] = ()) -> None:
+        """Raise `ConfigError` if other things were asked, or of another model."""
+        _agree("settings", self.settings, other.settings, besides)
+        for name, both in self._settings_of_both(other).items():
+            _agree(f"settings of {name}", *both, besides)
 
     def in_order(self, tasks: Sequence[str], contenders: Sequence[str]) -> Comparison:
         """The same, tasks and contenders in the order of their names here, others behind them."""
@@ -239,6 +232,15 @@ class Comparison:
     def _settings_of_both(self, other: Comparison) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         mine = {task.name: task.settings for task in self.tasks}
         return {task.name: (mine[task.name], task.settings) for task in other.tasks if task.name in mine}
+
+
+def _agree(what: str, mine: Mapping[str, Any], theirs: Mapping[str, Any], besides: Sequence[str] = ()) -> None:
+    for name in sorted({*mine, *theirs} - {*besides}):
+        if mine.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"These figures do not belong in one table: {what} differ, {name} is {mine.get(name)!r} in one "
+                f"and {theirs.get(name)!r} in the other. Use the same, or write to another folder."
+            )
 
 
 def figures(

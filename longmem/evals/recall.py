@@ -203,11 +203,13 @@ def recall(
     entries = encode_filler(model, texts, advance)
     groups: dict[str, dict[int, Group]] = {task: {} for task in config.tasks}
     rows: list[dict[str, Any]] = []
+    bank_tokens: dict[int, int] = {}
     for remembered in config.remembered:
-        count = remembered // config.passage
+        stretches = _stretches(entries, remembered // config.passage, config.cases)
+        bank_tokens[remembered] = round(sum(len(each) for part in stretches for each in part) / config.cases)
         for task in config.tasks:
             outcomes = []
-            hidden = list(zip(needles(task, config), _stretches(entries, count, config.cases), strict=True))
+            hidden = list(zip(needles(task, config), stretches, strict=True))
             size = cases_at_once(model, remembered)
             for first in range(0, len(hidden), size):
                 some = hidden[first : first + size]
@@ -217,13 +219,6 @@ def recall(
                     rows.append({"remembered": remembered, **dataclasses.asdict(needle), "outcomes": given})
                     advance(1)
             groups[task][remembered] = score_group(outcomes, LABELS, config.seed)
-    bank_tokens = {
-        n: round(
-            sum(len(each) for part in _stretches(entries, n // config.passage, config.cases) for each in part)
-            / config.cases
-        )
-        for n in config.remembered
-    }
     return RecallResult(groups, bank_tokens, repeats, rows, dataclasses.asdict(config))
 
 
