@@ -192,6 +192,8 @@ class MemoryBank:
         self._tokens: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._written: dict[str, int] = {}
         self._index: BankIndex | None = None
+        # Of a part, which rows of the whole it has: those behind so many, or these. None: it is the whole.
+        self._in_whole: int | Tensor | None = None
         # Attention that each token of a source got and that nobody has taken yet.
         self._attended: dict[str, Tensor] = {}
 
@@ -270,13 +272,49 @@ class MemoryBank:
                 )
         self._index = index
 
+    @classmethod
+    def of_rows(cls, spec: BankSpec, keys_HNE: Tensor, values_HNE: Tensor, token_ids_N: Tensor) -> MemoryBank:
+        """Rows as one bank that can only be read by a model: of what texts they are is not known."""
+        bank = cls(spec, keys_HNE.device)
+        bank._length = len(token_ids_N)
+        bank._keys_HCE, bank._values_HCE, bank._token_ids_C = keys_HNE, values_HNE, token_ids_N
+        bank._source_C = torch.zeros(bank._length, dtype=torch.int64)
+        bank._offsets_C2 = torch.zeros(bank._length, 2, dtype=torch.int64)
+        bank._place_C = torch.arange(bank._length)
+        return bank
+
     def between(self, first: int, last: int) -> MemoryBank:
-        """Tokens [first, last) as a bank that can only be read by a model: it shares memory and has no text."""
-        part = MemoryBank(self.spec, self.device)
-        part._keys_HCE, part._values_HCE = self._keys_HCE[:, first:], self._values_HCE[:, first:]
-        part._length = last - first
+        """Tokens [first, last) as a bank that can only be read; it shares memory with the whole."""
+        part = self._part(slice(first, None), slice(first, None), last - first)
+        part._in_whole = first
         if first == 0 and self._index is not None and len(self._index) <= last:
             part._index = self._index
+        return part
+
+    def part(self, row_P: Tensor) -> MemoryBank:
+        """Some rows as a bank that can only be read: copies of their keys and values.
+
+        Args:
+            row_P: int64, ascending.
+        """
+        part = self._part(row_P.to(self.device), row_P.cpu(), len(row_P))
+        part._in_whole = row_P.cpu()
+        return part
+
+    def in_whole(self, position_X: Tensor) -> Tensor:
+        """Rows of a part as rows of the bank that it is a part of (on the CPU); those of a whole bank are the same."""
+        position_X = position_X.cpu()
+        return self._in_whole[position_X] if isinstance(self._in_whole, Tensor) else position_X + (self._in_whole or 0)
+
+    def _part(self, on_device: slice | Tensor, on_cpu: slice | Tensor, length: int) -> MemoryBank:
+        part = MemoryBank(self.spec, self.device)
+        part.name, part._length = self.name, length
+        part._keys_HCE, part._values_HCE = self._keys_HCE[:, on_device], self._values_HCE[:, on_device]
+        part._token_ids_C = self._token_ids_C[on_device]
+        part._source_C, part._offsets_C2 = self._source_C[on_cpu], self._offsets_C2[on_cpu]
+        part._place_C = self._place_C[on_cpu]
+        part._sources, part._texts = self._sources, self._texts
+        part._tokens, part._written = self._tokens, self._written
         return part
 
     def append(self, entry: BankEntry) -> None:
@@ -290,6 +328,7 @@ class MemoryBank:
 
     def check(self, entry: BankEntry) -> None:
         """Raise the `BankError` that `append` would, and change nothing."""
+        self._check_whole()
         tokens = len(entry)
         expected = (len(self.spec.memory_heads), entry.rows, self.spec.head_dim)
         for name, tensor in (("keys_HNE", entry.keys_HNE), ("values_HNE", entry.values_HNE)):
@@ -314,6 +353,11 @@ class MemoryBank:
                 f"Source {entry.source!r} is remembered up to character {end}, the new piece begins at "
                 f"{entry.char_start}. Continue where the source ends, or write under a new source name."
             )
+
+    def _check_whole(self) -> None:
+        """A part has the texts of the whole bank, and may not change them."""
+        if self._in_whole is not None:
+            raise BankError("This is a part of a bank, which can only be read. Change the bank that it is a part of.")
 
     def length_of(self, source: str) -> int:
         """Characters of `source` that are remembered (0 if it is unknown)."""
@@ -379,6 +423,7 @@ class MemoryBank:
     def forget(self, source: str) -> int:
         """Forget a whole source; returns how many tokens went. Sources are encoded apart from each other, so nothing
         that stays has ever seen the forgotten text."""
+        self._check_whole()
         if source not in self._sources:
             raise SourceError(f"No source {source!r} to forget. This bank remembers: {self._listed_sources()}.")
         gone = self._sources[source]
@@ -396,6 +441,7 @@ class MemoryBank:
 
     def thin(self, keep_N: Tensor) -> None:
         """Drop the rows where `keep_N` (bool, on the CPU) is False. Texts and token ids stay (`longmem.retention`)."""
+        self._check_whole()
         self._keep_rows(keep_N)
 
     def attend(self, position_X: Tensor, weight_X: Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longmem.attention import MemoryRead
 from longmem.errors import ConfigError
+from longmem.focus import Focus
 from longmem.generation import Continuation, GenerationConfig, LocalWindow, Piece, begun, sample, sampler
 from longmem.group import Readable
 from longmem.model import LongMem
@@ -56,10 +57,11 @@ def generate_batch(
             f"{len(banks)} banks and {len(sources)} sources were given for {len(prompts)} prompts; give one of each a "
             "prompt."
         )
-    # The passages of a bank are found once for all its texts.
+    # The passages and the words of a bank are found once for all its texts.
     recallers = {id(bank): Recaller(model) for bank in banks}
+    focuses = {id(bank): Focus(config.focus) for bank in banks}
     windows = [
-        LocalWindow(model, bank, config, source=source, recaller=recallers[id(bank)])
+        LocalWindow(model, bank, config, source=source, recaller=recallers[id(bank)], focus=focuses[id(bank)])
         for bank, source in zip(banks, sources, strict=True)
     ]
     return _side_by_side(model, prompts, windows, config, min(rows, len(prompts)), compile)

@@ -22,6 +22,8 @@ from torch import Tensor
 from longmem.attention import MemoryRead
 from longmem.bank import BankEntry, DrawnOn, MemoryBank
 from longmem.errors import ConfigError
+from longmem.focus import FOCUS, Focus
+from longmem.focus import check as check_focus
 from longmem.group import BankGroup, Readable, members
 from longmem.index import PLACES, place_of
 from longmem.model import LongMem, ModelCache
@@ -53,6 +55,9 @@ class GenerationConfig:
         recall: passages of the bank at most that are put into the window, before everything that is remembered of it:
             those that a prompt or a turn is about (`longmem.recall`), in up to a third of the window. The bank is read
             beside them as ever. They cost reading; a fact that stands in the window is used more surely.
+        focus: tokens of a bank that are read at most: of a larger one those stretches that share words with the window
+            (`longmem.focus`), chosen anew for each prompt or turn, and whenever the older half of the window leaves. 0
+            reads everything.
         stop: end before any of these strings.
         stop_token_ids: end at any of these; None is the tokenizer's end of text.
         cache: False reads the whole window again for every token. Slow; the reference that the cache is tested on.
@@ -68,6 +73,7 @@ class GenerationConfig:
     attribute: bool = False
     remember: bool = True
     recall: int = 0
+    focus: int = FOCUS
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] | None = None
     cache: bool = True
@@ -85,6 +91,7 @@ class GenerationConfig:
         ):
             if not valid:
                 raise ConfigError(f"{name} must be {expected}; got {getattr(self, name)!r}.")
+        check_focus(self.focus)
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,7 @@ class Continuation:
         self.token_id: int | None = None
         self.done = False
         self.moved = window.extend(token_ids)
+        window.look_anew()
         window.decoder.take()
         self._ends = stop_token_ids(window.model, window.config)
         self._stops = StopStrings(window.config.stop)
@@ -191,9 +199,9 @@ class Continuation:
         window, stops = self.window, self._stops
         wanted = window.config.attribute
         sources = ()
-        if wanted and window.remembered is not None and reads:
+        if wanted and (visible := window.visible) is not None and reads:
             window.count(*_last_read(reads, row))
-            sources = attribute(reads, window.remembered, row=row)
+            sources = attribute(reads, visible, row=row)
         moved, self.moved = self.moved, window.extend([token_id], silent=token_id in self._ends)
         window.draw_on(sources)
         self.token_id = token_id
@@ -380,7 +388,7 @@ class LocalWindow:
     Args:
         bank: None drops what leaves; of a group, the first gets it.
         source: name of the stream in the bank, continued if it is there already.
-        recaller: of this bank, if others recall from it as well.
+        recaller, focus: of this bank, if others recall from it or read it as well.
 
     Attributes:
         remembered: the bank or group as it was given.
@@ -398,6 +406,7 @@ class LocalWindow:
         *,
         source: str | None = None,
         recaller: Recaller | None = None,
+        focus: Focus | None = None,
     ) -> None:
         longest = model.backbone.max_positions
         self.size = min(DEFAULT_WINDOW, longest) if config.window is None else config.window
@@ -423,6 +432,8 @@ class LocalWindow:
         self._moved = 0  # and not told yet
         self.recalled: tuple[Hit, ...] = ()
         self._recaller = recaller or Recaller(model)
+        self._focus = focus or Focus(config.focus)
+        self._chosen: Readable | None = None  # what is read of banks that are not read whole
         self._drew_on: list[Attribution] = []
 
     def draw_on(self, sources: Sequence[Attribution]) -> None:
@@ -431,10 +442,13 @@ class LocalWindow:
 
     def count(self, position_X: Tensor, weight_X: Tensor) -> None:
         """Let the bank that is written to count the attention that its rows were paid; others are only read."""
-        for number, (one, _) in enumerate(members(self.remembered) if self.remembered is not None else ()):
+        visible = self.visible
+        if self.remembered is None or visible is None:
+            return
+        for number, ((one, _), (read, _)) in enumerate(zip(members(self.remembered), members(visible), strict=True)):
             if one is self.bank:
                 mine_X = (position_X // PLACES == number) & (weight_X > 0)
-                one.attend(position_X[mine_X] % PLACES, weight_X[mine_X])
+                one.attend(read.in_whole(position_X[mine_X] % PLACES), weight_X[mine_X])
 
     def extend(self, token_ids: Sequence[int], *, remember: bool = True, silent: bool = False) -> int:
         """Add tokens at the end; returns how many left the window to make room.
@@ -499,7 +513,16 @@ class LocalWindow:
             self.token_ids[begin:end] = token_ids
             self._unremembered += len(token_ids) - self._shown
             self._shown = len(token_ids)
-            self._cache, self._read = None, 0
+            self._read_anew()
+
+    def look_anew(self) -> None:
+        """What is read of large banks is chosen again, by what stands in the window now."""
+        if self._focus.chooses(self.remembered):
+            self._read_anew()
+
+    def _read_anew(self) -> None:
+        """Nothing that was read of the window counts any more, nor what was chosen for it."""
+        self._cache, self._read, self._chosen = None, 0, None
 
     def remember(self) -> int:
         """Write what is not in the bank yet, durably if the bank is a stored one; returns how many tokens."""
@@ -549,7 +572,7 @@ class LocalWindow:
         self._in_bank = max(0, self._in_bank - (cut - unremembered))
         del self.token_ids[:cut]
         self.decoder.forget(cut)
-        self._cache, self._read = None, 0
+        self._read_anew()
         return cut
 
     def _write(self, end: int) -> int:
@@ -580,9 +603,23 @@ class LocalWindow:
 
     @property
     def visible(self) -> Readable | None:
-        """What is remembered, without what is in the window."""
-        if self.bank is None or not self._in_bank:
+        """What is read: what is remembered, without what is in the window; of large banks what is chosen."""
+        if self.remembered is None:
+            return None
+        if self._focus.chooses(self.remembered):
+            if self._chosen is None:
+                self._chosen = self._focus.on(self.remembered, self.token_ids, self._hidden)
+            return self._chosen
+        if not (self.bank and self._hidden):
             return self.remembered
+        part = self.bank.between(0, len(self.bank) - self._hidden)
+        return self.remembered.with_first(part) if isinstance(self.remembered, BankGroup) else part
+
+    @property
+    def _hidden(self) -> int:
+        """How many of the last rows of the bank are tokens that are in the window."""
+        if self.bank is None or not self._in_bank:
+            return 0
         bank, near = self.bank, slice(max(0, len(self.bank) - self._in_bank), None)
         own = bank.sources.index(self._source) if self._source in bank.sources else -1
         # By their places in the source: a bank that is thinned may have rows for some of them only.
@@ -590,10 +627,7 @@ class LocalWindow:
         hidden_n = (bank.source_index_N[near] == own) & (bank.place_N[near] >= first)
         hidden = int(hidden_n.sum())
         # Somebody else has written since: better to see part of the window twice than to miss what is new.
-        if hidden == 0 or not bool(hidden_n[-hidden:].all()):
-            return self.remembered
-        part = bank.between(0, len(bank) - hidden)
-        return self.remembered.with_first(part) if isinstance(self.remembered, BankGroup) else part
+        return hidden if bool(hidden_n[len(hidden_n) - hidden :].all()) else 0
 
 
 def remember_tokens(

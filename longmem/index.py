@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longmem.approximate import BankIndex
 from longmem.bank import MemoryBank
-from longmem.config import SideNetConfig
+from longmem.config import BankSpec, SideNetConfig
 from longmem.data import to_device
 from longmem.ops import (
     FoundRows,
@@ -631,6 +631,13 @@ class StreamBanks:
     def reset(self, rows_B: Tensor) -> None:
         """Empty the banks of the rows where `rows_B` (bool) is True."""
         self.written_B.masked_fill_(rows_B, 0)
+
+    def together(self, filled: int, spec: BankSpec) -> MemoryBank:
+        """The first `filled` tokens of every ring as one bank, one ring after another; a copy."""
+        keys_HNE, values_HNE = (
+            rows_HBNE[:, :, :filled].flatten(1, 2) for rows_HBNE in (self.keys_HBNE, self.values_HBNE)
+        )
+        return MemoryBank.of_rows(spec, keys_HNE, values_HNE, self.token_ids_BN[:, :filled].flatten())
 
     def reader(
         self, source_B: Tensor | None = None, crowded: Sequence[int] = (), crowd: int = 1, filled: int | None = None

@@ -21,7 +21,7 @@ LAYERS = (
     {"approximate"},
     {"bank"},
     {"group"},
-    {"index", "retention", "probe"},
+    {"focus", "index", "retention", "probe"},
     {"store"},
     {"attention"},
     {"sidenet"},

@@ -230,6 +230,23 @@ def test_a_part_shares_memory_and_an_index_that_knows_no_more() -> None:
     assert bank.between(3, 9).keys_HNE.data_ptr() == bank.keys_HNE[:, 3:].data_ptr()
 
 
+def test_a_part_can_only_be_read() -> None:
+    bank, _ = indexed(more="bc")
+    for part, row_P in ((bank.between(3, 9), torch.arange(3, 9)), (bank.part(row := torch.tensor([0, 4, 215])), row)):
+        assert torch.equal(part.in_whole(torch.arange(len(part))), row_P)
+        assert torch.equal(part.token_ids_N, bank.token_ids_N[row_P]) and part.span(0, 0) == bank.span(
+            int(row_P[0]), int(row_P[0])
+        )
+        with pytest.raises(BankError, match="part of a bank, which can only be read"):
+            part.append(make_entry("d", "xyz"))
+        with pytest.raises(BankError, match="Change the bank"):
+            part.forget("b")
+        with pytest.raises(BankError):
+            part.thin(torch.ones(len(part), dtype=torch.bool))
+    assert bank.sources == ("a", "b", "c") and len(bank) == 220
+    assert torch.equal(bank.in_whole(torch.tensor([1, 5])), torch.tensor([1, 5]))
+
+
 def test_an_index_is_for_a_cpu() -> None:
     bank, index = indexed()
     bank.to("cpu")

@@ -21,10 +21,13 @@ from transformers import (
 )
 
 from longmem.backbone import Backbone
+from longmem.batch import generate_batch
 from longmem.config import EncodeConfig, SideNetConfig
 from longmem.decoding import RowDecoder
 from longmem.errors import BankMismatchError, ConfigError
+from longmem.focus import Focus
 from longmem.generation import (
+    Continuation,
     GenerationConfig,
     LocalWindow,
     StopStrings,
@@ -243,6 +246,90 @@ def test_each_text_gets_its_own_source():
     assert bank.sources == ("facts", "generated/1", "generated/2")
     list(generate(model, FACTS, bank=bank, config=ENDLESS, source="facts"))
     assert bank.text_of("facts").startswith(FACTS + FACTS[:20])
+
+
+# ---- what is read of a large bank ----
+
+FOCUSED = dataclasses.replace(ENDLESS, focus=2048, remember=False)
+
+
+def large_bank(model: LongMem):
+    """Three texts, each of words of its own, longer together than what is read at most."""
+    bank = model.new_bank()
+    for number, sentence in enumerate(FACTS.split(". ")[:3]):
+        model.write_text(bank, (sentence + ". ") * 50, source=f"text {number}")
+    assert len(bank) > 2500
+    return bank
+
+
+def test_a_large_bank_is_read_by_what_the_window_says():
+    model, config = tiny(), FOCUSED
+    bank = large_bank(model)
+    window = LocalWindow(model, bank, config)
+    window.extend(tokenizer()(" Who keeps bees?", add_special_tokens=False)["input_ids"])
+    logits_V, _ = window.logits()
+    part = Focus(2048).on(bank, window.token_ids)
+    assert len(part) <= 2048
+    torch.testing.assert_close(logits_V, model(window.tokens_N[None], part).logits_BTV[0, -1], atol=1e-4, rtol=1e-4)
+    everything = LocalWindow(model, bank, dataclasses.replace(config, focus=0))
+    everything.extend(window.token_ids)
+    assert everything.visible is bank and not torch.equal(everything.logits()[0], logits_V)
+
+
+def test_what_is_read_is_chosen_anew_by_each_prompt_and_when_the_window_moves():
+    model = tiny()
+    window = LocalWindow(model, large_bank(model), dataclasses.replace(FOCUSED, window=40))
+    chosen = []
+    for text in ("bees on the roof", "boats in Brest", "The roof is green." * 4):
+        Continuation(window, tokenizer()(text, add_special_tokens=False)["input_ids"])
+        window.logits()
+        chosen.append(window.visible)
+        window.extend([7])
+        window.logits()
+        assert window.visible is chosen[-1]  # not by each token
+    assert len({id(part) for part in chosen}) == 3
+    while window.visible is chosen[-1]:
+        assert window.extend([9]) == 0 or window.visible is not chosen[-1]
+        window.logits()
+
+
+def test_texts_side_by_side_read_what_each_is_about():
+    model = tiny()
+    bank, prompts = large_bank(model), ["Who keeps bees on the roof?", "Who paints boats in Brest?"]
+    config = dataclasses.replace(FOCUSED, max_new_tokens=12)
+    alone = [[piece.token_id for piece in generate(model, prompt, bank=bank, config=config)] for prompt in prompts]
+    together: list[list[int]] = [[], []]
+    for number, piece in generate_batch(model, prompts, banks=bank, config=config):
+        together[number].append(piece.token_id)
+    assert together == alone
+
+
+def test_attributions_and_attention_of_a_part_are_those_of_the_whole():
+    model = tiny()
+    bank = large_bank(model)
+    config = dataclasses.replace(FOCUSED, attribute=True, max_new_tokens=8)
+    pieces = list(generate(model, "Who paints boats in Brest?", bank=bank, config=config))
+    spans = [span for piece in pieces for span in piece.sources]
+    assert spans and all(bank.text_of(span.source, span.start, span.end) == span.text for span in spans)
+    # What was counted lies where the spans say.
+    counted = bank.take_attention()
+    for span in spans:
+        offsets_M2 = bank.offsets_of(span.source)
+        inside_M = (offsets_M2[:, 1] > span.start) & (offsets_M2[:, 0] < span.end)
+        assert float(counted[span.source][inside_M].sum()) > 0
+
+
+def test_text_that_is_in_the_window_is_not_read_of_a_large_bank_either():
+    model = tiny()
+    bank = large_bank(model)
+    window = LocalWindow(model, bank, dataclasses.replace(FOCUSED, remember=True), source="talk")
+    window.extend([5, 6, 7])
+    window.remember()
+    window.look_anew()
+    assert (
+        window.visible is not None
+        and len(bank) - 3 == window.visible.in_whole(torch.tensor([-1 + len(window.visible)])) + 1
+    )
 
 
 # ---- what is recalled into the window ----

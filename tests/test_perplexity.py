@@ -20,6 +20,7 @@ from longmem.config import SideNetConfig
 from longmem.data import TokenizedDocuments
 from longmem.errors import ConfigError, SourceError
 from longmem.evals.perplexity import CONDITIONS, USUAL_CONDITIONS, PerplexityConfig, perplexity
+from longmem.focus import Focus
 from longmem.model import LongMem
 
 BLOCKS = PerplexityConfig("blocks", segment=16, prefill=32, segments=3)
@@ -74,12 +75,33 @@ def test_every_condition_is_what_a_loop_by_hand_gives(config: PerplexityConfig, 
         "bank_off": [by_hand(model, i, config) for i in range(3)],
         "bank_wrong": [by_hand(model, i, config, (i - 1) % 3) for i in range(3)],
         "bank_crowded": [by_hand(model, i, config, 0, 1, 2) for i in range(3)],
+        "bank_focused": [by_hand(model, i, config, 0, 1, 2) for i in range(3)],  # nothing is left out of so few
         "backbone_local": [by_hand(model, i, config, memory=0.0) for i in range(3)],
     }
     for condition, losses in expected.items():
         assert result.losses[condition] == pytest.approx(losses, abs=2e-4), condition
         assert result.perplexity[condition] == pytest.approx(math.exp(np.mean(losses)), rel=1e-3)
     assert len({round(losses[0], 3) for losses in expected.values()}) >= 3  # they do differ
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", [BLOCKS, SLIDING], ids=["blocks", "sliding"])
+def test_a_part_is_read_of_a_large_crowd(config: PerplexityConfig) -> None:
+    documents = tiny.documents(1250, 1300, 1250)
+    config = dataclasses.replace(config, prefill=1100, focus=2048, conditions=("bank_focused", "bank_crowded"))
+    result = perplexity(MODEL, documents, config)
+    ids = [torch.from_numpy(documents[i].astype(np.int64)) for i in range(3)]
+    step, local = (config.segment, 0) if config.protocol == "blocks" else (config.stride, config.context)
+    losses = []
+    for first in range(config.first_scored, config.needed, step):
+        bank = bank_of(MODEL, ids, first - local)
+        part = Focus(2048).on(bank, ids[1][first - config.context : first].tolist())
+        assert len(part) <= 2048 < len(bank)
+        input_ids_BT = torch.cat((torch.tensor([0]), ids[1][first - local : first + step - 1]))[None]
+        logits_TV = MODEL(input_ids_BT, part).logits_BTV[0, -step:]
+        losses.append(F.cross_entropy(logits_TV.float(), ids[1][first : first + step]))
+    assert result.losses["bank_focused"][1] == pytest.approx(float(torch.stack(losses).mean()), abs=2e-4)
+    assert result.losses["bank_focused"] != pytest.approx(result.losses["bank_crowded"], abs=1e-4)
 
 
 @torch.no_grad()

@@ -170,6 +170,16 @@ def bench_table(result: BenchResult) -> Table:
     return table
 
 
+Focus = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that are read of a bank at most: of a larger one what has to do with the text. 65,536 by default;"
+        " 0 is all.",
+        show_default=False,
+    ),
+]
+
+
 # As above, for `PerplexityConfig`.
 @evaluations.command()
 def perplexity(
@@ -188,11 +198,12 @@ def perplexity(
     only: Annotated[
         str | None,
         typer.Option(
-            help="Of backbone_local, backbone_window, bank_off, bank_on, bank_wrong, sidenet_window, bank_crowded; with"
-            " commas. By default all but the last two: no bank but the whole window, and a document's memory among"
-            " that of all --rows."
+            help="Of backbone_local, backbone_window, bank_off, bank_on, bank_wrong, sidenet_window, bank_crowded,"
+            " bank_focused; with commas. By default all but the last three: no bank but the whole window, a document's"
+            " memory among that of all --rows, and what is read of these where a part is chosen."
         ),
     ] = None,
+    focus: Focus = None,
     rows: Annotated[int, typer.Option(help="Documents side by side; 0 chooses.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the intervals' bootstrap.")] = 0,
     as_json: Figures = None,
@@ -206,6 +217,8 @@ def perplexity(
     names = {field.name for field in dataclasses.fields(PerplexityConfig)} & set(context.params)
     settings: dict[str, Any] = {name: context.params[name] for name in names}
     settings["context"] = context_tokens
+    if focus is None:
+        del settings["focus"]
     conditions = USUAL_CONDITIONS if only is None else tuple(filter(None, (name.strip() for name in only.split(","))))
     config = PerplexityConfig(**settings, conditions=conditions)
     _check_file(as_json)
@@ -233,6 +246,7 @@ def perplexity_table(result: PerplexityResult) -> Table:
         "bank_wrong": "bank wrong",
         "sidenet_window": "bank empty, whole window",
         "bank_crowded": "bank among others",
+        "bank_focused": "bank among others, a part read",
     }
     for name, value in result.perplexity.items():
         shown = "not measured" if value is None else f"{value:.3f}"
@@ -267,6 +281,7 @@ def recall(
     context_tokens: Annotated[
         int, typer.Option("--context", help="Tokens of other text that stand before the question in the window.")
     ] = 0,
+    focus: Focus = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     as_json: Figures = None,
     device: common.Device = "auto",
@@ -281,6 +296,8 @@ def recall(
         given = settings.pop(name)
         if given:
             settings[name] = tuple(given)
+    if focus is None:
+        del settings["focus"]
     config = evaluation.RecallConfig(**settings)
     _check_file(as_json)
     loaded = common.load_model(model, device, dtype)
@@ -310,6 +327,7 @@ def facts(
     sessions: Annotated[int, typer.Option(help="Sessions before the one that asks.")] = 4,
     facts: Annotated[int, typer.Option(help="Facts told besides the one that is asked for.")] = 4,
     small_talk: Annotated[int, typer.Option(help="Exchanges of each session that tell nothing.")] = 3,
+    focus: Focus = None,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     write: Annotated[
         Path | None,
@@ -325,7 +343,10 @@ def facts(
     from longmem.evals import facts as evaluation
 
     names = {field.name for field in dataclasses.fields(evaluation.FactsConfig)} & set(context.params)
-    config = evaluation.FactsConfig(**{name: context.params[name] for name in names})
+    settings: dict[str, Any] = {name: context.params[name] for name in names}
+    if focus is None:
+        del settings["focus"]
+    config = evaluation.FactsConfig(**settings)
     if write is not None:
         from longmem.evals.chats import generate_chats
 

@@ -40,6 +40,14 @@ Window = Annotated[
 Recall = Annotated[
     int, typer.Option(help="Passages of the bank that are put into the window: what is remembered about the text.")
 ]
+Focus = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens of a bank that are read at most: of a larger one what has to do with the text; 0 reads all. "
+        "65,536 by default, and 0 with --search index.",
+        show_default=False,
+    ),
+]
 Memory = Annotated[float, typer.Option(help="A dial: 0 is the backbone alone, 1 the trained strength.")]
 
 
@@ -55,6 +63,7 @@ def generate(
     window: Window = None,
     memory: Memory = 1.0,
     recall: Recall = 0,
+    focus: Focus = None,
     remember: Annotated[bool, typer.Option(help="Write what leaves the local window to the bank.")] = True,
     attribute: Annotated[bool, typer.Option("--attribute", help="Say which remembered text it drew on.")] = False,
     search: common.Search = "exact",
@@ -81,6 +90,7 @@ def generate(
         window=window,
         memory=memory,
         recall=recall,
+        focus=_focus(focus, search),
         attribute=attribute,
         remember=remember and version is None,  # what is past cannot be written to
     )
@@ -130,6 +140,7 @@ def chat(
             show_default=False,
         ),
     ] = None,
+    focus: Focus = None,
     search: common.Search = "exact",
     precision: common.BankPrecision = None,
     model: common.Model = common.DEFAULT_MODEL,
@@ -153,6 +164,7 @@ def chat(
         window=window,
         memory=memory,
         recall=recall or 0,
+        focus=_focus(focus, search),
         attribute=bool(bank),
     )
     name = datetime.now().strftime("%Y-%m-%d %H:%M:%S") if session is None else session
@@ -184,6 +196,13 @@ def chat(
                 )
             typer.echo(f"This is {conversation.source} of bank {first}. /help lists commands.", err=True)
             _converse(conversation, remembered)
+
+
+def _focus(given: int | None, search: str) -> int:
+    """Whoever asks for a bank's index wants all of the bank searched."""
+    from longmem.focus import FOCUS
+
+    return given if given is not None else 0 if search == "index" else FOCUS
 
 
 def _check_recall(recall: int, bank: list[str] | None) -> None:

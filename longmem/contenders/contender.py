@@ -18,6 +18,8 @@ from longmem.bank import MemoryBank
 from longmem.contenders.reader import Reader
 from longmem.data import Document
 from longmem.errors import ConfigError
+from longmem.focus import FOCUS, Focus
+from longmem.focus import check as check_focus
 from longmem.generation import attribute
 from longmem.model import LongMem
 
@@ -86,6 +88,7 @@ class ContenderConfig:
         stretched: tokens of a window that is longer than the trained one.
         chunk: tokens of a retrieved piece of text at most.
         chunks: how many are put into the window.
+        focus: tokens that are read of a bank at most, as `generate` does (`longmem.focus`); 0 is all.
         paper: folder of a SideNet trained by the paper's recipe.
     """
 
@@ -94,12 +97,14 @@ class ContenderConfig:
     stretched: int = 32768
     chunk: int = 128
     chunks: int = 4
+    focus: int = FOCUS
     paper: Path | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("window", 64), ("extended", 64), ("stretched", 64), ("chunk", 8), ("chunks", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}; got {getattr(self, name)}.")
+        check_focus(self.focus)
 
 
 @dataclass
@@ -147,6 +152,7 @@ class Contender(ABC):
         self.reader = Reader(model, self.memory)
         self._prompt: Prompt | None = None
         self._told_bank: MemoryBank | None = None
+        self._focus = Focus(config.focus)
         self.seen: tuple[str, ...] = ()
         self.others: tuple[Document, ...] = ()
 
@@ -164,7 +170,7 @@ class Contender(ABC):
 
     def drawn_on(self) -> tuple[str, ...]:
         """What of the documents the last prompt was answered from, as far as can be told."""
-        return drawn_on(self.reader.reads, self._told_bank) + self.seen
+        return drawn_on(self.reader.reads, self.reader.bank) + self.seen
 
     def prepare(self, documents: Sequence[Document], others: Sequence[Document] = ()) -> None:
         """Be told documents; what was told earlier is forgotten. `others` are what is told in another case."""
@@ -185,7 +191,16 @@ class Contender(ABC):
         """A prompt in its window; not read yet."""
         self._prompt = None  # the view may read something else
         view = self.view(prompt)
-        return Posed((*view.told, *view.asked), self._told_bank, self.seen)
+        token_ids = (*view.told, *view.asked)
+        return Posed(token_ids, self._read_of_bank(token_ids), self.seen)
+
+    def _read_of_bank(self, token_ids: Sequence[int]) -> MemoryBank | None:
+        """What is read for a window of what is remembered."""
+        if self._told_bank is None or not self._focus.chooses(self._told_bank):
+            return self._told_bank
+        read = self._focus.on(self._told_bank, token_ids)
+        assert isinstance(read, MemoryBank)
+        return read
 
     def log_likelihood(self, prompt: Prompt, continuation: str) -> list[float]:
         """Log-probability of each token of a continuation, which follows the prompt as it is, in nats."""
@@ -243,6 +258,9 @@ class Contender(ABC):
         self.reader.wait()
         start = time.perf_counter()
         view = self.view(prompt)
+        if (bank := self._read_of_bank(view.told + view.asked)) is not self.reader.bank:
+            self.reader.forget(bank)
+            self.reader.wait()
         seconds = time.perf_counter() - start
         if view.told:
             self.cost.told_tokens += self.reader.read(view.told)

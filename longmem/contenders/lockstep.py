@@ -126,4 +126,4 @@ class _Asking(Reader):
 
     @property
     def _window(self) -> Posed:
-        return Posed(tuple(self._ids[1:]), self._bank)
+        return Posed(tuple(self._ids[1:]), self.bank)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from longmem.contenders.contender import ContenderConfig
 from longmem.contenders.longmem import LongMemContender
 from longmem.errors import UnavailableError
@@ -18,4 +20,5 @@ class LongMemPaper(LongMemContender):
             raise UnavailableError(
                 "no weights: none ship; train them (longmem train … --recipe paper --out DIR) and give --paper DIR"
             )
-        super().__init__(LongMem.from_pretrained(config.paper, backbone=model.backbone), config)
+        loaded = LongMem.from_pretrained(config.paper, backbone=model.backbone)
+        super().__init__(loaded, dataclasses.replace(config, focus=0))  # the paper's banks are read whole

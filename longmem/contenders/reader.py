@@ -57,18 +57,19 @@ class Reader:
         bank: what is remembered while it reads; a new one forgets what was read.
 
     Attributes:
+        bank: what is remembered while it reads.
         reads: what the memory layers read for the last token of the window.
         bytes_a_token: of keys and values that are kept of a token that was read.
     """
 
     def __init__(self, model: LongMem, memory: float) -> None:
         self.model, self.memory = model, memory
-        self._bank: MemoryBank | None = None
+        self.bank: MemoryBank | None = None
         self.forget()
 
     def forget(self, bank: MemoryBank | None = None) -> None:
         """Start anew, with another bank."""
-        self._bank = bank
+        self.bank = bank
         self._cache = self.model.new_cache()
         self._ids: list[int] = []
         self._logits_V: Tensor | None = None
@@ -96,7 +97,7 @@ class Reader:
         same = min(same, len(ids) - 1)
         self._keep(same)
         new_T = torch.tensor(ids[same:], dtype=torch.int64)
-        self._logits_V, self.reads = read_on(self.model, new_T, self._bank, self._cache, self.memory)
+        self._logits_V, self.reads = read_on(self.model, new_T, self.bank, self._cache, self.memory)
         self._ids = ids
         return len(ids) - same
 
@@ -155,7 +156,7 @@ class Reader:
 
     def _forward(self, ids_T: Tensor) -> Tensor:
         """Logits (T, V) behind what was read."""
-        return self.model.forward(ids_T[None], self._bank, memory=self.memory, cache=self._cache).logits_BTV[0]
+        return self.model.forward(ids_T[None], self.bank, memory=self.memory, cache=self._cache).logits_BTV[0]
 
     def _keep(self, tokens: int) -> None:
         """Drop what was read behind the first tokens."""

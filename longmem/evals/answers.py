@@ -26,6 +26,7 @@ from longmem.backbone import BackboneOutput
 from longmem.bank import BankEntry, MemoryBank
 from longmem.data import TokenizedDocuments
 from longmem.errors import ConfigError, SourceError
+from longmem.focus import Focus
 from longmem.model import LongMem
 
 Item = TypeVar("Item")
@@ -91,20 +92,28 @@ _BANKS = {"cpu": 1 << 17, "cuda": 1 << 22}
 
 
 def under_all_conditions(
-    model: LongMem, question: Question, on: Sequence[BankEntry], wrong: Sequence[BankEntry]
+    model: LongMem, question: Question, on: Sequence[BankEntry], wrong: Sequence[BankEntry], focus: int = 0
 ) -> dict[str, Ask]:
     """A question under every condition.
 
     Args:
         on: sources of the bank that holds the evidence.
         wrong: sources of the bank that holds other values in its place.
+        focus: tokens that are read of a bank at most (`longmem.focus`); 0 is all.
     """
     alone = question.opening + question.prompt
     window = question.opening + question.evidence + question.prompt
+    asked = model.tokenizer(alone, add_special_tokens=False)["input_ids"]
+
+    def read(entries: Sequence[BankEntry]) -> MemoryBank:
+        found = Focus(focus).on(bank_of(model, entries), asked)
+        assert isinstance(found, MemoryBank)
+        return found
+
     return {
-        "bank_on": Ask(question, alone, bank_of(model, on)),
+        "bank_on": Ask(question, alone, read(on)),
         "bank_off": Ask(question, alone),
-        "bank_wrong": Ask(question, alone, bank_of(model, wrong)),
+        "bank_wrong": Ask(question, alone, read(wrong)),
         "window": Ask(question, window),
         "backbone_window": Ask(question, window, memory=0.0),
     }

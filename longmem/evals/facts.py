@@ -30,6 +30,8 @@ from longmem.evals.answers import (
     under_all_conditions,
 )
 from longmem.evals.chats import ATTRIBUTES, KINDS, Chat, ChatConfig, Split, Turn, generate_chats
+from longmem.focus import FOCUS
+from longmem.focus import check as check_focus
 from longmem.model import LongMem
 
 Part = TypeVar("Part")
@@ -48,6 +50,7 @@ class FactsConfig:
         remembered: tokens of other text in the bank.
         passage: tokens of a piece of it.
         sessions, facts, small_talk: see `ChatConfig`.
+        focus: tokens that are read of a bank at most, as `generate` does (`longmem.focus`); 0 is all.
         seed: of everything drawn.
     """
 
@@ -58,12 +61,14 @@ class FactsConfig:
     sessions: int = 4
     facts: int = 4
     small_talk: int = 3
+    focus: int = FOCUS
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name, least in (("cases", len(KINDS)), ("remembered", 0), ("passage", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}; got {getattr(self, name)}.")
+        check_focus(self.focus)
         _ = self.chats  # its own checks
 
     @property
@@ -121,7 +126,7 @@ def facts(
     rows = []
     chats = generate_chats(config.cases, config.wording, config.chats)
     while some := list(islice(chats, cases_at_once(model, sum(map(len, entries))))):
-        for chat, found in zip(some, _outcomes(model, some, entries), strict=True):
+        for chat, found in zip(some, _outcomes(model, some, entries, config.focus), strict=True):
             outcomes[chat.kind].append(found)
             given = {name: dataclasses.asdict(outcome) for name, outcome in found.items()}
             names = ("kind", "attribute", "question", "begun", "answer", "stale", "wrong")
@@ -157,7 +162,9 @@ def labels_of(chat: Chat) -> dict[str, str]:
     return labels
 
 
-def _outcomes(model: LongMem, chats: Sequence[Chat], filler: Sequence[BankEntry]) -> list[dict[str, Outcome]]:
+def _outcomes(
+    model: LongMem, chats: Sequence[Chat], filler: Sequence[BankEntry], focus: int
+) -> list[dict[str, Outcome]]:
     texts = [
         [
             [session_text(model.tokenizer, session) for session in sessions]
@@ -172,7 +179,7 @@ def _outcomes(model: LongMem, chats: Sequence[Chat], filler: Sequence[BankEntry]
             between(filler, [dataclasses.replace(next(encoded), source=f"chat/{i}") for i in range(len(sessions))])
             for sessions in both
         )
-        cases.append(under_all_conditions(model, question_of(chat, model.tokenizer), on, wrong))
+        cases.append(under_all_conditions(model, question_of(chat, model.tokenizer), on, wrong, focus))
     return ask_everywhere(model, cases)
 
 

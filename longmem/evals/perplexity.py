@@ -21,15 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longmem.backbone import BackboneOutput
 from longmem.data import TokenizedDocuments
 from longmem.errors import ConfigError, SourceError
+from longmem.focus import FOCUS, Focus
+from longmem.focus import check as check_focus
 from longmem.index import Retrieve, StreamBanks
 from longmem.model import LongMem
 from longmem.ops import linear_nll
 
 USUAL_CONDITIONS = ("backbone_local", "backbone_window", "bank_off", "bank_on", "bank_wrong")
+BANKED = ("bank_on", "bank_wrong", "bank_crowded", "bank_focused")
 # The others take long: whole windows through the SideNet, and a search as many times as large as there are documents.
-CONDITIONS = (*USUAL_CONDITIONS, "sidenet_window", "bank_crowded")
+CONDITIONS = (*USUAL_CONDITIONS, "sidenet_window", "bank_crowded", "bank_focused")
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,10 @@ class PerplexityConfig:
         stride: tokens scored at a time (sliding).
         conditions: any of `backbone_local` (the frozen model, same local window), `backbone_window` (its whole
             trained window), `bank_off`, `bank_on`, `bank_wrong` (another document's memory); only if asked for:
-            `sidenet_window` (no bank, but the SideNet behind the backbone's whole trained window) and `bank_crowded`
-            (the document's own memory among those of all documents beside it).
+            `sidenet_window` (no bank, but the SideNet behind the backbone's whole trained window), `bank_crowded`
+            (the document's own memory among those of all documents beside it) and `bank_focused` (the same, of which
+            what the last tokens before the scored ones have to do with is read: `longmem.focus`).
+        focus: tokens that are read of a bank at most (`bank_focused`).
         rows: documents side by side; 0 chooses.
         seed: of the bootstrap.
     """
@@ -58,6 +64,7 @@ class PerplexityConfig:
     context: int = 1024
     stride: int = 512
     conditions: tuple[str, ...] = USUAL_CONDITIONS
+    focus: int = FOCUS
     rows: int = 0
     seed: int = 0
 
@@ -71,6 +78,7 @@ class PerplexityConfig:
             )
         if self.protocol == "sliding" and (self.segments * self.segment) % self.stride:
             raise ConfigError(f"stride {self.stride} does not divide the {self.segments * self.segment} scored tokens.")
+        check_focus(self.focus)
         unknown = set(self.conditions) - set(CONDITIONS)
         if unknown:
             raise ConfigError(f"Unknown conditions {sorted(unknown)}; choose among {', '.join(CONDITIONS)}.")
@@ -170,8 +178,9 @@ def _score(model: LongMem, tokens_BN: Tensor, config: PerplexityConfig) -> dict[
     """Losses (B, scored) of a batch of documents under each condition."""
     tokens_BN = tokens_BN.to(model.device)
     rows = tokens_BN.shape[0]
-    reads_bank = {"bank_on", "bank_wrong", "bank_crowded"} & set(config.conditions) and model.config.memory_heads
+    reads_bank = set(BANKED) & set(config.conditions) and model.config.memory_heads
     banks = None
+    focus = Focus(config.focus)
     if reads_bank:
         encoded = [model.encode(row_N[: config.needed]) for row_N in tokens_BN]
         keys_HBNE = torch.stack([keys for keys, _ in encoded], dim=1).to(model.device)
@@ -194,7 +203,7 @@ def _score(model: LongMem, tokens_BN: Tensor, config: PerplexityConfig) -> dict[
                 tokens_BN[:, remembered:window],
             )
             remembered = window
-        for name, loss_BX in _score_step(model, tokens_BN, window, first, last, banks, config).items():
+        for name, loss_BX in _score_step(model, tokens_BN, window, first, last, banks, focus, config).items():
             losses[name].append(loss_BX)
     return {name: torch.cat(parts, dim=1) for name, parts in losses.items() if parts}
 
@@ -206,6 +215,7 @@ def _score_step(
     first: int,
     last: int,
     banks: StreamBanks | None,
+    focus: Focus,
     config: PerplexityConfig,
 ) -> dict[str, Tensor]:
     """Losses of tokens [first, last), the local window beginning at `window`."""
@@ -229,6 +239,9 @@ def _score_step(
             filled = window // model.config.chunk_size * model.config.chunk_size
             readers["bank_crowded"] = banks.reader(None, range(rows), rows, filled)
     losses = {name: nll(model.correct(seen, readers[name])[0]) for name in config.conditions if name in readers}
+    if "bank_focused" in config.conditions and banks is not None:
+        asking_BT = tokens_BN[:, max(0, first - config.context) : first]
+        losses["bank_focused"] = nll(_focused(model, seen, banks, focus, window, asking_BT))
     if "backbone_local" in config.conditions:
         losses["backbone_local"] = nll(seen.hidden_states[top])
     whole = [name for name in ("backbone_window", "sidenet_window") if name in config.conditions]
@@ -244,6 +257,21 @@ def _score_step(
                 parts[name].append(hidden_BTD[:, -(last - first) :])
         losses |= {name: nll(torch.cat(some)) for name, some in parts.items()}
     return losses
+
+
+def _focused(
+    model: LongMem, seen: BackboneOutput, streams: StreamBanks, focus: Focus, filled: int, asking_BT: Tensor
+) -> Tensor:
+    """Hidden states (B, T, D) where each row reads what its text is about of all that all rows remember."""
+    bank = streams.together(filled // model.config.chunk_size * model.config.chunk_size, model.bank_spec)
+    rows = []
+    # Row by row: what is chosen is another bank for each.
+    for row, asking_T in enumerate(asking_BT):
+        hidden_states = {boundary: hidden_BTD[row : row + 1] for boundary, hidden_BTD in seen.hidden_states.items()}
+        alone = BackboneOutput(hidden_states, seen.positions_BT[row : row + 1])
+        read = focus.on(bank, asking_T.tolist())
+        rows.append(model.correct(alone, model.reader(read, rows=1))[0])
+    return torch.cat(rows)
 
 
 def _summary(losses: dict[str, np.ndarray], names: list[str], config: PerplexityConfig) -> PerplexityResult:

@@ -34,6 +34,8 @@ from longmem.evals.answers import (
     score_group,
     under_all_conditions,
 )
+from longmem.focus import FOCUS
+from longmem.focus import check as check_focus
 from longmem.model import LongMem
 
 TASKS = ("passkey", "pairs")
@@ -63,6 +65,7 @@ class RecallConfig:
         passage: tokens of a piece of filler, and of the source that holds the evidence, without the evidence.
         context: tokens of other text, not remembered, that stand before the question in the window under every
             condition, as they would where a text is read on; at most `passage`.
+        focus: tokens that are read of a bank at most, as `generate` does (`longmem.focus`); 0 is all.
         seed: of everything drawn.
     """
 
@@ -73,6 +76,7 @@ class RecallConfig:
     pool: int = 0
     passage: int = 512
     context: int = 0
+    focus: int = FOCUS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,6 +88,7 @@ class RecallConfig:
                 raise ConfigError(f"{name} must be at least 1; got {getattr(self, name)}.")
         if not 0 <= self.context <= self.passage:
             raise ConfigError(f"context must be from 0 to the {self.passage} tokens of a passage; got {self.context}.")
+        check_focus(self.focus)
         if 4 * self.pairs > len(_WORDS.split()):
             raise ConfigError(f"pairs must be at most {len(_WORDS.split()) // 4}, or words run out; got {self.pairs}.")
         if not self.remembered or min(self.remembered) < self.passage:
@@ -213,7 +218,7 @@ def recall(
             size = cases_at_once(model, remembered)
             for first in range(0, len(hidden), size):
                 some = hidden[first : first + size]
-                for (needle, _), found in zip(some, _outcomes(model, some, opening), strict=True):
+                for (needle, _), found in zip(some, _outcomes(model, some, opening, config.focus), strict=True):
                     outcomes.append(found)
                     given = {name: dataclasses.asdict(outcome) for name, outcome in found.items()}
                     rows.append({"remembered": remembered, **dataclasses.asdict(needle), "outcomes": given})
@@ -246,7 +251,7 @@ def last_tokens(model: LongMem, text: str, tokens: int) -> str:
 
 
 def _outcomes(
-    model: LongMem, some: Sequence[tuple[Needle, Sequence[BankEntry]]], opening: str
+    model: LongMem, some: Sequence[tuple[Needle, Sequence[BankEntry]]], opening: str, focus: int
 ) -> list[dict[str, Outcome]]:
     placed = [(needle, filler, int(needle.depth * len(filler))) for needle, filler in some]
     texts = [
@@ -262,5 +267,5 @@ def _outcomes(
         rest = (("before", filler[:place]), ("after", filler[place + 1 :]))
         before, after = ([joined(part, name)] if part else [] for name, part in rest)
         banks = ([*before, each, *after] for each in (on, wrong))
-        cases.append(under_all_conditions(model, question, *banks))
+        cases.append(under_all_conditions(model, question, *banks, focus=focus))
     return ask_everywhere(model, cases)
