@@ -38,8 +38,8 @@ def words(tokens: int, device: str, seed: int) -> Tensor:
 
 def bank_of(token_ids_N: Tensor) -> MemoryBank:
     shape = len(SPEC.memory_heads), len(token_ids_N), SPEC.head_dim
-    rows = [torch.zeros(shape, dtype=torch.bfloat16, device=token_ids_N.device) for _ in range(2)]
-    return MemoryBank.of_rows(SPEC, *rows, token_ids_N)
+    keys_HNE, values_HNE = (torch.zeros(shape, dtype=torch.bfloat16, device=token_ids_N.device) for _ in range(2))
+    return MemoryBank.of_rows(SPEC, keys_HNE, values_HNE, token_ids_N)
 
 
 def milliseconds(run: Callable[[], object], device: str, repeats: int) -> list[float]:

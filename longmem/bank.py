@@ -194,6 +194,8 @@ class MemoryBank:
         self._index: BankIndex | None = None
         # Of a part, which rows of the whole it has: those behind so many, or these. None: it is the whole.
         self._in_whole: int | Tensor | None = None
+        # Another one once rows have gone or moved; a part has that of the whole as it was then.
+        self._layout = object()
         # Attention that each token of a source got and that nobody has taken yet.
         self._attended: dict[str, Tensor] = {}
 
@@ -306,9 +308,13 @@ class MemoryBank:
         position_X = position_X.cpu()
         return self._in_whole[position_X] if isinstance(self._in_whole, Tensor) else position_X + (self._in_whole or 0)
 
+    def still_has(self, part: MemoryBank) -> bool:
+        """Whether a part that was made of this bank is one still: nothing was forgotten or thinned since."""
+        return part._layout is self._layout
+
     def _part(self, on_device: slice | Tensor, on_cpu: slice | Tensor, length: int) -> MemoryBank:
         part = MemoryBank(self.spec, self.device)
-        part.name, part._length = self.name, length
+        part.name, part._length, part._layout = self.name, length, self._layout
         part._keys_HCE, part._values_HCE = self._keys_HCE[:, on_device], self._values_HCE[:, on_device]
         part._token_ids_C = self._token_ids_C[on_device]
         part._source_C, part._offsets_C2 = self._source_C[on_cpu], self._offsets_C2[on_cpu]
@@ -468,7 +474,7 @@ class MemoryBank:
         """Keep what `attend` has counted with the bank; one that is in memory alone has it there."""
 
     def _keep_rows(self, keep_N: Tensor) -> None:
-        self._index = None
+        self._index, self._layout = None, object()
         on_device = keep_N.to(self.device)
         self._keys_HCE = self.keys_HNE[:, on_device].contiguous()
         self._values_HCE = self.values_HNE[:, on_device].contiguous()

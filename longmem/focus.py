@@ -31,6 +31,8 @@ FOCUS = 1 << 16
 # be a question about anything; the rest has to do with all of the window.
 _EIGHTH = 8
 _LAST = 64
+# A window of so many tokens chooses as much as there is room for, a shorter one its share of that.
+_LONG = 1024
 # Stretches that are the surroundings of one, and how much their mean counts beside it.
 _SURROUNDINGS, _AROUND = 65, 10.0
 # BM25's saturation: a word that stands in a stretch twice says little more than one that stands there once.
@@ -150,10 +152,17 @@ class Focus:
         window_T = torch.tensor(token_ids, dtype=torch.int64, device=bank.device)
         _choose(chosen_S, words.scores(window_T[-_LAST:]), self.tokens // _EIGHTH)
         left = self.tokens - before % STRETCH - STRETCH * int(chosen_S.sum())
-        _choose(chosen_S, with_surroundings(words.scores(window_T)), left)
+        # Where little was said, little is known of what it is about, and all that is read draws attention.
+        share = min(1.0, len(token_ids) / _LONG)
+        _choose(chosen_S, with_surroundings(words.scores(window_T)), int(share * left))
         row_CB = chosen_S.nonzero() * STRETCH + torch.arange(STRETCH, device=bank.device)
         rest_R = torch.arange(len(chosen_S) * STRETCH, before, device=bank.device)
         return bank.part(torch.cat((row_CB.flatten(), rest_R)))
+
+
+def still_there(read: Readable, bank: Readable) -> bool:
+    """Whether all that is read of banks is remembered still: nothing was forgotten or thinned since it was chosen."""
+    return all(one.still_has(part) for (one, _), (part, _) in zip(members(bank), members(read), strict=True))
 
 
 def _choose(chosen_S: Tensor, score_S: Tensor, tokens: int) -> None:

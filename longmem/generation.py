@@ -22,7 +22,7 @@ from torch import Tensor
 from longmem.attention import MemoryRead
 from longmem.bank import BankEntry, DrawnOn, MemoryBank
 from longmem.errors import ConfigError
-from longmem.focus import FOCUS, Focus
+from longmem.focus import FOCUS, Focus, still_there
 from longmem.focus import check as check_focus
 from longmem.group import BankGroup, Readable, members
 from longmem.index import PLACES, place_of
@@ -434,6 +434,7 @@ class LocalWindow:
         self._recaller = recaller or Recaller(model)
         self._focus = focus or Focus(config.focus)
         self._chosen: Readable | None = None  # what is read of banks that are not read whole
+        self._to_choose = True  # when they are next read
         self._drew_on: list[Attribution] = []
 
     def draw_on(self, sources: Sequence[Attribution]) -> None:
@@ -517,12 +518,12 @@ class LocalWindow:
 
     def look_anew(self) -> None:
         """What is read of large banks is chosen again, by what stands in the window now."""
-        if self._focus.chooses(self.remembered):
+        if self._chosen is not None or self._focus.chooses(self.remembered):
             self._read_anew()
 
     def _read_anew(self) -> None:
         """Nothing that was read of the window counts any more, nor what was chosen for it."""
-        self._cache, self._read, self._chosen = None, 0, None
+        self._cache, self._read, self._to_choose = None, 0, True
 
     def remember(self) -> int:
         """Write what is not in the bank yet, durably if the bank is a stored one; returns how many tokens."""
@@ -606,9 +607,11 @@ class LocalWindow:
         """What is read: what is remembered, without what is in the window; of large banks what is chosen."""
         if self.remembered is None:
             return None
-        if self._focus.chooses(self.remembered):
-            if self._chosen is None:
-                self._chosen = self._focus.on(self.remembered, self.token_ids, self._hidden)
+        # Not each time: a bank may grow meanwhile, but what was forgotten is read no more.
+        if self._to_choose or not (self._chosen is None or still_there(self._chosen, self.remembered)):
+            chooses, self._to_choose = self._focus.chooses(self.remembered), False
+            self._chosen = self._focus.on(self.remembered, self.token_ids, self._hidden) if chooses else None
+        if self._chosen is not None:
             return self._chosen
         if not (self.bank and self._hidden):
             return self.remembered

@@ -635,9 +635,9 @@ class StreamBanks:
     def together(self, filled: int, spec: BankSpec) -> MemoryBank:
         """The first `filled` tokens of every ring as one bank, one ring after another; a copy."""
         keys_HNE, values_HNE = (
-            rows_HBNE[:, :, :filled].flatten(1, 2) for rows_HBNE in (self.keys_HBNE, self.values_HBNE)
+            torch.cat(rows_HBNE[:, :, :filled].unbind(1), dim=1) for rows_HBNE in (self.keys_HBNE, self.values_HBNE)
         )
-        return MemoryBank.of_rows(spec, keys_HNE, values_HNE, self.token_ids_BN[:, :filled].flatten())
+        return MemoryBank.of_rows(spec, keys_HNE, values_HNE, torch.cat(self.token_ids_BN[:, :filled].unbind()))
 
     def reader(
         self, source_B: Tensor | None = None, crowded: Sequence[int] = (), crowd: int = 1, filled: int | None = None

@@ -125,6 +125,21 @@ def test_what_is_said_is_not_written_without_leave(model):
     assert say(ChatSession(model, None, "ada", CONFIG), "Hello") is not None
 
 
+def test_a_conversation_goes_on_while_its_bank_grows_large(model):
+    said, sizes = [], []
+    for cache in (True, False):
+        bank = model.new_bank()
+        model.write_text(bank, FACTS * 17, source="facts")
+        assert 1900 < len(bank) < 2048
+        config = dataclasses.replace(CONFIG, focus=2048, window=80, stop_token_ids=(), cache=cache)
+        with ChatSession(model, bank, "ada", config) as session:
+            for number in range(9):
+                said.append(say(session, f"Who paints boats in Brest, {number}?"))
+                sizes.append((len(bank), len(session._window.visible)))
+    assert said[:9] == said[9:] and sizes[:9] == sizes[9:]
+    assert sizes[0][0] < 2048 < sizes[-1][0] and all(read <= 2048 for _, read in sizes)
+
+
 def test_a_turn_shows_what_it_recalls(model):
     bank = model.new_bank()
     for number, text in enumerate(FACTS.split(". ")[:2]):

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import longmem
 from longmem.cli import app, banks, learn, measure
 from longmem.cli.talk import stretches
+from longmem.focus import FOCUS, Focus
 from longmem.generation import Attribution, Piece
 
 
@@ -289,6 +290,32 @@ def test_what_is_recalled_stands_in_the_window(tiny_model_dir, notes, monkeypatc
         assert "nothing to recall" in fails(*command, "--recall", 2, *words, code=2)
     texts = [ok("generate", "Ada keeps", *at("notes"), *words, "--recall", n, "--no-remember") for n in (0, 2)]
     assert texts[0] != texts[1]
+
+
+def test_how_much_of_a_large_bank_is_read_can_be_said(work, tiny_model_dir, monkeypatch):
+    (work / "notes.txt").write_text(TINY_TEXT * 4)
+    model = ("--model", tiny_model_dir)
+    ok("write", *at("notes"), "notes.txt", *model, *CPU)
+    ok("index", *at("notes"), "--recall", 1, *model)
+    asked, made = [], Focus.__init__
+    monkeypatch.setattr(Focus, "__init__", lambda self, tokens: (asked.append(tokens), made(self, tokens))[1])
+    for command, said in ((("generate", "Ada keeps", "--no-remember"), None), (("chat",), "Ada?\n/quit\n")):
+        words = (*command, *at("notes"), "--max-new-tokens", 3, *model, *CPU)
+        for flags, tokens in (
+            ((), FOCUS),
+            (("--search", "index"), 0),
+            (("--focus", 0), 0),
+            (("--focus", 4096), 4096),
+            (("--focus", 4096, "--search", "index"), 4096),
+        ):
+            asked.clear()
+            ok(*words, *flags, input=said)
+            assert set(asked) == {tokens}
+        for tokens in (-1, 100):
+            assert f"focus must be 0 (banks are read whole) or at least 2048 tokens; got {tokens}." in fails(
+                *words, "--focus", tokens
+            )
+    assert FOCUS == 65536
 
 
 def test_ctrl_c_stops_a_reply_and_keeps_the_turn(work, tiny_model_dir, monkeypatch):
@@ -766,6 +793,11 @@ def test_tokenize_train_evaluate(texts):
     shown = ok(*words, "--only", "bank_off,bank_on", "--json", "figures.json")
     assert "bank empty" in shown and "bank wrong" not in shown and "96 tokens of 3 documents scored." in shown
     assert json.loads(Path("figures.json").read_text())["gain_percent"] is not None
+    crowded = ok(*words, "--only", "bank_crowded,bank_focused", "--focus", 2048, "--json", "figures.json")
+    assert "bank among others, a part read" in crowded
+    figures = json.loads(Path("figures.json").read_text())
+    assert figures["bank_focused"] == pytest.approx(figures["bank_crowded"])  # all of so few tokens is read
+    assert "focus must be 0" in fails(*words, "--focus", 9)
     assert "Unknown conditions" in fails(*words, "--only", "bank_of")
     assert "needs (remembered and scored)" in fails(*words, "--prefill", 100_000)
 
@@ -781,6 +813,11 @@ def test_recall_of_hidden_things(notes, tiny_model_dir):
     assert set(json.loads(saved)["groups"]) == {"passkey", "pairs"}
     printed = ok(*words, *sizes, "--task", "passkey", "--json", "-")
     assert json.loads(printed)["groups"]["passkey"] == json.loads(saved)["groups"]["passkey"]
+    assert json.loads(saved)["config"]["focus"] == FOCUS
+    for tokens in (0, 2048):
+        printed = ok(*words, "--remembered", 64, "--cases", 1, "--focus", tokens, "--json", "-")
+        assert json.loads(printed)["config"]["focus"] == tokens
+    assert "focus must be 0" in fails(*words, "--focus", 9)
     assert "some of passkey, pairs; got passkeys" in fails(*words, "--task", "passkeys")
     assert "at least one passage" in fails(*words, "--remembered", 8)
     assert "expected a file" in fails(*words, "--json", ".", code=2)
@@ -802,6 +839,11 @@ def test_recall_of_facts(notes, tiny_model_dir):
     saved = json.loads(Path("figures.json").read_text())
     assert set(saved["groups"]) == {"once", "corrected", "silent"} and len(saved["cases"]) == 3
     assert json.loads(ok(*words, "--remembered", 0, "--json", "-"))["bank_tokens"] == 0
+    assert saved["config"]["focus"] == FOCUS
+    for tokens in (0, 2048):
+        printed = ok(*words, "--remembered", 0, "--focus", tokens, "--json", "-")
+        assert json.loads(printed)["config"]["focus"] == tokens
+    assert "focus must be 0" in fails(*words, "--focus", 9)
     assert "4 conversations" in ok("eval", "facts", "--cases", 4, "--write", "new/chats.jsonl")
     rows = [json.loads(line) for line in Path("new/chats.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows] == ["once", "corrected", "silent", "once"]

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import longmem.contenders
-from longmem.contenders import rag_dense
+from longmem.bank import MemoryBank
+from longmem.contenders import rag_dense, together
 from longmem.contenders.chunks import Retriever, chunks
 from longmem.contenders.contender import Contender, ContenderConfig, Prompt, joined
 from longmem.contenders.extended_rope import ExtendedRope
@@ -125,6 +126,8 @@ def test_no_room_is_an_error(model: LongMem) -> None:
         Window(model, CONFIG).view(Prompt("Where?", room=90))
     with pytest.raises(ConfigError, match="window must be at least 64; got 3"):
         ContenderConfig(window=3)
+    with pytest.raises(ConfigError, match=r"focus must be 0 .* at least 2048 tokens; got 9"):
+        ContenderConfig(focus=9)
 
 
 def test_longmem_reads_its_bank(model: LongMem) -> None:
@@ -173,6 +176,39 @@ def test_what_an_answer_was_drawn_from(model: LongMem) -> None:
     oracle = Oracle(model, config)
     oracle.generate(prompt)
     assert oracle.drawn_on() == prompt.evidence
+
+
+@pytest.mark.parametrize("kind", [LongMemContender, LongMemRag])
+def test_of_a_large_bank_a_part_is_read(kind: type[LongMemContender], model: LongMem) -> None:
+    told = [Document(f"{n}", (sentence + ".\n") * 70) for n, sentence in enumerate(TINY_TEXT.split(".")[:5])]
+    prompts = [Prompt("Who keeps bees?", room=6), Prompt("Her brother paints", room=6), Prompt("Is it winter?", room=6)]
+    contender, whole = kind(model, dataclasses.replace(CONFIG, focus=2048)), kind(model, CONFIG)
+    for each in (contender, whole):
+        each.prepare(told)
+    assert len(contender.bank) > 2500
+    posed = [contender.pose(prompt) for prompt in prompts]
+    chosen = []
+    for prompt, each in zip(prompts, posed, strict=True):
+        assert isinstance(each.bank, MemoryBank) and 1792 < len(each.bank) <= 2048
+        chosen.append(each.bank.in_whole(torch.arange(len(each.bank))).tolist())
+        everything = whole.pose(prompt)
+        assert everything.bank is whole.bank and everything.token_ids == each.token_ids
+    assert chosen[0] != chosen[1] != chosen[2]
+    # Side by side as one by one.
+    contender.rehearse(prompts[0])
+    before, after = contender.cost.told_tokens, contender.reader.tokenize(" the roof")
+    losses = together.log_likelihoods(model, kind.memory, [(each, after) for each in posed])
+    said = together.Speaker(model, kind.memory).say(posed, 6)
+    for prompt, each, some, (answer, drawn_on) in zip(prompts, posed, losses, said, strict=True):
+        alone = contender.log_likelihood(prompt, " the roof")
+        assert alone == pytest.approx(some, abs=1e-3)
+        assert alone != pytest.approx(whole.log_likelihood(prompt, " the roof"), abs=1e-5)
+        assert contender.generate(prompt) == answer and contender.drawn_on() == drawn_on
+        found = drawn_on[: len(drawn_on) - len(each.seen)]
+        assert found and all(any(text in document.text for document in told) for text in found)
+    # What is read beside a part is read when the prompt has come.
+    assert contender.cost.told_tokens == before
+    assert contender.cost.asked_tokens >= sum(1 + len(each.token_ids) for each in posed)
 
 
 def test_the_oracle_sees_the_evidence(model: LongMem) -> None:
@@ -321,6 +357,10 @@ def test_the_paper_needs_its_weights(model: LongMem, tiny_model_dir: Path) -> No
         LongMemPaper(model, CONFIG)
     paper = LongMemPaper(model, ContenderConfig(window=96, paper=tiny_model_dir))
     assert paper.model is not model and paper.model.backbone is model.backbone
+    # What its bank remembers is read whole.
+    paper = LongMemPaper(model, ContenderConfig(window=96, focus=2048, paper=tiny_model_dir))
+    paper.prepare([Document("bees", TINY_TEXT * 30)])
+    assert len(paper.bank) > 2048 and paper.pose(PROMPT).bank is paper.bank
 
 
 def test_a_stretched_window_has_the_same_weights_and_other_positions(model: LongMem) -> None:

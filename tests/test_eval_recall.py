@@ -130,6 +130,35 @@ def test_results_add_up(
     assert saved["config"]["seed"] == 0
 
 
+@pytest.mark.parametrize("focus", [0, 2048])
+def test_of_a_large_bank_what_the_question_is_about_is_read(
+    model: LongMem, filler: TokenizedDocuments, monkeypatch: pytest.MonkeyPatch, focus: int
+) -> None:
+    asked: list[answers.Ask] = []
+
+    def ask_all(model: LongMem, asks: list[answers.Ask]) -> list[Outcome]:
+        asked.extend(asks)
+        return [Outcome(None, -1.0)] * len(asks)
+
+    monkeypatch.setattr(answers, "ask_all", ask_all)
+    recall.recall(model, filler, RecallConfig(remembered=(6144,), cases=6, passage=128, focus=focus))
+    banks = [(each, each.bank) for each in asked if each.bank is not None]
+    assert len(banks) == 2 * 2 * 6
+    for each, bank in banks:
+        assert (1792 < len(bank) <= 2048) if focus else len(bank) > 6000
+        # The value that is asked for, or the one in its place, is told once, and all of it is read.
+        values = {value for value, label in each.question.labels.items() if label in ("answer", "wrong")}
+        ((source, place, value),) = (
+            (number, text.find(f" is {value}."), value)
+            for number, text in enumerate(map(bank.text_of, bank.sources))
+            for value in values
+            if f" is {value}." in text
+        )
+        own_P2 = bank.offsets_N2[bank.source_index_N == source]
+        read = set().union(*(range(start, end) for start, end in own_P2.tolist()))
+        assert set(range(place, place + len(f" is {value}."))) <= read
+
+
 @given(st.integers(1, 9), st.integers(0, 9), st.integers(1, 12))
 def test_every_case_has_its_stretch_of_the_pool(count: int, spare: int, cases: int) -> None:
     entries: Any = list(range(count + spare))
@@ -169,6 +198,7 @@ def test_the_last_tokens_of_a_text(model: LongMem, tokens: int) -> None:
         ({"remembered": (100,)}, "at least one passage of 512 tokens; got remembered=100"),
         ({"pairs": 26}, "words run out"),
         ({"context": 513}, "from 0 to the 512 tokens of a passage; got 513"),
+        ({"focus": 2047}, "focus must be 0 .* at least 2048 tokens; got 2047"),
     ],
 )
 def test_mistakes(settings: dict[str, Any], words: str) -> None:

@@ -231,6 +231,35 @@ def test_results_add_up(
     assert json.loads((tmp_path / "facts.json").read_text())["groups"]["once"]["relative"] == 1
 
 
+@pytest.mark.parametrize("focus", [0, 2048])
+def test_of_a_large_bank_what_the_question_is_about_is_read(
+    model: LongMem, filler: TokenizedDocuments, monkeypatch: pytest.MonkeyPatch, focus: int
+) -> None:
+    asked: list[answers.Ask] = []
+
+    def ask_all(model: LongMem, asks: list[answers.Ask]) -> list[Outcome]:
+        asked.extend(asks)
+        return [Outcome(None, -1.0)] * len(asks)
+
+    monkeypatch.setattr(answers, "ask_all", ask_all)
+    config = dataclasses.replace(SMALL, cases=6, remembered=6144, passage=128, focus=focus)
+    facts.facts(model, filler, config)
+    banks = [(each.question, each.bank) for each in asked if each.bank is not None]
+    assert len(banks) == 2 * 6
+    told = 0
+    for question, bank in banks:
+        assert (1792 < len(bank) <= 2048) if focus else len(bank) > 6000
+        read = set(zip(bank.source_index_N.tolist(), bank.place_N.tolist(), strict=True))
+        for number, source in enumerate(bank.sources):
+            text, offsets_M2 = bank.text_of(source), bank.offsets_of(source)
+            for value in (value for value, label in question.labels.items() if label == "answer" and value in text):
+                place = text.index(value)
+                inside_M = (offsets_M2[:, 1] > place) & (offsets_M2[:, 0] < place + len(value))
+                assert {(number, n) for n in inside_M.nonzero()[:, 0].tolist()} <= read
+                told += 1
+    assert told >= 4  # but where nothing of the kind was told
+
+
 def test_labels() -> None:
     for chat in generate_chats(9, "unseen"):
         labels = labels_of(chat)
@@ -250,6 +279,7 @@ def test_labels() -> None:
         ({"sessions": 1}, "sessions must be at least 2; got 1"),
         ({"facts": 24}, "facts must be from 0 to 23; got 24"),
         ({"small_talk": 13}, "small_talk must be from 1 to 12; got 13"),
+        ({"focus": 1}, "focus must be 0 .* at least 2048 tokens; got 1"),
     ],
 )
 def test_mistakes(settings: dict[str, Any], words: str) -> None:

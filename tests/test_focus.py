@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +11,10 @@ from longmem import focus as module
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead
 from longmem.errors import ConfigError
-from longmem.focus import FOCUS, STRETCH, Focus, WordIndex, with_surroundings
+from longmem.focus import FOCUS, STRETCH, Focus, WordIndex, still_there, with_surroundings
 from longmem.group import BankGroup
 from longmem.ops import PASSAGE
+from longmem.store import MemoryStore
 
 LEAST = 2048  # tokens of the smallest focus
 SPEC = BankSpec("tiny", "weights", (MemoryHead(1, 0), MemoryHead(2, 1)), 4, "float32")
@@ -185,6 +188,72 @@ def test_each_bank_of_a_group_is_read_for_itself() -> None:
     assert isinstance(read, BankGroup) and read.weights == group.weights
     first, second, third = read.banks
     assert len(first) == 400 and len(second) <= LEAST and 777 in second.token_ids_N.tolist() and third is left_out
+
+
+def test_a_window_without_words_reads_as_much() -> None:
+    for bank in (bank_of(noise(5000)), bank_of(noise(4000), noise(2000))):
+        for window in ([], [999]):
+            assert LEAST - STRETCH < len(Focus(LEAST).on(bank, window)) <= LEAST
+    empty = MemoryBank(SPEC)
+    assert not Focus(LEAST).chooses(empty) and Focus(LEAST).on(empty, [1]) is empty
+
+
+def test_what_is_read_is_there_until_something_goes() -> None:
+    def thin(bank: MemoryBank) -> None:
+        bank.thin(torch.arange(len(bank)) != 5)
+
+    for lose in (lambda bank: bank.forget("source 0"), thin):
+        large, small = bank_of(noise(5000), noise(500)), bank_of(noise(500), noise(90))
+        group, focus = BankGroup([large, small]), Focus(LEAST)
+        parts = [focus.on(bank, [1], hidden) for bank in (large, small) for hidden in (0, 9)]
+        both = focus.on(group, [1])
+        for bank in (large, small):
+            bank.append(told(noise(50), "new"))
+        assert all(still_there(part, bank) for part, bank in zip(parts, (large, large, small, small), strict=True))
+        assert still_there(both, group)
+        lose(small)
+        assert still_there(parts[0], large) and not still_there(parts[3], small)
+        assert parts[2] is small and still_there(small, small) and still_there(both, group)  # it is read as it is
+        lose(large)
+        assert not any(still_there(part, large) for part in parts[:2]) and not still_there(both, group)
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_bank_on_disk_is_read_as_one_in_memory(sealed: bool, tmp_path: Path) -> None:
+    def same(stored: MemoryBank, bank: MemoryBank) -> None:
+        read, expected = (focus.on(one, [777], hidden=100) for one in (stored, bank))
+        assert isinstance(read, MemoryBank) and isinstance(expected, MemoryBank) and len(read) == len(expected)
+        assert torch.equal(read.keys_HNE, expected.keys_HNE) and torch.equal(read.values_HNE, expected.values_HNE)
+        row_P = read.in_whole(torch.arange(len(read)))
+        assert torch.equal(row_P, expected.in_whole(torch.arange(len(read)))) and read.name == stored.name
+        for at in (0, len(read) - 1):
+            assert read.span(at, at) == stored.span(int(row_P[at]), int(row_P[at]))
+
+    focus = Focus(LEAST)
+    with MemoryStore.open(tmp_path / "memories") as store:
+        if sealed:
+            pytest.importorskip("cryptography")
+            store.encrypt("notes")
+        stored, bank = store.bank("notes", SPEC), MemoryBank(SPEC)
+        for number, ids_N in enumerate((noise(3000), needle(3000, 100), noise(3000, seed=2))):
+            for one in (stored, bank):
+                one.append(told(ids_N, f"source {number}", number))
+            if number:
+                same(stored, bank)
+        same(store.bank("notes", version=2), bank_of(noise(3000), needle(3000, 100)))
+        other, read = store.bank("notes"), focus.on(stored, [777])
+        keep_N = torch.rand(9000, generator=torch.Generator().manual_seed(1)) < 0.7
+        for one in (stored, bank):
+            one.thin(keep_N)
+        same(stored, bank)
+        for one in (other, bank):
+            one.forget("source 0")
+        assert not still_there(read, stored) and still_there(focus.on(stored, [777]), stored)
+        same(other, bank)
+        read = focus.on(stored, [777])
+        stored.refresh()
+        assert not still_there(read, stored)
+        same(stored, bank)
 
 
 def test_nothing_is_chosen_where_all_is_wanted() -> None:

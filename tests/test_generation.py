@@ -39,6 +39,7 @@ from longmem.generation import (
     sample,
     sampler,
 )
+from longmem.group import BankGroup
 from longmem.model import LongMem
 from longmem.steps import BatchDecoder
 
@@ -330,6 +331,58 @@ def test_text_that_is_in_the_window_is_not_read_of_a_large_bank_either():
         window.visible is not None
         and len(bank) - 3 == window.visible.in_whole(torch.tensor([-1 + len(window.visible)])) + 1
     )
+
+
+def test_a_bank_that_grows_large_is_read_whole_until_the_window_is_read_anew():
+    model, bank = tiny(), tiny().new_bank()
+    model.write_text(bank, FACTS * 10, source="facts")
+    assert len(bank) < 2048
+    window = LocalWindow(model, bank, FOCUSED)
+    window.extend([5, 6, 7])
+    assert window.visible is bank
+    model.write_text(bank, FACTS * 30, source="more")
+    assert len(bank) > 2500 and window.visible is bank
+    window.look_anew()
+    part = window.visible
+    assert part is not None and len(part) <= 2048
+    # Nor does a part change while a bank grows.
+    model.write_text(bank, FACTS, source="last")
+    assert window.visible is part
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_what_is_forgotten_is_read_no_more_in_the_midst_of_a_text(kept: int):
+    model = tiny()
+    bank = large_bank(model)
+    for number in range(kept):
+        model.write_text(bank, "The roof is green. " * 50, source=f"roof {number}")
+    drew_on: list[set[str]] = []
+    config = dataclasses.replace(FOCUSED, attribute=True, max_new_tokens=12)
+    for piece in generate(model, "Who paints boats in Brest?", bank=bank, config=config):
+        drew_on.append({span.source for span in piece.sources})
+        if len(drew_on) == 4:
+            bank.forget("text 1")
+        if len(drew_on) == 8:
+            bank.thin(torch.arange(len(bank)) % 9 > 0)
+    assert (len(bank) > 2048) == bool(kept)
+    assert "text 1" in set.union(*drew_on[:4]) and "text 1" not in set.union(*drew_on[4:])
+
+
+def test_banks_of_a_group_are_read_and_counted_each_for_itself():
+    model = tiny()
+    large, small, left_out = large_bank(model), full_bank(model), large_bank(model)
+    config = dataclasses.replace(FOCUSED, attribute=True, max_new_tokens=8)
+    for number, bank in enumerate((large, small, left_out)):
+        bank.name = f"bank {number}"
+    for first, counted in ((large, True), (small, True), (left_out, False)):
+        banks = [first, *(bank for bank in (large, small, left_out) if bank is not first)]
+        group = BankGroup(banks, [0.0 if bank is left_out else 1.0 for bank in banks])
+        pieces = list(generate(model, "Who paints boats in Brest?", bank=group, config=config))
+        spans = [span for piece in pieces for span in piece.sources]
+        assert {span.bank for span in spans} == {"bank 0", "bank 1"}
+        of = {bank.name: bank for bank in banks}
+        assert all(of[span.bank].text_of(span.source, span.start, span.end) == span.text for span in spans)
+        assert [bool(bank.take_attention()) for bank in banks] == [counted, False, False]
 
 
 # ---- what is recalled into the window ----

@@ -200,6 +200,25 @@ def test_a_crowd_is_read_as_one_bank(crowded: list[int], crowd: int, filled: int
             assert torch.equal(found.rows(found.values_PNE)[row, k, g, t], values_HBTE[k, others].flatten(0, 1)[best])
 
 
+@given(st.integers(1, 3), st.integers(1, 12), st.integers(0, 12), st.integers(0, 12))
+def test_rings_together_are_one_bank(rows: int, capacity: int, tokens: int, filled: int) -> None:
+    tokens = min(tokens, capacity)
+    filled = min(filled, tokens)
+    rings = StreamBanks(rows, capacity, config(4), 4, dtype=torch.float32, device=torch.device("cpu"))
+    ids_BT = torch.arange(rows * tokens).view(rows, tokens)
+    keys_HBTE, values_HBTE = normal(3, rows, tokens, 4), normal(3, rows, tokens, 4, seed=1)
+    rings.append(keys_HBTE, values_HBTE, ids_BT)
+    bank = rings.together(filled, SPEC)
+    others_HBTE = normal(3, rows, capacity, 4, seed=2)
+    rings.append(others_HBTE, others_HBTE, torch.zeros(rows, capacity, dtype=torch.int64))
+    assert bank.spec is SPEC and len(bank) == rows * filled
+    for row in range(rows):
+        place = slice(row * filled, (row + 1) * filled)
+        assert torch.equal(bank.keys_HNE[:, place], keys_HBTE[:, row, :filled])
+        assert torch.equal(bank.values_HNE[:, place], values_HBTE[:, row, :filled])
+        assert torch.equal(bank.token_ids_N[place], ids_BT[row, :filled])
+
+
 def test_rows_that_are_no_whole_crowds_are_named() -> None:
     rings = StreamBanks(4, 8, config(4), 4, dtype=torch.float32, device=torch.device("cpu"))
     with pytest.raises(ValueError, match="4 rows are not whole crowds of 3"):
@@ -232,7 +251,7 @@ def test_a_reader_of_places_reads_what_banks_hold_now(by: str) -> None:
             same(placed(layer, query_BKGTE[:, :heads]), BankReader(banks, config()), layer, query_BKGTE[:, :heads])
         # Banks grow where they lie or move to another place, others come in their stead, and one becomes empty.
         for changed in (banks, [banks[2], banks[0], banks[1]]):
-            for bank in {id(bank): bank for bank in banks if bank is not None and bank.sources}.values():
+            for bank in {id(bank): bank for bank in banks if bank in (one, other)}.values():
                 grow(bank, 9)
             assert placed.fits(changed)
             placed.read(changed)

@@ -171,12 +171,8 @@ def bench_table(result: BenchResult) -> Table:
 
 
 Focus = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens that are read of a bank at most: of a larger one what has to do with the text. 65,536 by default;"
-        " 0 is all.",
-        show_default=False,
-    ),
+    int,
+    typer.Option(help="Tokens of a bank that are read at most: of a larger one what the text is about; 0 reads all."),
 ]
 
 
@@ -203,7 +199,7 @@ def perplexity(
             " memory among that of all --rows, and what is read of these where a part is chosen."
         ),
     ] = None,
-    focus: Focus = None,
+    focus: Focus = 65536,
     rows: Annotated[int, typer.Option(help="Documents side by side; 0 chooses.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the intervals' bootstrap.")] = 0,
     as_json: Figures = None,
@@ -217,8 +213,6 @@ def perplexity(
     names = {field.name for field in dataclasses.fields(PerplexityConfig)} & set(context.params)
     settings: dict[str, Any] = {name: context.params[name] for name in names}
     settings["context"] = context_tokens
-    if focus is None:
-        del settings["focus"]
     conditions = USUAL_CONDITIONS if only is None else tuple(filter(None, (name.strip() for name in only.split(","))))
     config = PerplexityConfig(**settings, conditions=conditions)
     _check_file(as_json)
@@ -281,7 +275,7 @@ def recall(
     context_tokens: Annotated[
         int, typer.Option("--context", help="Tokens of other text that stand before the question in the window.")
     ] = 0,
-    focus: Focus = None,
+    focus: Focus = 65536,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     as_json: Figures = None,
     device: common.Device = "auto",
@@ -296,8 +290,6 @@ def recall(
         given = settings.pop(name)
         if given:
             settings[name] = tuple(given)
-    if focus is None:
-        del settings["focus"]
     config = evaluation.RecallConfig(**settings)
     _check_file(as_json)
     loaded = common.load_model(model, device, dtype)
@@ -327,7 +319,7 @@ def facts(
     sessions: Annotated[int, typer.Option(help="Sessions before the one that asks.")] = 4,
     facts: Annotated[int, typer.Option(help="Facts told besides the one that is asked for.")] = 4,
     small_talk: Annotated[int, typer.Option(help="Exchanges of each session that tell nothing.")] = 3,
-    focus: Focus = None,
+    focus: Focus = 65536,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     write: Annotated[
         Path | None,
@@ -343,10 +335,7 @@ def facts(
     from longmem.evals import facts as evaluation
 
     names = {field.name for field in dataclasses.fields(evaluation.FactsConfig)} & set(context.params)
-    settings: dict[str, Any] = {name: context.params[name] for name in names}
-    if focus is None:
-        del settings["focus"]
-    config = evaluation.FactsConfig(**settings)
+    config = evaluation.FactsConfig(**{name: context.params[name] for name in names})
     if write is not None:
         from longmem.evals.chats import generate_chats
 

@@ -262,7 +262,8 @@ class Contender(ABC):
             self.reader.forget(bank)
             self.reader.wait()
         seconds = time.perf_counter() - start
-        if view.told:
+        # Beside a part of the bank, which the prompt chooses, told text is read when it has come.
+        if view.told and bank is self._told_bank:
             self.cost.told_tokens += self.reader.read(view.told)
             self.reader.wait()
         start = time.perf_counter()
