@@ -27,11 +27,11 @@ from longmem.group import BankGroup, Readable, members
 STRETCH = 256
 # Tokens that are read of a larger bank, unless said otherwise.
 FOCUS = 1 << 16
-# Of what is read, an eighth is what was remembered last, and an eighth what the window's last tokens ask for, which may
-# be a question about anything; the rest has to do with all of the window.
-_EIGHTH = 8
+# Of what is read, at least a sixteenth is what was remembered last, and an eighth what the window's last tokens, which
+# may be a question about anything, ask for; the rest has to do with all of the window.
+_NEWEST, _ASKED = 16, 8
 _LAST = 64
-# A window of so many tokens chooses as much as there is room for, a shorter one its share of that.
+# A window of so many tokens chooses all of that rest, a shorter one its share.
 _LONG = 1024
 # Stretches that are the surroundings of one, and how much their mean counts beside it.
 _SURROUNDINGS, _AROUND = 65, 10.0
@@ -146,15 +146,20 @@ class Focus:
             return bank.between(0, before) if hidden else bank
         words = self._words.setdefault(bank, WordIndex())
         words.update(bank.token_ids_N)
-        # What was remembered last is read whatever it says: a text goes on where it was, and what is new wins.
-        newest = max(0, before - self.tokens // _EIGHTH) // STRETCH
-        chosen_S = torch.arange(before // STRETCH, device=bank.device) >= newest
         window_T = torch.tensor(token_ids, dtype=torch.int64, device=bank.device)
-        _choose(chosen_S, words.scores(window_T[-_LAST:]), self.tokens // _EIGHTH)
-        left = self.tokens - before % STRETCH - STRETCH * int(chosen_S.sum())
-        # Where little was said, little is known of what it is about, and all that is read draws attention.
+        place_S = torch.arange(before // STRETCH, device=bank.device)
+        # What was remembered last is read whatever it says: a text goes on where it was, and what is new wins.
+        chosen_S = place_S >= max(0, before - self.tokens // _NEWEST) // STRETCH
+
+        def left() -> int:
+            return self.tokens - before % STRETCH - STRETCH * int(chosen_S.sum())
+
+        _choose(chosen_S, words.scores(window_T[-_LAST:]), self.tokens // _ASKED)
+        # Where little was said, little is known of what it is about, and near misses draw attention: what is not chosen
+        # for its words is what is newest.
         share = min(1.0, len(token_ids) / _LONG)
-        _choose(chosen_S, with_surroundings(words.scores(window_T)), int(share * left))
+        _choose(chosen_S, with_surroundings(words.scores(window_T)), int(share * left()))
+        _choose(chosen_S, place_S.float(), left())
         row_CB = chosen_S.nonzero() * STRETCH + torch.arange(STRETCH, device=bank.device)
         rest_R = torch.arange(len(chosen_S) * STRETCH, before, device=bank.device)
         return bank.part(torch.cat((row_CB.flatten(), rest_R)))
@@ -173,6 +178,6 @@ def _choose(chosen_S: Tensor, score_S: Tensor, tokens: int) -> None:
 
 def check(tokens: int) -> None:
     """Raise a `ConfigError` if a focus cannot have so many tokens."""
-    least = _EIGHTH * STRETCH
+    least = _ASKED * STRETCH
     if tokens and tokens < least:
         raise ConfigError(f"focus must be 0 (banks are read whole) or at least {least} tokens; got {tokens}.")

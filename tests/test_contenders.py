@@ -187,13 +187,10 @@ def test_of_a_large_bank_a_part_is_read(kind: type[LongMemContender], model: Lon
         each.prepare(told)
     assert len(contender.bank) > 2500
     posed = [contender.pose(prompt) for prompt in prompts]
-    chosen = []
     for prompt, each in zip(prompts, posed, strict=True):
         assert isinstance(each.bank, MemoryBank) and 1792 < len(each.bank) <= 2048
-        chosen.append(each.bank.in_whole(torch.arange(len(each.bank))).tolist())
         everything = whole.pose(prompt)
         assert everything.bank is whole.bank and everything.token_ids == each.token_ids
-    assert chosen[0] != chosen[1] != chosen[2]
     # Side by side as one by one.
     contender.rehearse(prompts[0])
     before, after = contender.cost.told_tokens, contender.reader.tokenize(" the roof")

@@ -139,7 +139,7 @@ def test_a_part_is_no_larger_than_asked_and_has_whole_stretches(
     _, count_S = (row_P[row_P < whole] // STRETCH).unique(return_counts=True)
     assert set(count_S.tolist()) == {STRETCH} and STRETCH % PASSAGE == 0
     # What was remembered last is there.
-    assert set(range(visible - focus // 8, visible)) <= set(row_P.tolist())
+    assert set(range(visible - focus // 16, visible)) <= set(row_P.tolist())
     for name in ("keys_HNE", "values_HNE"):
         assert torch.equal(getattr(read, name), getattr(bank, name)[:, row_P])
     for name in ("token_ids_N", "source_index_N", "offsets_N2", "place_N"):
@@ -196,6 +196,19 @@ def test_a_window_without_words_reads_as_much() -> None:
             assert LEAST - STRETCH < len(Focus(LEAST).on(bank, window)) <= LEAST
     empty = MemoryBank(SPEC)
     assert not Focus(LEAST).chooses(empty) and Focus(LEAST).on(empty, [1]) is empty
+
+
+def test_a_question_chooses_little_and_what_is_newest_fills_the_rest() -> None:
+    ids_N = noise(40 * LEAST, seed=7)
+    ids_N[::300] = 777  # in nearly every stretch
+    bank = bank_of(ids_N)
+    for tokens, newest in ((4, 0.8), (module._LONG, 0.0)):
+        window = [777, *noise(tokens - 1, seed=8).tolist()]
+        read = Focus(4 * LEAST).on(bank, window)
+        assert isinstance(read, MemoryBank) and 4 * LEAST - STRETCH < len(read) <= 4 * LEAST
+        row_P = read.in_whole(torch.arange(len(read)))
+        among_newest = (row_P >= len(bank) - 4 * LEAST).float().mean()
+        assert (among_newest > newest) if newest else (among_newest < 0.5)
 
 
 def test_what_is_read_is_there_until_something_goes() -> None:
