@@ -47,11 +47,13 @@ class _Run:
     def __init__(self, token_ids_N: Tensor, first: int) -> None:
         stretch_N = torch.arange(len(token_ids_N), device=token_ids_N.device) // STRETCH
         self.stretches = len(token_ids_N) // STRETCH
-        posting_P, self.count_P = torch.unique(token_ids_N * self.stretches + stretch_N, return_counts=True)
-        self.token_P, self.stretch_P = posting_P // self.stretches, posting_P % self.stretches + first
+        posting_P, count_P = torch.unique(token_ids_N * self.stretches + stretch_N, return_counts=True)
+        self.token_P, self.count_P = (posting_P // self.stretches).int(), count_P.int()
+        self.stretch_P = (posting_P % self.stretches + first).int()
 
     def postings(self, token_Q: Tensor) -> tuple[Tensor, Tensor]:
         """Where the postings of each token id begin, and how many there are; (Q,) each."""
+        token_Q = token_Q.int()
         begin_Q = torch.searchsorted(self.token_P, token_Q)
         return begin_Q, torch.searchsorted(self.token_P, token_Q, right=True) - begin_Q
 
