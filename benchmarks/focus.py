@@ -13,11 +13,10 @@ import argparse
 import csv
 import datetime
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from decode_gpu import quantiles
 from torch import Tensor
 
 from longmem.bank import MemoryBank
@@ -42,17 +41,6 @@ def bank_of(token_ids_N: Tensor) -> MemoryBank:
     return MemoryBank.of_rows(SPEC, keys_HNE, values_HNE, token_ids_N)
 
 
-def milliseconds(run: Callable[[], object], device: str, repeats: int) -> list[float]:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - began))
-    return torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1 << 18, 1 << 20, 1 << 22])
@@ -75,19 +63,18 @@ def main() -> None:
         Focus().on(bank, window)  # what a device gets ready at first
         row_P = torch.arange(FOCUS, device=device)
         figures = {
-            "copy alone": milliseconds(lambda bank=bank, row_P=row_P: bank.part(row_P), device, REPEATS),
-            "first": milliseconds(lambda bank=bank: Focus().on(bank, window), device, REPEATS),
+            "copy alone": quantiles(lambda bank=bank, row_P=row_P: bank.part(row_P), device, REPEATS),
+            "first": quantiles(lambda bank=bank: Focus().on(bank, window), device, REPEATS),
         }
         focus = Focus()
         focus.on(bank, window)
         index = focus._words.pop(bank)
-        began = time.perf_counter()
-        index.update(grown.token_ids_N)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        figures["1,024 more are indexed"] = [1000 * (time.perf_counter() - began)] * 3
+        # Once: the second time there is nothing to add.
+        figures["1,024 more are indexed"] = quantiles(
+            lambda index=index, grown=grown: index.update(grown.token_ids_N), device, 1
+        )
         focus.on(grown, window)
-        figures["as it was"] = milliseconds(lambda focus=focus, grown=grown: focus.on(grown, window), device, REPEATS)
+        figures["as it was"] = quantiles(lambda focus=focus, grown=grown: focus.on(grown, window), device, REPEATS)
         for what, (p20, p50, p80) in figures.items():
             rows.append({"tokens": size, "what": what, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, **about})
             print(f"{size:>12,} {what:24} {p50:9.2f} ms ({p20:.2f} – {p80:.2f})", flush=True)

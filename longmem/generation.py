@@ -200,7 +200,7 @@ class Continuation:
         wanted = window.config.attribute
         sources = ()
         if wanted and (visible := window.visible) is not None and reads:
-            window.count(*_last_read(reads, row))
+            window.count(visible, *_last_read(reads, row))
             sources = attribute(reads, visible, row=row)
         moved, self.moved = self.moved, window.extend([token_id], silent=token_id in self._ends)
         window.draw_on(sources)
@@ -441,11 +441,14 @@ class LocalWindow:
         """Note what the last token drew on, for what will be written of it."""
         self._drew_on += [span for span in sources if span.weight >= NOTICED]
 
-    def count(self, position_X: Tensor, weight_X: Tensor) -> None:
-        """Let the bank that is written to count the attention that its rows were paid; others are only read."""
-        visible = self.visible
-        if self.remembered is None or visible is None:
-            return
+    def count(self, visible: Readable, position_X: Tensor, weight_X: Tensor) -> None:
+        """Let the bank that is written to count the attention that its rows were paid; others are only read.
+
+        Args:
+            visible: what was read.
+            position_X, weight_X: rows of it, and their shares of attention.
+        """
+        assert self.remembered is not None
         for number, ((one, _), (read, _)) in enumerate(zip(members(self.remembered), members(visible), strict=True)):
             if one is self.bank:
                 mine_X = (position_X // PLACES == number) & (weight_X > 0)

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from longmem.backbone import Backbone
 from longmem.config import EncodeConfig, SideNetConfig
 from longmem.errors import BackboneNotFoundError
+from longmem.evals import answers
 from longmem.model import LongMem
 from longmem.pretrained import setup
 
@@ -94,3 +95,16 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def other_tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with other weights, whose banks are not for `tiny_model_dir`."""
     return build_tiny_model(tmp_path_factory.mktemp("other-tiny"), seed=1)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[answers.Ask]:
+    """What evaluations ask; nothing is answered."""
+    found: list[answers.Ask] = []
+
+    def ask_all(model: LongMem, asks: list[answers.Ask]) -> list[answers.Outcome]:
+        found.extend(asks)
+        return [answers.Outcome(None, -1.0)] * len(asks)
+
+    monkeypatch.setattr(answers, "ask_all", ask_all)
+    return found

@@ -132,15 +132,8 @@ def test_results_add_up(
 
 @pytest.mark.parametrize("focus", [0, 2048])
 def test_of_a_large_bank_what_the_question_is_about_is_read(
-    model: LongMem, filler: TokenizedDocuments, monkeypatch: pytest.MonkeyPatch, focus: int
+    model: LongMem, filler: TokenizedDocuments, asked: list[answers.Ask], focus: int
 ) -> None:
-    asked: list[answers.Ask] = []
-
-    def ask_all(model: LongMem, asks: list[answers.Ask]) -> list[Outcome]:
-        asked.extend(asks)
-        return [Outcome(None, -1.0)] * len(asks)
-
-    monkeypatch.setattr(answers, "ask_all", ask_all)
     recall.recall(model, filler, RecallConfig(remembered=(6144,), cases=6, passage=128, focus=focus))
     banks = [(each, each.bank) for each in asked if each.bank is not None]
     assert len(banks) == 2 * 2 * 6

@@ -233,15 +233,8 @@ def test_results_add_up(
 
 @pytest.mark.parametrize("focus", [0, 4096])
 def test_of_a_large_bank_what_the_question_is_about_is_read(
-    model: LongMem, filler: TokenizedDocuments, monkeypatch: pytest.MonkeyPatch, focus: int
+    model: LongMem, filler: TokenizedDocuments, asked: list[answers.Ask], focus: int
 ) -> None:
-    asked: list[answers.Ask] = []
-
-    def ask_all(model: LongMem, asks: list[answers.Ask]) -> list[Outcome]:
-        asked.extend(asks)
-        return [Outcome(None, -1.0)] * len(asks)
-
-    monkeypatch.setattr(answers, "ask_all", ask_all)
     config = dataclasses.replace(SMALL, cases=6, remembered=6144, passage=128, focus=focus)
     facts.facts(model, filler, config)
     banks = [(each.question, each.bank) for each in asked if each.bank is not None]
