@@ -22,6 +22,7 @@ LABELS = {
     "bank_wrong": "bank wrong",
     "sidenet_window": "bank empty, whole window",
     "bank_crowded": "bank among others",
+    "bank_focused": "bank among others, a part read",
 }
 
 
@@ -39,6 +40,14 @@ def change(from_D: np.ndarray, to_D: np.ndarray) -> str:
     return f"{100 * np.expm1((to_D - from_D).mean()):+.2f} % ({low:+.2f} … {high:+.2f})"
 
 
+def kept(off_D: np.ndarray, on_D: np.ndarray, crowded_D: np.ndarray) -> str:
+    """How much of the gain from a document's own bank is left among others', in percent of nats, with its interval."""
+    draws = np.random.default_rng(0).integers(len(off_D), size=(2000, len(off_D)))
+    shares = (off_D - crowded_D)[draws].mean(1) / (off_D - on_D)[draws].mean(1)
+    low, high = np.percentile(100 * shares, [2.5, 97.5])
+    return f"{100 * (off_D - crowded_D).mean() / (off_D - on_D).mean():.0f} % ({low:.0f} – {high:.0f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
@@ -49,9 +58,10 @@ def main() -> None:
         *LABELS.values(),
         "memory: on against empty",
         "wrong against empty",
-        "among others against empty",
         "empty against twin",
         "on against twin",
+        "gain left among others",
+        "the same, a part read",
     ]
     print("| | documents | " + " | ".join(heads) + " |\n|" + "---|" * (len(heads) + 2))
     for path in args.results:
@@ -60,9 +70,11 @@ def main() -> None:
         cells = [f"{np.exp(losses[name].mean()):.2f}" if name in losses else "–" for name in LABELS]
         twin_path = path.with_name("-".join([args.twin or "", *path.stem.split("-")[-2:]]) + ".json")
         twin = chosen_losses(twin_path, args.documents)["bank_off"] if args.twin and twin_path.exists() else None
-        off, on, wrong, crowded = (losses.get(f"bank_{name}") for name in ("off", "on", "wrong", "crowded"))
-        for before, after in ((off, on), (off, wrong), (off, crowded), (twin, off), (twin, on)):
+        off, on, wrong = (losses.get(f"bank_{name}") for name in ("off", "on", "wrong"))
+        for before, after in ((off, on), (off, wrong), (twin, off), (twin, on)):
             cells.append("–" if before is None or after is None else change(before, after))
+        for crowded in (losses.get("bank_crowded"), losses.get("bank_focused")):
+            cells.append("–" if off is None or on is None or crowded is None else kept(off, on, crowded))
         print(f"| {path.stem} | {len(some)} | " + " | ".join(cells) + " |")
 
 
