@@ -380,7 +380,8 @@ def test_reports_are_merged(tiny_model_dir: Path, tmp_path: Path, own: tuple[typ
         assert result.exit_code == code, (result.output, result.exception)
         return result.output
 
-    task, a, more = tmp_path / "task.py", tmp_path / "a", ("--model", tiny_model_dir, "--device", "cpu", "--quick")
+    task, a = tmp_path / "task.py", tmp_path / "a"
+    more = ("--model", tiny_model_dir, "--device", "cpu", "--quick", "--seconds", "0")
     for name, contender in (("a", "window"), ("b", "oracle")):
         runs("compare", f"{task}:cases=3,told=77", "--contenders", contender, "--out", tmp_path / name, *more)
     text = runs("merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both")
@@ -502,7 +503,8 @@ def test_all_tasks_meet_a_contender(tiny_model_dir: Path, tmp_path: Path) -> Non
     for cell in told["cells"]:
         assert bool(cell["figures"]) != bool(cell["reason"])
     assert {cell["task"] for cell in told["cells"] if cell["figures"]} >= {"passkey", "pairs", "facts", "fluency"}
-    assert told["settings"]["draws"] == 1 and told["settings"]["cases"] == 2
+    settings = {name: told["settings"][name] for name in ("cases", "told", "draws", "seconds")}
+    assert settings == {"cases": 2, "told": 512, "draws": 1, "seconds": 2}
 
 
 def test_what_breaks_takes_nothing_with_it(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,8 +44,32 @@ Seed = Annotated[int, typer.Option(help="Of everything drawn.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the report in --out, which has the same settings.")]
 Rows = Annotated[int | None, typer.Option(help="Cases side by side; 32 on a GPU, else 1.", show_default=False)]
 Seconds = Annotated[
-    float, typer.Option(help="That a contender may take on a task, about; then its last cases are left out. 0: no end.")
+    float | None,
+    typer.Option(
+        help="That a contender may take on a task, about; then its last cases are left out. 0, no end; 2 with --quick.",
+        show_default=False,
+    ),
 ]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is asked.
+
+    Attributes:
+        seconds: a cell; 0 is no end.
+    """
+
+    cases: int = 100
+    told: int = 16384
+    draws: int = 6
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, quick: bool, **given: float | None) -> Amount:
+        """What is usual, or with `quick` so little that all takes minutes on two CPU cores; and what was given."""
+        usual = cls(cases=4, told=2048, draws=1, seconds=2.0) if quick else cls()
+        return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
 
 
 def compare(
@@ -63,7 +88,7 @@ def compare(
     seed: Seed = 0,
     resume: Resume = False,
     rows: Rows = None,
-    seconds: Seconds = 0.0,
+    seconds: Seconds = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     dtype: common.Precision = "auto",
@@ -90,9 +115,9 @@ def compare(
         made,
         contenders=contenders,
         out=out,
-        asked=(quick, data, cases, told, draws, seed),
+        asked=(Amount.of(quick, cases=cases, told=told, draws=draws, seconds=seconds), data, seed),
         sizes={"window": window, "extended": extended, "stretched": stretched, "paper": paper},
-        running=(resume, rows, seconds),
+        running=(resume, rows),
         load=lambda: common.load_model(model, device, dtype),
     )
 
@@ -112,7 +137,7 @@ def every(
     seed: Seed = 0,
     resume: Resume = False,
     rows: Rows = None,
-    seconds: Seconds = 0.0,
+    seconds: Seconds = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     dtype: common.Precision = "auto",
@@ -158,7 +183,7 @@ def qa(
     seed: Seed = 0,
     resume: Resume = False,
     rows: Rows = None,
-    seconds: Seconds = 0.0,
+    seconds: Seconds = None,
     model: common.Model = common.DEFAULT_MODEL,
     device: common.Device = "auto",
     dtype: common.Precision = "auto",
@@ -171,9 +196,9 @@ def qa(
         lambda config, loaded: [OwnQuestions(documents, questions, config, loaded.tokenizer)],
         contenders=contenders,
         out=out,
-        asked=(False, None, cases, None, None, seed),
+        asked=(Amount.of(False, cases=cases, seconds=seconds), None, seed),
         sizes={"window": window, "extended": extended, "stretched": stretched, "paper": paper},
-        running=(resume, rows, seconds),
+        running=(resume, rows),
         load=lambda: common.load_model(model, device, dtype),
     )
 
@@ -183,9 +208,9 @@ def _compare(
     *,
     contenders: str | None,
     out: Path,
-    asked: tuple[bool, Path | None, int | None, int | None, int | None, int],
+    asked: tuple[Amount, Path | None, int],
     sizes: dict[str, Any],
-    running: tuple[bool, int | None, float],
+    running: tuple[bool, int | None],
     load: Callable[[], LongMem],
 ) -> None:
     import logging
@@ -198,19 +223,17 @@ def _compare(
     from longmem.registry import chosen
     from longmem.tasks.task import TaskConfig
 
-    quick, data, *numbers, seed = asked
-    usual = QUICK if quick else FULL
-    cases, told, draws = (most if given is None else given for given, most in zip(numbers, usual, strict=True))
-    task_config = TaskConfig(data, cases, told, draws, seed)
+    amount, data, seed = asked
+    task_config = TaskConfig(data, amount.cases, amount.told, amount.draws, seed)
     contender_config = ContenderConfig(**sizes)
     rivals = chosen([n.strip() for n in (contenders or "").split(",") if n.strip()], longmem.contenders, Contender)
-    resume, rows, seconds = running
-    RunConfig(rows or 1, seconds)
+    resume, rows = running
+    RunConfig(rows or 1, amount.seconds)
     _folder(out)
     before = Comparison.load(out / "report.json") if resume and (out / "report.json").exists() else None
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index
     loaded = load()
-    run_config = RunConfig(rows or (32 if loaded.device.type == "cuda" else 1), seconds)
+    run_config = RunConfig(rows or (32 if loaded.device.type == "cuda" else 1), amount.seconds)
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[cell]}"), TimeElapsedColumn())
     quiet = not common.err.is_terminal
@@ -315,5 +338,3 @@ def _tell(comparison: Comparison, out: Path) -> None:
 
 
 _NUMBERS = ("cases", "told", "draws")
-# Cases, tokens told, draws.
-FULL, QUICK = (100, 16384, 6), (4, 2048, 1)
