@@ -22,8 +22,9 @@ from torch import Tensor
 
 from longmem import LongMem
 from longmem.bank import BankEntry, MemoryBank
-from longmem.index import BankReader, Retrieve
+from longmem.index import BankReader
 from longmem.ops import reference
+from longmem.retrieved import Retrieve
 
 RESULTS = Path(__file__).parent / "results" / "agreement.json"
 

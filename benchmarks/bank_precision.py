@@ -26,8 +26,8 @@ from longmem.bank import BankEntry, packed, unpacked
 from longmem.cli.common import load_documents
 from longmem.codec import pack_rows, unpack_rows
 from longmem.config import BankSpec
-from longmem.index import StreamBanks
 from longmem.ops import linear_nll
+from longmem.streams import StreamBanks
 
 
 def plain(rows_HNE: Tensor, bits: int) -> Tensor:

@@ -31,6 +31,7 @@ from train_speed import ALL
 import longmem.attention
 import longmem.index
 import longmem.lists
+import longmem.retrieved
 import longmem.sketch
 from longmem.bank import MemoryBank
 from longmem.index import PlacedReader
@@ -105,7 +106,7 @@ def kernels_as_launches(launches: Launches) -> Iterator[None]:
     patches = [
         mock.patch.object(module, name, launches.as_one(getattr(module, name), count))
         for name, count in KERNELS.items()
-        for module in (longmem.index, longmem.attention, longmem.sketch, longmem.lists)
+        for module in (longmem.index, longmem.retrieved, longmem.attention, longmem.sketch, longmem.lists)
         if hasattr(module, name)
     ]
     for patch in patches:
@@ -138,7 +139,7 @@ def launches_of(rows: int, banks: str) -> Counter[str]:
         windows.run = launches.as_one(windows.run, 0)
     # What a CPU needs in place of addresses is no launch on a GPU.
     pools = mock.patch.object(PlacedReader, "_pools", launches.as_one(PlacedReader._pools, 0))
-    at_once = mock.patch.object(longmem.index, "joins_at_once", lambda device: True)
+    at_once = mock.patch.object(longmem.retrieved, "joins_at_once", lambda device: True)
     with kernels_as_launches(launches), pools, at_once:
         decoder.run(reader)  # makes what is made once
         launches.count.clear()

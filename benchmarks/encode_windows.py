@@ -21,8 +21,8 @@ from torch import Tensor
 from longmem import LongMem
 from longmem.cli.common import load_documents
 from longmem.config import EncodeConfig
-from longmem.index import StreamBanks
 from longmem.ops import linear_nll
+from longmem.streams import StreamBanks
 
 SEGMENT = 1024
 

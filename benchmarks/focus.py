@@ -60,6 +60,7 @@ def main() -> None:
     for size in args.sizes:
         token_ids_N = words(size + 1024, device, 2)
         bank, grown = bank_of(token_ids_N[:size]), bank_of(token_ids_N)
+        grown.layout = bank.layout  # the same rows, and some more
         Focus().on(bank, window)  # what a device gets ready at first
         row_P = torch.arange(FOCUS, device=device)
         figures = {
@@ -70,9 +71,7 @@ def main() -> None:
         focus.on(bank, window)
         index = focus._words.pop(bank)
         # Once: the second time there is nothing to add.
-        figures["1,024 more are indexed"] = quantiles(
-            lambda index=index, grown=grown: index.update(grown.token_ids_N), device, 1
-        )
+        figures["1,024 more are indexed"] = quantiles(lambda index=index, grown=grown: index.update(grown), device, 1)
         focus.on(grown, window)
         figures["as it was"] = quantiles(lambda focus=focus, grown=grown: focus.on(grown, window), device, REPEATS)
         for what, (p20, p50, p80) in figures.items():

@@ -37,10 +37,11 @@ from longmem.approximate import BankIndex
 from longmem.bank import MemoryBank
 from longmem.data import TokenizedDocuments
 from longmem.errors import ConfigError
-from longmem.index import BankReader, PlacedReader, Retrieved
+from longmem.index import BankReader, PlacedReader
 from longmem.lists import GpuLists, KeyLists
 from longmem.model import LongMem
 from longmem.ops import Lists, Pools, code_queries, reference, topk_listed, topk_scan
+from longmem.retrieved import Retrieved
 from longmem.sketch import Basis, Sketch, recall
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -47,8 +47,9 @@ def make_vectors(texts: Path, model_name: str, tokens: int) -> dict[str, Tensor]
     A text's queries are asked with the last `CONTEXT` of its remembered tokens as the bank.
     """
     from longmem.bank import BankEntry
-    from longmem.index import BankReader, Retrieved
+    from longmem.index import BankReader
     from longmem.model import LongMem
+    from longmem.retrieved import Retrieved
 
     model = LongMem.from_pretrained(model_name, device="cpu", dtype="float32")
     layers = model.config.memory_layers[:3]

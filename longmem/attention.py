@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longmem.evidence import PassageSums
-from longmem.index import Retrieved
 from longmem.ops import JointHeads, causal_mask
+from longmem.retrieved import Retrieved
 
 # Bank size at which the size bias is 0, so that it and the plain bias can be learned apart.
 REFERENCE_SIZE = 16384

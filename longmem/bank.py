@@ -171,6 +171,9 @@ class MemoryBank:
 
     Attributes:
         name: in its store; None for a bank that is in none.
+        layout: stands for the rows that there are; another object once rows have gone, moved or changed device, so that
+            what was made of them (parts, word and passage indexes) knows. New rows at the end leave it as it is, and a
+            part has that of its bank as it was then.
     """
 
     name: str | None = None
@@ -194,8 +197,7 @@ class MemoryBank:
         self._index: BankIndex | None = None
         # Of a part, which rows of the whole it has: those behind so many, or these. None: it is the whole.
         self._in_whole: int | Tensor | None = None
-        # Another one once rows have gone or moved; a part has that of the whole as it was then.
-        self._layout = object()
+        self.layout = object()
         # Attention that each token of a source got and that nobody has taken yet.
         self._attended: dict[str, Tensor] = {}
 
@@ -283,6 +285,7 @@ class MemoryBank:
         bank._source_C = torch.zeros(bank._length, dtype=torch.int64)
         bank._offsets_C2 = torch.zeros(bank._length, 2, dtype=torch.int64)
         bank._place_C = torch.arange(bank._length)
+        bank._in_whole = 0
         return bank
 
     def between(self, first: int, last: int) -> MemoryBank:
@@ -308,13 +311,9 @@ class MemoryBank:
         position_X = position_X.cpu()
         return self._in_whole[position_X] if isinstance(self._in_whole, Tensor) else position_X + (self._in_whole or 0)
 
-    def still_has(self, part: MemoryBank) -> bool:
-        """Whether a part that was made of this bank is one still: nothing was forgotten or thinned since."""
-        return part._layout is self._layout
-
     def _part(self, on_device: slice | Tensor, on_cpu: slice | Tensor, length: int) -> MemoryBank:
         part = MemoryBank(self.spec, self.device)
-        part.name, part._length, part._layout = self.name, length, self._layout
+        part.name, part._length, part.layout = self.name, length, self.layout
         part._keys_HCE, part._values_HCE = self._keys_HCE[:, on_device], self._values_HCE[:, on_device]
         part._token_ids_C = self._token_ids_C[on_device]
         part._source_C, part._offsets_C2 = self._source_C[on_cpu], self._offsets_C2[on_cpu]
@@ -415,7 +414,8 @@ class MemoryBank:
     def to(self, device: torch.device | str) -> MemoryBank:
         """Move keys and values to a device, in place. An index goes along, unless it has inverted files: that is
         dropped, since only a CPU searches it."""
-        self.device = torch.device(device)
+        if torch.device(device) != self.device:
+            self.device, self.layout = torch.device(device), object()
         if self._index is not None:
             try:
                 self._index = self._index.to(self.device)
@@ -474,7 +474,7 @@ class MemoryBank:
         """Keep what `attend` has counted with the bank; one that is in memory alone has it there."""
 
     def _keep_rows(self, keep_N: Tensor) -> None:
-        self._index, self._layout = None, object()
+        self._index, self.layout = None, object()
         on_device = keep_N.to(self.device)
         self._keys_HCE = self.keys_HNE[:, on_device].contiguous()
         self._values_HCE = self.values_HNE[:, on_device].contiguous()

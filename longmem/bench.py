@@ -21,8 +21,8 @@ from torch import Tensor
 from longmem.bank import BankEntry, MemoryBank
 from longmem.drawing import new_figure
 from longmem.errors import ConfigError
-from longmem.index import Retrieve, Retrieved
 from longmem.model import LongMem
+from longmem.retrieved import Retrieve, Retrieved
 
 _BLOCK = 1 << 14  # tokens whose keys and values are drawn; larger banks repeat them, their channels moved on
 _RANDOM = ("empty", "random")  # what such banks are called

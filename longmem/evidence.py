@@ -49,8 +49,8 @@ class PassageSums:
         self._lowest = True
 
     def tables(self, layer: int, rows: int, device: torch.device) -> PassageTables:
-        """The sums of a layer for `longmem.index.Retrieved.raised`, which adds one token to them. A forward pass goes
-        either this way in all layers, or by `evidence`.
+        """The sums of a layer for `longmem.retrieved.Retrieved.raised`, which adds one token to them. A forward pass
+        goes either this way in all layers, or by `evidence`.
 
         Args:
             rows: B.

@@ -63,23 +63,23 @@ class WordIndex:
 
     def __init__(self) -> None:
         self._runs: list[_Run] = []
-        self._known_N: Tensor | None = None
+        self._layout: object = None
 
     def __len__(self) -> int:
         """S: whole stretches; a bank's last tokens are in none until it is full."""
         return sum(run.stretches for run in self._runs)
 
-    def update(self, token_ids_N: Tensor) -> None:
-        """Know these tokens: what came since the last call is added; if anything else changed, all is made anew."""
-        known, whole = len(self) * STRETCH, len(token_ids_N) // STRETCH * STRETCH
-        same = self._known_N is not None and torch.equal(self._known_N, token_ids_N[:known])
-        if same and whole == known:
+    def update(self, bank: MemoryBank) -> None:
+        """Know what a bank remembers: what came since the last call is added; if anything else changed, all is made
+        anew."""
+        if bank.layout is not self._layout:
+            self._runs, self._layout = [], bank.layout
+        known, whole = len(self) * STRETCH, len(bank) // STRETCH * STRETCH
+        if whole == known:
             return
-        if not same or len(self._runs) == _MOST_RUNS:
+        if len(self._runs) == _MOST_RUNS:
             self._runs, known = [], 0
-        if whole > known:
-            self._runs.append(_Run(token_ids_N[known:whole], known // STRETCH))
-        self._known_N = token_ids_N[:whole].clone()
+        self._runs.append(_Run(bank.token_ids_N[known:whole], known // STRETCH))
 
     def scores(self, token_ids_T: Tensor) -> Tensor:
         """How much each stretch has to do with a text, (S,)."""
@@ -147,7 +147,7 @@ class Focus:
         if not self.tokens or before <= self.tokens:
             return bank.between(0, before) if hidden else bank
         words = self._words.setdefault(bank, WordIndex())
-        words.update(bank.token_ids_N)
+        words.update(bank)
         window_T = torch.tensor(token_ids, dtype=torch.int64, device=bank.device)
         place_S = torch.arange(before // STRETCH, device=bank.device)
         # What was remembered last is read whatever it says: a text goes on where it was, and what is new wins.
@@ -169,7 +169,7 @@ class Focus:
 
 def still_there(read: Readable, bank: Readable) -> bool:
     """Whether all that is read of banks is remembered still: nothing was forgotten or thinned since it was chosen."""
-    return all(one.still_has(part) for (one, _), (part, _) in zip(members(bank), members(read), strict=True))
+    return all(one.layout is part.layout for (one, _), (part, _) in zip(members(bank), members(read), strict=True))
 
 
 def _choose(chosen_S: Tensor, score_S: Tensor, tokens: int) -> None:

@@ -7,7 +7,7 @@
 What leaves the window is remembered and what stays is read again from position 0, so positions stay in the trained
 range however long a text grows.
 
-B batch, T tokens, N tokens of a stretch, V vocabulary; K, G, R as in `longmem.index`.
+B batch, T tokens, N tokens of a stretch, V vocabulary; K, G, R as in `longmem.retrieved`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from longmem.errors import ConfigError
 from longmem.focus import FOCUS, Focus, still_there
 from longmem.focus import check as check_focus
 from longmem.group import BankGroup, Readable, members
-from longmem.index import PLACES, place_of
 from longmem.model import LongMem, ModelCache
 from longmem.recall import Hit, Recaller, as_told
+from longmem.retrieved import PLACES, place_of
 from longmem.steps import BatchDecoder, read_on, records
 
 DEFAULT_WINDOW = 1536

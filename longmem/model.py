@@ -33,8 +33,9 @@ from longmem.decoding import RowDecoder, compiling
 from longmem.errors import BankMismatchError, CompilerError, ConfigError, SideNetNotFoundError, SourceError
 from longmem.grid import Grid
 from longmem.group import BankGroup, Readable, members
-from longmem.index import BankReader, GroupReader, Retrieve, Retrieved
+from longmem.index import BankReader, GroupReader
 from longmem.ops import NativeOps, linear_nll
+from longmem.retrieved import Retrieve, Retrieved
 from longmem.sidenet import SideNet, SideNetCache
 from longmem.store import StoredBank
 

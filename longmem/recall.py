@@ -24,8 +24,8 @@ from torch import Tensor
 from longmem.bank import MemoryBank
 from longmem.errors import ConfigError
 from longmem.group import Readable, members
-from longmem.index import PLACES
 from longmem.model import LongMem
+from longmem.retrieved import PLACES
 
 LONGEST = 256  # tokens of a passage; a longer paragraph is cut at sentence or line ends
 SHORT = 64  # paragraphs up to so many tokens are joined with their neighbours
@@ -215,8 +215,7 @@ class PassageIndex:
         self.begins = torch.tensor([0, *self.sizes]).cumsum(0)[:-1]
         self.passage_N = torch.zeros(sum(self.sizes), dtype=torch.int64)
         banks = [one for one, _ in members(bank)]
-        # By what it was made of, not by how much: something may be forgotten and as much remembered since.
-        self._known = [(one.sources, one.token_ids_N.to("cpu", copy=True)) for one in banks]
+        self._layouts = [one.layout for one in banks]
         sources, done, counts = sum(len(one.sources) for one in banks), 0, []
         for one, begin in zip(banks, self.begins.tolist(), strict=True):
             before = len(self.passages)
@@ -230,13 +229,8 @@ class PassageIndex:
 
     def behind(self, bank: Readable) -> int | None:
         """How many tokens came since; None if anything it was made of is no longer there or has moved."""
-        banks = [one for one, _ in members(bank)]
-        if len(banks) != len(self._known):
+        if [one.layout for one, _ in members(bank)] != self._layouts:
             return None
-        for one, (sources, token_ids_N) in zip(banks, self._known, strict=True):
-            now_N = one.token_ids_N[: len(token_ids_N)].cpu()
-            if one.sources[: len(sources)] != sources or not torch.equal(now_N, token_ids_N):
-                return None
         return sum(_sizes(bank)) - sum(self.sizes)
 
     def _cut(self, bank: MemoryBank, begin: int) -> Iterator[str]:

@@ -32,8 +32,8 @@ from longmem.config import SideNetConfig
 from longmem.decoding import KeyValueBuffer, LayerStep, RowDecoder, RowLayer
 from longmem.evidence import PassageSums
 from longmem.families import Family, Rotary
-from longmem.index import Retrieve
 from longmem.ops import causal_logsumexp
+from longmem.retrieved import Retrieve
 from longmem.windows import Branch, WindowBuffer, Windows
 
 

@@ -28,8 +28,9 @@ from longmem.decoding import KeyValueBuffer
 from longmem.errors import ConfigError
 from longmem.evidence import SteadyPassageSums
 from longmem.group import BankGroup, Readable
-from longmem.index import PlacedReader, Retrieve
+from longmem.index import PlacedReader
 from longmem.model import LongMem, ModelCache
+from longmem.retrieved import Retrieve
 from longmem.windows import Branch, SideBranch, WindowBuffer, Windows, window_step
 
 # Retrieved keys and values of T tokens take T · heads · top_k · 2 vectors: a long prompt is read in pieces. So it is

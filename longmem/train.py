@@ -32,9 +32,9 @@ from longmem.data import Mixture, Segments, Streams, TokenizedDocuments, to_devi
 from longmem.drawing import new_figure
 from longmem.errors import CheckpointError, ConfigError, MissingExtraError
 from longmem.evals.perplexity import PerplexityConfig, PerplexityResult, perplexity
-from longmem.index import StreamBanks, StreamReader
 from longmem.model import LongMem
 from longmem.ops import linear_cross_entropy, linear_divergence, linear_nll
+from longmem.streams import StreamBanks, StreamReader
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from torch import Tensor
 from longmem.approximate import BankIndex
 from longmem.bank import MemoryBank
 from longmem.decoding import RowDecoder
-from longmem.index import BankReader, Retrieve, Retrieved
+from longmem.index import BankReader
 from longmem.model import LongMem
 from longmem.ops import cpu, reference
+from longmem.retrieved import Retrieve, Retrieved
 
 TOKENS, REMEMBERED = 24, 500
 

@@ -16,13 +16,13 @@ LAYERS = (
     {"config", "ops", "families", "pretrained", "quantize", "codec", "clusters", "data", "drawing", "registry"},
     {"decoding", "encoding", "evidence", "grid"},
     {"windows"},
-    {"backbone", "sketch"},
+    {"backbone", "retrieved", "sketch"},
     {"ivf", "lists"},
     {"approximate"},
     {"bank"},
     {"group"},
     {"focus", "index", "retention", "probe"},
-    {"store"},
+    {"store", "streams"},
     {"attention"},
     {"sidenet"},
     {"checkpoint"},
@@ -96,7 +96,7 @@ def test_imports_point_one_way() -> None:
 
 
 def test_memory_and_network_meet_in_the_model_alone() -> None:
-    for name in ("bank", "group", "store", "index", "retention", "sketch", "ivf", "lists", "approximate"):
+    for name in ("bank", "group", "store", "index", "streams", "retention", "sketch", "ivf", "lists", "approximate"):
         assert siblings(name, lazily=True) <= {
             "approximate",
             "bank",
@@ -107,18 +107,20 @@ def test_memory_and_network_meet_in_the_model_alone() -> None:
             "errors",
             "grid",
             "group",
+            "index",
             "ivf",
             "lists",
             "ops",
             "retention",
+            "retrieved",
             "sketch",
         }, name
     for name in ("families", "backbone", "attention", "sidenet"):
         assert not siblings(name, lazily=True) & {"bank", "store"}, name
     # What the network knows of the search is its types.
     for name, types in (("attention", {"Retrieved"}), ("sidenet", {"Retrieve"})):
-        assert {m for m in imported_modules(PACKAGE / f"{name}.py") if m.startswith("longmem.index.")} == {
-            f"longmem.index.{imported}" for imported in types
+        assert {m for m in imported_modules(PACKAGE / f"{name}.py") if m.startswith("longmem.retrieved.")} == {
+            f"longmem.retrieved.{imported}" for imported in types
         }
 
 
@@ -126,6 +128,8 @@ def test_the_disk_is_no_business_of_the_core() -> None:
     for name in (
         "bank",
         "index",
+        "retrieved",
+        "streams",
         "retention",
         "attention",
         "sidenet",

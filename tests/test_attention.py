@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import longmem.index
+import longmem.retrieved
 from longmem.attention import REFERENCE_SIZE, MemoryAttention, local_attention
 from longmem.evidence import PassageSums
 from longmem.ops import causal_logsumexp, causal_mask
@@ -199,7 +199,7 @@ def test_one_kernel_computes_the_same(case: tuple, apart: bool) -> None:
         inputs = [scattered(tensor) for tensor in inputs]
         names = ("slot_BKGTR", "score_BKGTR", "order_BKGTR")
         found = dataclasses.replace(found, **{name: scattered(getattr(found, name)) for name in names})
-    with mock.patch.object(longmem.index, "joins_at_once", lambda device: True):
+    with mock.patch.object(longmem.retrieved, "joins_at_once", lambda device: True):
         difference_BKGTE, read = attention(*inputs, found)
     torch.testing.assert_close(difference_BKGTE, expected_BKGTE, atol=1e-5, rtol=1e-4)
     for name in ("mass_BKGT", "log_weight_BKGTR", "log_match_BKGTR"):

@@ -244,7 +244,27 @@ def test_a_part_can_only_be_read() -> None:
         with pytest.raises(BankError):
             part.thin(torch.ones(len(part), dtype=torch.bool))
     assert bank.sources == ("a", "b", "c") and len(bank) == 220
+    rows = MemoryBank.of_rows(bank.spec, bank.keys_HNE, bank.values_HNE, bank.token_ids_N)
+    with pytest.raises(BankError, match="can only be read"):
+        rows.append(make_entry("d", "xyz"))
     assert torch.equal(bank.in_whole(torch.tensor([1, 5])), torch.tensor([1, 5]))
+
+
+def test_a_layout_is_another_once_rows_have_gone_or_moved() -> None:
+    bank, _ = indexed(more="bc")
+    layout, part = bank.layout, bank.between(3, 9)
+    bank.append(make_entry("d", "xyz"))
+    bank.to("cpu")
+    assert bank.layout is layout is part.layout
+    for change in (
+        lambda: bank.thin(torch.arange(len(bank)) != 4),
+        lambda: bank.forget("d"),
+        lambda: bank.to("meta"),
+    ):
+        change()
+        assert bank.layout is not layout is part.layout
+        layout = bank.layout
+        part = bank.between(0, 1)
 
 
 def test_an_index_is_for_a_cpu() -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import longmem.index
+import longmem.retrieved
 from longmem.bank import MemoryBank
 from longmem.evidence import PassageSums, SteadyPassageSums, faded_sums
 from longmem.group import BankGroup
@@ -189,7 +189,7 @@ def test_steps_with_sums_in_two_launches() -> None:
             decoder.begin(row, tiny.tokens(4 + row, seed=row), bank)
     for tokens in ([3, 5, 7], [9, 4, None], [2, 2, 8], [None, 1, 1]):
         expected, _ = plain.step(tokens, banks)
-        with mock.patch.object(longmem.index, "joins_at_once", lambda device: True):
+        with mock.patch.object(longmem.retrieved, "joins_at_once", lambda device: True):
             found, _ = at_once.step(tokens, banks)
         rows = [row for row, token in enumerate(tokens) if token is not None]
         torch.testing.assert_close(found[rows], expected[rows], **TOLERANCE)

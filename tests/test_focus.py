@@ -71,35 +71,38 @@ def plain_scores(token_ids_N: torch.Tensor, asked: list[int]) -> list[float]:
 )
 def test_scores_are_the_formula_however_a_bank_grew(parts: list[int], asked: list[int], seed: int) -> None:
     ids_N = torch.randint(12, (sum(parts),), generator=torch.Generator().manual_seed(seed))
-    words, known = WordIndex(), 0
-    for part in parts:
-        known += part
-        words.update(ids_N[:known])
+    words, bank = WordIndex(), MemoryBank(SPEC)
+    for number, part_n in enumerate(ids_N.split(parts)):
+        bank.append(told(part_n, f"source {number}"))
+        words.update(bank)
     expected = torch.tensor(plain_scores(ids_N, asked))
     assert len(words) == len(ids_N) // STRETCH == len(expected)
     torch.testing.assert_close(words.scores(torch.tensor(asked)), expected)
 
 
 def test_many_small_additions_end_as_few_runs() -> None:
-    ids_N, words = noise(40 * STRETCH), WordIndex()
-    for stretches in range(1, 41):
-        words.update(ids_N[: stretches * STRETCH])
+    ids_N, words, bank = noise(40 * STRETCH), WordIndex(), MemoryBank(SPEC)
+    for number, part_n in enumerate(ids_N.split(STRETCH)):
+        bank.append(told(part_n, f"source {number}"))
+        words.update(bank)
         assert len(words._runs) <= module._MOST_RUNS
     at_once = WordIndex()
-    at_once.update(ids_N)
+    at_once.update(bank)
     torch.testing.assert_close(words.scores(ids_N[:9]), at_once.scores(ids_N[:9]))
 
 
 def test_words_of_what_is_forgotten_are_gone() -> None:
-    words = WordIndex()
-    words.update(needle(4 * STRETCH, 700))
-    assert float(words.scores(torch.tensor([777])).max()) > 0
-    words.update(noise(4 * STRETCH, seed=1))
+    words, bank = WordIndex(), bank_of(needle(4 * STRETCH, 700), noise(10, seed=1))
+    words.update(bank)
+    assert len(words) == 4 and float(words.scores(torch.tensor([777])).max()) > 0
+    # As much is remembered since as was forgotten.
+    bank.forget("source 0")
+    bank.append(told(noise(4 * STRETCH, seed=1), "other"))
+    words.update(bank)
     assert len(words) == 4 and float(words.scores(torch.tensor([777])).max()) == 0
-    words.update(noise(10, seed=1))
+    bank.forget("other")
+    words.update(bank)
     assert len(words) == 0 and len(words.scores(torch.tensor([777]))) == 0
-    words.update(noise(4 * STRETCH, seed=1))
-    assert len(words) == 4
 
 
 def test_surroundings_raise_their_own() -> None:

@@ -20,9 +20,10 @@ from longmem.batch import generate_batch
 from longmem.errors import BankMismatchError, ConfigError
 from longmem.generation import GenerationConfig, attribute, generate
 from longmem.group import BankGroup, Readable, members
-from longmem.index import PLACES, BankReader, GroupReader, place_of
+from longmem.index import BankReader, GroupReader
 from longmem.model import LongMem
 from longmem.recall import PassageIndex, recall
+from longmem.retrieved import PLACES, place_of
 
 MODEL = tiny.model()
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "namespaces.py"

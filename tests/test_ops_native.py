@@ -16,9 +16,10 @@ from torch import Tensor
 
 from longmem.attention import MemoryAttention
 from longmem.evidence import PassageSums
-from longmem.index import BankReader, RetrievedRows
+from longmem.index import BankReader
 from longmem.ivf import InvertedFile
 from longmem.ops import NativeOps, topk_scan
+from longmem.retrieved import RetrievedRows
 from longmem.sketch import Basis
 
 CAN_COMPILE = any(map(shutil.which, ("g++", "clang++"))) and Path(sysconfig.get_paths()["include"], "Python.h").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from conftest import TINY_TEXT
 
 from longmem.data import Document, TokenizedDocuments
 from longmem.errors import ConfigError
+from longmem.evals import ordinary as module
 from longmem.evals.ordinary import PROMPTS, OrdinaryConfig, conversation_ids, ordinary, same_tokens, steps
+from longmem.focus import STRETCH
 from longmem.model import LongMem
 
 SMALL = OrdinaryConfig(prompts=4, tokens=6, remembered=96, passage=32)
@@ -67,6 +70,16 @@ def test_figures_are_those_of_the_cases(model: LongMem, filler: TokenizedDocumen
 def test_mistakes(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(settings))} must be"):
         OrdinaryConfig(**settings)
+
+
+def test_a_large_bank_is_read_as_it_is_when_something_is_said(
+    model: LongMem, filler: TokenizedDocuments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(module, "same_tokens", lambda *args: read.append(len(args[3] or ())) or 0)
+    for focus in (2048, 0):
+        result = ordinary(model, filler, dataclasses.replace(SMALL, prompts=1, remembered=4096, focus=focus))
+    assert 2048 - STRETCH < read[0] <= 2048 < 4096 < read[2] == result.bank_tokens and read[1] == read[3] == 0
 
 
 def test_other_text_needs_documents(model: LongMem) -> None:

@@ -177,10 +177,12 @@ def test_a_recaller_follows_a_bank_that_grows():
     model.write_text(bank, "Where gnus live there is grass. " * 9 + "And some trees stand there.", source="gnus")
     assert size <= len(bank) <= size * 33 / 32
     assert recaller.recall(bank, "zebras", 4) == []
-    index = PassageIndex(bank)
-    model.write_text(bank, "Gone.", source="gone")
-    bank.forget(source="gone")
+    index, size = PassageIndex(bank), len(bank)
     assert index.behind(bank) == 0 and index.behind(tiny().new_bank()) is None
+    model.write_text(bank, "Gone.", source="gone")
+    assert index.behind(bank) == len(bank) - size > 0
+    bank.forget(source="gone")
+    assert index.behind(bank) is None
     assert recaller.recall(tiny().new_bank(), "Anything on topic7?", 2) == []
 
 

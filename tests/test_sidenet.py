@@ -14,9 +14,10 @@ from longmem.attention import local_attention
 from longmem.bank import MemoryBank
 from longmem.checkpoint import new_sidenet
 from longmem.config import SideNetConfig
-from longmem.index import BankReader, Retrieved
+from longmem.index import BankReader
 from longmem.model import LongMem
 from longmem.ops import causal_logsumexp
+from longmem.retrieved import Retrieved
 from longmem.sidenet import SideNetLayer
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import longmem.index
+import longmem.retrieved
 from longmem.errors import BankMismatchError, ConfigError
-from longmem.index import BankReader, PlacedReader, Retrieved
+from longmem.index import BankReader, PlacedReader
 from longmem.model import LongMem
+from longmem.retrieved import Retrieved
 from longmem.steps import BatchDecoder, _Recorded
 from longmem.windows import Branch, SideBranch
 
@@ -153,7 +154,7 @@ def test_steps_with_joint_attention_in_one_kernel(family, update):
             decoder.begin(row, tiny.tokens(5 + row), bank)
         results = []
         for at_once in (False, True):
-            with mock.patch.object(longmem.index, "joins_at_once", lambda device, at_once=at_once: at_once):
+            with mock.patch.object(longmem.retrieved, "joins_at_once", lambda device, at_once=at_once: at_once):
                 logits_BV, reads = decoder.run(PlacedReader(banks, model.config, model.device))
             results.append((logits_BV, *(read.weight_BKGTR for read in reads)))
         for found, expected in zip(*results, strict=True):

@@ -20,8 +20,8 @@ from longmem.config import SideNetConfig
 from longmem.data import Mixture, TokenizedDocuments
 from longmem.errors import CheckpointError, ConfigError
 from longmem.evals.perplexity import PerplexityConfig
-from longmem.index import Retrieved
 from longmem.model import LongMem
+from longmem.retrieved import Retrieved
 from longmem.train import TrainConfig, Trainer, draw_curves, train
 
 REPETITIVE = tiny.documents(400, 400, 400, period=20)

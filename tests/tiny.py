@@ -28,8 +28,8 @@ from longmem.backbone import Backbone
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import EncodeConfig, SideNetConfig
 from longmem.data import TokenizedDocuments
-from longmem.index import Retrieved, RetrievedRows
 from longmem.model import LongMem
+from longmem.retrieved import Retrieved, RetrievedRows
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt_neox", "gpt2")
 VOCABULARY, LAYERS, WINDOW = 97, 4, 16

@@ -63,6 +63,10 @@ Model = Annotated[str, typer.Option(help="A SideNet that ships with longmem, or 
 BackboneName = Annotated[str, typer.Option("--backbone", help="An embedded model, a folder, or a Hugging Face hub id.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[DType, typer.Option("--dtype", help="auto is bfloat16 on a GPU, float32 elsewhere.")]
+Focus = Annotated[
+    int,
+    typer.Option(help="Tokens of a bank that are read at most: of a larger one what the text is about; 0 reads all."),
+]
 Compile = Annotated[
     bool,
     typer.Option(

@@ -170,12 +170,6 @@ def bench_table(result: BenchResult) -> Table:
     return table
 
 
-Focus = Annotated[
-    int,
-    typer.Option(help="Tokens of a bank that are read at most: of a larger one what the text is about; 0 reads all."),
-]
-
-
 # As above, for `PerplexityConfig`.
 @evaluations.command()
 def perplexity(
@@ -199,7 +193,7 @@ def perplexity(
             " memory among that of all --rows, and what is read of these where a part is chosen."
         ),
     ] = None,
-    focus: Focus = 65536,
+    focus: common.Focus = 65536,
     rows: Annotated[int, typer.Option(help="Documents side by side; 0 chooses.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the intervals' bootstrap.")] = 0,
     as_json: Figures = None,
@@ -275,7 +269,7 @@ def recall(
     context_tokens: Annotated[
         int, typer.Option("--context", help="Tokens of other text that stand before the question in the window.")
     ] = 0,
-    focus: Focus = 65536,
+    focus: common.Focus = 65536,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     as_json: Figures = None,
     device: common.Device = "auto",
@@ -319,7 +313,7 @@ def facts(
     sessions: Annotated[int, typer.Option(help="Sessions before the one that asks.")] = 4,
     facts: Annotated[int, typer.Option(help="Facts told besides the one that is asked for.")] = 4,
     small_talk: Annotated[int, typer.Option(help="Exchanges of each session that tell nothing.")] = 3,
-    focus: Focus = 65536,
+    focus: common.Focus = 65536,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     write: Annotated[
         Path | None,
@@ -368,6 +362,7 @@ def ordinary(
     remembered: Annotated[int, typer.Option(help="Tokens of other text in the bank.")] = 16384,
     filler: Filler = None,
     passage: Annotated[int, typer.Option(help="Tokens of a piece of other text, each a source of its own.")] = 512,
+    focus: common.Focus = 65536,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
     as_json: Figures = None,
     device: common.Device = "auto",

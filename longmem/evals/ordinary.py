@@ -24,6 +24,9 @@ from longmem.errors import ConfigError
 from longmem.evals.answers import bank_of, encode_texts, other_text, save_json, wilson
 from longmem.evals.chats import ChatConfig, generate_chats
 from longmem.evals.facts import between, opening_and_turn, session_text
+from longmem.focus import FOCUS, Focus
+from longmem.focus import check as check_focus
+from longmem.group import Readable
 from longmem.model import LongMem
 
 # Kept from training: `longmem.histories` has other ones.
@@ -74,6 +77,7 @@ class OrdinaryConfig:
         chats: users whose conversations (four sessions each, as `longmem eval facts` has them) are remembered.
         remembered: tokens of other text in the bank.
         passage: tokens of a piece of it.
+        focus: tokens that are read of a bank at most, as `generate` does (`longmem.focus`); 0 is all.
         seed: of everything drawn.
     """
 
@@ -82,6 +86,7 @@ class OrdinaryConfig:
     chats: int = 1
     remembered: int = 16384
     passage: int = 512
+    focus: int = FOCUS
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,6 +95,7 @@ class OrdinaryConfig:
         for name, least in (("tokens", 1), ("chats", 0), ("remembered", 0), ("passage", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}; got {getattr(self, name)}.")
+        check_focus(self.focus)
 
 
 @dataclass(frozen=True)
@@ -139,16 +145,16 @@ def ordinary(
         on_case: progress, called with 1 for every passage encoded and every prompt (`steps` says how many).
     """
     advance = on_case or (lambda steps: None)
-    bank = _bank(model, filler, config, advance)
-    banks = {"bank_on": bank, "bank_off": None}
-    said: dict[str, list[int]] = {name: [] for name in banks}
+    bank, focus = _bank(model, filler, config, advance), Focus(config.focus)
+    said: dict[str, list[int]] = {name: [] for name in CONDITIONS}
     lengths, cases = [], []
     for prompt in PROMPTS[: config.prompts]:
         prompt_N = conversation_ids(model, prompt)
         pieces = model.generate(prompt_N, max_new_tokens=config.tokens, memory=0.0, remember=False)
         reply = [piece.token_id for piece in pieces]
         lengths.append(len(reply))
-        for name, remembered in banks.items():
+        read = focus.on(bank, prompt_N.tolist())
+        for name, remembered in zip(CONDITIONS, (read, None), strict=True):
             said[name].append(same_tokens(model, prompt_N, reply, remembered))
         text = model.tokenizer.decode(reply, skip_special_tokens=True)
         cases.append({"prompt": prompt, "reply": text, "same": {name: counts[-1] for name, counts in said.items()}})
@@ -171,7 +177,7 @@ def conversation_ids(model: LongMem, prompt: str) -> Tensor:
 
 
 @torch.no_grad()
-def same_tokens(model: LongMem, prompt_N: Tensor, reply: Sequence[int], bank: MemoryBank | None) -> int:
+def same_tokens(model: LongMem, prompt_N: Tensor, reply: Sequence[int], bank: Readable | None) -> int:
     """How many tokens of a reply a model would say itself, greedily, before the first other one.
 
     Args:

@@ -26,9 +26,10 @@ from longmem.data import TokenizedDocuments
 from longmem.errors import ConfigError, SourceError
 from longmem.focus import FOCUS, Focus
 from longmem.focus import check as check_focus
-from longmem.index import Retrieve, StreamBanks
 from longmem.model import LongMem
 from longmem.ops import linear_nll
+from longmem.retrieved import Retrieve
+from longmem.streams import StreamBanks
 
 USUAL_CONDITIONS = ("backbone_local", "backbone_window", "bank_off", "bank_on", "bank_wrong")
 BANKED = ("bank_on", "bank_wrong", "bank_crowded", "bank_focused")

@@ -49,7 +49,7 @@ class JointHeads(NamedTuple):
 
 
 class FoundRows(NamedTuple):
-    """What queries found and where it lies, as `longmem.index.RetrievedRows` describes it."""
+    """What queries found and where it lies, as `longmem.retrieved.RetrievedRows` describes it."""
 
     keys_PNE: Tensor | Pools
     values_PNE: Tensor | Pools
@@ -84,7 +84,7 @@ def joint_rows(
     Returns:
         joint − local attention (B, K, G, T, E), of which heads and tokens lie as an output projection takes them;
         mass (B, K, G, T); and log of each retrieved token's share among them (B, K, G, T, R), as
-        `longmem.index.Retrieved.log_weights`.
+        `longmem.retrieved.Retrieved.log_weights`.
     """
     from longmem.ops.triton import joint
 
