@@ -14,8 +14,9 @@ from torch import Tensor
 from longmem.attention import MemoryRead
 from longmem.errors import ConfigError
 from longmem.focus import Focus
-from longmem.generation import Continuation, GenerationConfig, LocalWindow, Piece, begun, sample, sampler
+from longmem.generation import Continuation, GenerationConfig, Piece, begun, sample, sampler
 from longmem.group import Readable
+from longmem.local_window import LocalWindow
 from longmem.model import LongMem
 from longmem.recall import Recaller
 from longmem.steps import BatchDecoder

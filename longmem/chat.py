@@ -17,10 +17,12 @@ from typing import Any, Self
 from jinja2 import TemplateError
 
 from longmem.errors import ConfigError
-from longmem.generation import GenerationConfig, LocalWindow, Piece, continue_text, sampler, stop_token_ids, tokenize
+from longmem.generation import GenerationConfig, Piece, continue_text, sampler, stop_token_ids
 from longmem.group import Readable
+from longmem.local_window import LocalWindow
 from longmem.model import LongMem
 from longmem.recall import Hit
+from longmem.text import tokenize
 
 # Stands for an earlier reply where the template is asked how the next turn begins.
 _REPLY = "8c1f9e"

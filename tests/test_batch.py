@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_generation import FACTS, full_bank, notes
-from test_generation import tiny as talking
+from texts import FACTS, full_bank, notes
+from texts import tiny as talking
 
 from longmem.errors import ConfigError
 from longmem.recall import PassageIndex

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from test_generation import FACTS, tiny, tokenizer
+from texts import FACTS, tiny, tokenizer
 
 from longmem.backbone import Backbone
 from longmem.chat import ChatSession

@@ -14,10 +14,11 @@ from conftest import TINY_TEXT
 from typer.testing import CliRunner
 
 import longmem
+from longmem.attribution import Attribution
 from longmem.cli import app, banks, learn, measure
 from longmem.cli.talk import stretches
 from longmem.focus import FOCUS, Focus
-from longmem.generation import Attribution, Piece
+from longmem.generation import Piece
 
 
 @pytest.fixture(autouse=True)

@@ -11,14 +11,15 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_generation import ENDLESS, FACTS, full_bank
-from test_generation import tiny as tiny_text_model
 from test_index import config, make_bank, normal
+from texts import ENDLESS, FACTS, full_bank
+from texts import tiny as tiny_text_model
 
+from longmem.attribution import attribute
 from longmem.bank import BankEntry
 from longmem.batch import generate_batch
 from longmem.errors import BankMismatchError, ConfigError
-from longmem.generation import GenerationConfig, attribute, generate
+from longmem.generation import GenerationConfig, generate
 from longmem.group import BankGroup, Readable, members
 from longmem.index import BankReader, GroupReader
 from longmem.model import LongMem

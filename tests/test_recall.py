@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_generation import tiny
+from texts import tiny
 
 from longmem.errors import BankMismatchError, ConfigError
 from longmem.recall import PassageIndex, Recaller, as_told, cut, recall

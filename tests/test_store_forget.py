@@ -24,7 +24,7 @@ from longmem.errors import (
     StoreCorruptError,
     StoreNotWritableError,
 )
-from longmem.generation import remember_tokens
+from longmem.local_window import remember_tokens
 from longmem.model import LongMem
 from longmem.store import MemoryStore, Stretch
 from longmem.store.traces import needles, traces

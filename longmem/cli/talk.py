@@ -15,8 +15,9 @@ import typer
 from longmem.cli import common
 
 if TYPE_CHECKING:
+    from longmem.attribution import Attribution
     from longmem.chat import ChatSession
-    from longmem.generation import Attribution, Piece
+    from longmem.generation import Piece
     from longmem.group import Readable
 
 # Spans of one source that are at most so many characters apart are one place.
@@ -274,7 +275,7 @@ def stretches(pieces: Sequence[Piece]) -> list[Stretch]:
     Of the places that a token drew on, the one counts that all tokens together drew on most: a passage that is being
     told rather than a word that happens to fit.
     """
-    from longmem.generation import NOTICED
+    from longmem.attribution import NOTICED
 
     noticed = [[span for span in piece.sources if span.weight >= NOTICED] for piece in pieces]
     place_of, totals = _places([span for spans in noticed for span in spans])

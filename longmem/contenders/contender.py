@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from longmem.attention import MemoryRead
+from longmem.attribution import attribute
 from longmem.bank import MemoryBank
 from longmem.contenders.reader import Reader
 from longmem.data import Document
 from longmem.errors import ConfigError
 from longmem.focus import FOCUS, Focus
 from longmem.focus import check as check_focus
-from longmem.generation import attribute
 from longmem.model import LongMem
 
 GAP = "\n\n"

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from longmem.attention import MemoryRead
 from longmem.bank import MemoryBank
-from longmem.generation import read_on
 from longmem.model import LongMem
+from longmem.steps import read_on
 
 _PIECE = 256  # tokens whose logits are held at once
 
