@@ -104,9 +104,10 @@ def _side_by_side(
             )
             results |= {row: (logits_BV[row], reads, row) for row, steps in enumerate(stepping) if steps}
         token_of = _sample(results, config, {row: samplers[number] for row, (number, _) in texts.items()})
+        # Of all before any is added: a text whose window moves may write to a bank that another one has read.
+        sources = {row: text.drawn_on(*results[row][1:]) for row, (_, text) in texts.items()}
         for row, (number, text) in sorted(texts.items()):
-            _, reads, place = results[row]
-            piece = text.add(token_of[row], reads, place)
+            piece = text.add(token_of[row], sources[row])
             if text.done:
                 del texts[row]
             yield number, piece

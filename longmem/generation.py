@@ -133,7 +133,7 @@ def continue_text(window: LocalWindow, token_ids: Sequence[int], generator: torc
     text = Continuation(window, token_ids)
     while not text.done:
         logits_V, reads = window.logits()
-        yield text.add(sample(logits_V, window.config, generator), reads)
+        yield text.add(sample(logits_V, window.config, generator), text.drawn_on(reads))
 
 
 class Continuation:
@@ -157,18 +157,21 @@ class Continuation:
         self._stops = StopStrings(window.config.stop)
         self._left = window.config.max_new_tokens
 
-    def add(self, token_id: int, reads: Sequence[MemoryRead], row: int = 0) -> Piece:
-        """Add a token.
+    def drawn_on(self, reads: Sequence[MemoryRead], row: int = 0) -> tuple[Attribution, ...]:
+        """What the next token draws on, if that is wanted. To be asked before anything is written to what was read.
 
         Args:
             reads: what was read for it, in batch row `row`.
         """
+        window = self.window
+        if not (window.config.attribute and reads) or (visible := window.visible) is None:
+            return ()
+        window.count(visible, *last_read(reads, row))
+        return attribute(reads, visible, row=row)
+
+    def add(self, token_id: int, sources: tuple[Attribution, ...] = ()) -> Piece:
+        """Add a token, which drew on `sources`."""
         window, stops = self.window, self._stops
-        wanted = window.config.attribute
-        sources = ()
-        if wanted and (visible := window.visible) is not None and reads:
-            window.count(visible, *last_read(reads, row))
-            sources = attribute(reads, visible, row=row)
         moved, self.moved = self.moved, window.extend([token_id], silent=token_id in self._ends)
         window.draw_on(sources)
         self.token_id = token_id

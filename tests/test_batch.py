@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from texts import FACTS, full_bank, notes
 from texts import tiny as talking
 
@@ -41,6 +42,22 @@ def test_one_bank_may_serve_all_and_no_prompt_is_no_text():
     assert [number for number, _ in pieces] == [0, 1] * 3
     bank = full_bank(model)
     assert len(list(model.generate_batch(["Ada", "The"], banks=bank, max_new_tokens=3, stop_token_ids=()))) == 6
+
+
+def test_texts_of_one_bank_are_attributed_to_what_they_read_though_others_thin_it(monkeypatch):
+    """Both windows move at the same step, and what the first writes makes the bank small."""
+    model = talking()
+    bank = full_bank(model)
+    monkeypatch.setattr(type(model), "keep_to_cap", lambda self, bank: bank.thin(torch.arange(len(bank)) < 5))
+    settings = {"max_new_tokens": 30, "window": 24, "attribute": True, "stop_token_ids": ()}
+    first, sizes = {}, [len(bank)]
+    for number, piece in model.generate_batch(["Ada keeps", "Ada keeps"], banks=bank, **settings):
+        if number == 0:
+            first = {source.text: source.weight for source in piece.sources}
+        elif len(bank) != sizes[-1]:  # the first has just moved, so this one has read what it has read
+            assert {source.text: source.weight for source in piece.sources} == pytest.approx(first)
+        sizes.append(len(bank))
+    assert len(set(sizes)) > 1
 
 
 def test_mistakes_in_a_batch_show_before_the_first_token():
