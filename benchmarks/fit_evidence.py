@@ -60,14 +60,7 @@ def queries_of(model: LongMem, texts: Mixture, steps: int) -> tuple[dict[int, Te
     answers = []
     for step in range(steps):
         counts = step >= UNCOUNTED
-        segments = trainer.streams.next()
-        trainer.banks.reset(segments.starts_B)
-        boundaries = {*model.sidenet.boundaries, *model.config.memory_layers, model.backbone.num_layers}
-        seen = trainer._see(segments.tokens_BS, boundaries)
-        reader, _, _ = trainer._reader()
-        model.correct(seen, reader)
-        trainer._write(seen, segments.tokens_BS)
-        trainer.done += 1
+        segments = trainer.read()
         if counts:
             assert segments.answers_BS is not None, "no text marks answers: give histories"
             answers.append(segments.answers_BS.flatten())

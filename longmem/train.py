@@ -225,6 +225,21 @@ class Trainer:
         self.tokens += tokens_BS.numel()
         return self._figures(loss, lookup, harm, answers, norm, reads)
 
+    @torch.no_grad()
+    def read(self) -> Segments:
+        """What a step would read and remember, without learning from it; returns it. For who wants to watch."""
+        segments = self.streams.next().to(self.device)
+        self.banks.reset(segments.starts_B)
+        memory_layers = set(self.model.config.memory_layers)
+        boundaries = {*self.sidenet.boundaries, *memory_layers, self.model.backbone.num_layers}
+        seen = self._see(segments.tokens_BS, boundaries)
+        reader, _, _ = self._reader()
+        self.model.correct(seen, reader)
+        if self.config.memory:
+            self._write(seen, segments.tokens_BS)
+        self.done += 1
+        return segments
+
     def _read_nothing(self, seen: BackboneOutput, segments: Segments) -> Tensor | None:
         """Learn from the same segments with an empty bank; their hidden states, if they are needed."""
         config = self.config

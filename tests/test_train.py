@@ -260,6 +260,18 @@ def test_what_is_written_is_what_the_model_encodes() -> None:
         torch.testing.assert_close(trainer.banks.values_HBNE[:, row, :16], values_HSE, atol=2e-2, rtol=2e-2)
 
 
+def test_reading_fills_banks_as_steps_do_and_teaches_nothing() -> None:
+    reads, steps = Trainer(fresh(), REPETITIVE, SMALL), Trainer(fresh(), REPETITIVE, SMALL)
+    before = {name: value.clone() for name, value in reads.sidenet.state_dict().items()}
+    tokens_BS = torch.stack([reads.read().tokens_BS for _ in range(3)])
+    for _ in range(3):
+        steps.step()
+    assert torch.equal(tokens_BS[0], reads.banks.token_ids_BN[:, :16])
+    for name in ("token_ids_BN", "written_B", "keys_HBNE", "values_HBNE"):
+        torch.testing.assert_close(getattr(reads.banks, name), getattr(steps.banks, name))
+    assert all(torch.equal(value, before[name]) for name, value in reads.sidenet.state_dict().items())
+
+
 def test_wrong_banks_are_as_many_as_asked() -> None:
     for fraction in (0.0, 1.0):
         trainer = Trainer(fresh(), REPETITIVE, dataclasses.replace(SMALL, wrong_fraction=fraction, rows=3))
