@@ -27,6 +27,9 @@ from longmem.ops import empty_rows
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
+# Reads whose attention is noted before it is added up.
+_MOST_PAID = 256
+
 
 @dataclass(frozen=True)
 class DrawnOn:
@@ -189,6 +192,8 @@ class MemoryBank:
         self._source_C = torch.empty(0, dtype=torch.int64)
         self._offsets_C2 = torch.empty(0, 2, dtype=torch.int64)
         self._place_C = torch.empty(0, dtype=torch.int64)
+        # By number and by name, since a bank may hold a hundred thousand.
+        self._names: list[str] = []
         self._sources: dict[str, int] = {}
         self._texts: dict[int, list[tuple[int, str]]] = {}
         # Token ids and offsets of each piece of a source, also of tokens that have no row any more.
@@ -198,7 +203,8 @@ class MemoryBank:
         # Of a part, which rows of the whole it has: those behind so many, or these. None: it is the whole.
         self._in_whole: int | Tensor | None = None
         self.layout = object()
-        # Attention that each token of a source got and that nobody has taken yet.
+        # Attention that nobody has taken yet: what rows got, and, once rows have gone, each token of a source.
+        self._paid: list[tuple[Tensor, Tensor]] = []
         self._attended: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
@@ -249,7 +255,11 @@ class MemoryBank:
     @property
     def sources(self) -> tuple[str, ...]:
         """Names of the remembered sources, in the order they were first written."""
-        return tuple(self._sources)
+        return tuple(self._names)
+
+    def source_number(self, source: str) -> int | None:
+        """Which of `sources` a name is; None if nothing of it is remembered."""
+        return self._sources.get(source)
 
     @property
     def index(self) -> BankIndex | None:
@@ -318,7 +328,7 @@ class MemoryBank:
         part._token_ids_C = self._token_ids_C[on_device]
         part._source_C, part._offsets_C2 = self._source_C[on_cpu], self._offsets_C2[on_cpu]
         part._place_C = self._place_C[on_cpu]
-        part._sources, part._texts = self._sources, self._texts
+        part._names, part._sources, part._texts = self._names, self._sources, self._texts
         part._tokens, part._written = self._tokens, self._written
         return part
 
@@ -407,7 +417,7 @@ class MemoryBank:
 
     def span(self, first: int, last: int) -> SourceSpan:
         """The text that remembered tokens `first` … `last` (inclusive, of one source) cover."""
-        source = self.sources[int(self._source_C[first])]
+        source = self._names[int(self._source_C[first])]
         start, end = int(self._offsets_C2[first, 0]), int(self._offsets_C2[last, 1])
         return SourceSpan(source, start, end, self.text_of(source, start, end))
 
@@ -437,10 +447,10 @@ class MemoryBank:
         forgotten = self.written(source)
         self._keep_rows(self.source_index_N != gone)
         self._source_C -= (self._source_C > gone).long()
-        names = [name for name in self._sources if name != source]
-        self._texts = {new: self._texts[self._sources[name]] for new, name in enumerate(names)}
-        self._tokens = {new: self._tokens[self._sources[name]] for new, name in enumerate(names)}
-        self._sources = {name: new for new, name in enumerate(names)}
+        self._names = [name for name in self._names if name != source]
+        self._texts = {new: self._texts[self._sources[name]] for new, name in enumerate(self._names)}
+        self._tokens = {new: self._tokens[self._sources[name]] for new, name in enumerate(self._names)}
+        self._sources = {name: new for new, name in enumerate(self._names)}
         self._written.pop(source)
         self._attended.pop(source, None)
         return forgotten
@@ -457,23 +467,40 @@ class MemoryBank:
             position_X: rows, in any order, some of them perhaps more than once.
             weight_X: shares of attention.
         """
-        position_X, weight_X = position_X.cpu(), weight_X.float().cpu()
-        source_X = self.source_index_N[position_X]
-        for index in source_X.unique().tolist():
-            source, mine_X = self.sources[index], source_X == index
-            old_M, new_M = self._attended.get(source, torch.zeros(0)), torch.zeros(self.written(source))
-            new_M[: len(old_M)] = old_M
-            self._attended[source] = new_M.index_add(0, self.place_N[position_X[mine_X]], weight_X[mine_X])
+        self._paid.append((position_X.cpu(), weight_X.float().cpu()))
+        if len(self._paid) > _MOST_PAID:
+            self._paid = [self._paid_to_rows()]
 
     def take_attention(self) -> dict[str, Tensor]:
         """What `attend` has counted since this was last called: of each token (M,), by source."""
+        self._count_by_source()
         taken, self._attended = self._attended, {}
         return taken
+
+    def _paid_to_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows that got attention, each once, ascending, and how much; (U,) each."""
+        position_X, weight_X = (torch.cat(parts) for parts in zip(*self._paid, strict=True))
+        position_U, inverse_X = position_X.unique(return_inverse=True)
+        return position_U, torch.zeros(len(position_U)).index_add(0, inverse_X, weight_X)
+
+    def _count_by_source(self) -> None:
+        """From now on the attention counted so far is that of tokens of sources, wherever their rows are."""
+        if not self._paid:
+            return
+        (position_U, weight_U), self._paid = self._paid_to_rows(), []
+        source_U, order_U = self.source_index_N[position_U].sort(stable=True)
+        numbers, counts = source_U.unique_consecutive(return_counts=True)
+        for number, mine_U in zip(numbers.tolist(), order_U.split(counts.tolist()), strict=True):
+            source = self._names[number]
+            old_M, new_M = self._attended.get(source, torch.zeros(0)), torch.zeros(self.written(source))
+            new_M[: len(old_M)] = old_M
+            self._attended[source] = new_M.index_add(0, self.place_N[position_U[mine_U]], weight_U[mine_U])
 
     def save_attention(self) -> None:
         """Keep what `attend` has counted with the bank; one that is in memory alone has it there."""
 
     def _keep_rows(self, keep_N: Tensor) -> None:
+        self._count_by_source()
         self._index, self.layout = None, object()
         on_device = keep_N.to(self.device)
         self._keys_HCE = self.keys_HNE[:, on_device].contiguous()
@@ -491,7 +518,7 @@ class MemoryBank:
     def _remember(self, entry: BankEntry) -> None:
         self._reserve(self._length + entry.rows)
         new = slice(self._length, self._length + entry.rows)
-        index = self._sources.get(entry.source, len(self._sources))
+        index = self._sources.get(entry.source, len(self._names))
         ids_M, offsets_M2 = entry.token_ids_N.cpu(), entry.offsets_N2.cpu()
         kept_K = torch.arange(len(entry)) if entry.kept_K is None else entry.kept_K
         before = self.written(entry.source)
@@ -502,6 +529,8 @@ class MemoryBank:
         self._offsets_C2[new] = offsets_M2[kept_K]
         self._place_C[new] = before + kept_K
         # Registered last: if a copy above fails, the bank is what it was.
+        if index == len(self._names):
+            self._names.append(entry.source)
         self._sources[entry.source] = index
         self._texts.setdefault(index, []).append((entry.char_start, entry.text))
         self._tokens.setdefault(index, []).append((ids_M, offsets_M2))

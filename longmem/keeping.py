@@ -48,7 +48,7 @@ def retain(
         return chosen
     keep_N = chosen.keep_N
     for source in chosen.forgotten:
-        stays_N = bank.source_index_N != bank.sources.index(source)
+        stays_N = bank.source_index_N != bank.source_number(source)
         keep_N = keep_N[stays_N]
         bank.forget(source)
     if not bool(keep_N.all()):

@@ -12,6 +12,7 @@ N tokens of a stretch, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import TYPE_CHECKING
 
 import torch
@@ -286,7 +287,9 @@ class LocalWindow:
         if self.bank is None or not self._in_bank:
             return 0
         bank, near = self.bank, slice(max(0, len(self.bank) - self._in_bank), None)
-        own = bank.sources.index(self._source) if self._source in bank.sources else -1
+        own = bank.source_number(self._source or "")
+        if own is None:
+            return 0
         # By their places in the source: a bank that is thinned may have rows for some of them only.
         first = bank.written(self._source or "") - self._in_bank
         hidden_n = (bank.source_index_N[near] == own) & (bank.place_N[near] >= first)
@@ -323,5 +326,4 @@ def remember_tokens(
 
 
 def _new_source(bank: MemoryBank) -> str:
-    taken = set(bank.sources)
-    return next(name for n in range(1, len(taken) + 2) if (name := f"generated/{n}") not in taken)
+    return next(name for n in count(1) if bank.source_number(name := f"generated/{n}") is None)

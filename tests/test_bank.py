@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longmem import bank as bank_module
 from longmem.approximate import BankIndex
 from longmem.bank import BankEntry, MemoryBank
 from longmem.config import BankSpec, MemoryHead
@@ -275,3 +277,40 @@ def test_an_index_is_for_a_cpu() -> None:
     assert bank.index is None
     with pytest.raises(ConfigError, match=r"on meta.*exactly"):
         bank.use_index(index)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_attention_is_counted_for_tokens_whatever_becomes_of_their_rows(data: st.DataObject) -> None:
+    bank, expected, made = filled([make_entry(name, name * 6) for name in "abc"]), {}, 3
+    with mock.patch.object(bank_module, "_MOST_PAID", 2):
+        for what in data.draw(st.lists(st.sampled_from(["attend", "append", "thin", "forget", "take"]), max_size=12)):
+            if what == "attend" and len(bank):
+                rows = data.draw(st.lists(st.integers(0, len(bank) - 1), min_size=1, max_size=5))
+                weights = [float(2**n) for n in range(len(rows))]  # sums of them are exact
+                bank.attend(torch.tensor(rows), torch.tensor(weights))
+                for row, weight in zip(rows, weights, strict=True):
+                    source = bank.sources[int(bank.source_index_N[row])]
+                    of_source = expected.setdefault(source, [0.0] * 6)
+                    of_source[int(bank.place_N[row])] += weight
+            elif what == "append":
+                bank.append(make_entry(f"more {made}", "x" * 6))
+                made += 1
+            elif what == "thin":
+                bank.thin(torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(bank), max_size=len(bank)))) > 0)
+            elif what == "forget" and bank.sources:
+                gone = data.draw(st.sampled_from(bank.sources))
+                bank.forget(gone)
+                expected.pop(gone, None)
+            elif what == "take":
+                assert {name: taken_M.tolist() for name, taken_M in bank.take_attention().items()} == expected
+                expected = {}
+        assert {name: taken_M.tolist() for name, taken_M in bank.take_attention().items()} == expected
+
+
+def test_a_source_has_a_number_as_long_as_it_is_remembered() -> None:
+    bank = filled([make_entry(name, "x" * 4) for name in "abc"])
+    assert [bank.source_number(name) for name in "abcd"] == [0, 1, 2, None]
+    bank.forget("b")
+    assert [bank.source_number(name) for name in "abcd"] == [0, None, 1, None] and bank.sources == ("a", "c")
+    assert bank.span(4, 5).source == "c" == bank.between(4, 8).span(0, 1).source

@@ -440,9 +440,10 @@ def retain(
         if not as_json:
             for name in chosen.forgotten:
                 common.out.print(f"{name}: forgotten, text and all", markup=False, highlight=False)
+            rows = target.source_index_N.bincount(minlength=len(target.sources)).tolist()
+            held = dict(zip(target.sources, rows, strict=True))
             for name, lost in chosen.thinned.items():
-                held = int((target.source_index_N == target.sources.index(name)).sum())
-                common.out.print(f"{name}: {lost:,} of {held:,} tokens", markup=False, highlight=False)
+                common.out.print(f"{name}: {lost:,} of {held[name]:,} tokens", markup=False, highlight=False)
         smaller = chosen.rows < chosen.rows_before
         if smaller and not (yes or dry_run or as_json):
             typer.confirm(f"Keep {chosen.rows:,} of {chosen.rows_before:,} tokens?", abort=True, err=True)
