@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -439,21 +440,30 @@ class MemoryBank:
     def forget(self, source: str) -> int:
         """Forget a whole source; returns how many tokens went. Sources are encoded apart from each other, so nothing
         that stays has ever seen the forgotten text."""
+        return self.forget_all([source])
+
+    def forget_all(self, sources: Collection[str]) -> int:
+        """Forget whole sources at once, all or, if one of them is not there, none; returns how many tokens went."""
         self._check_whole()
-        if source not in self._sources:
-            raise SourceError(f"No source {source!r} to forget. This bank remembers: {self._listed_sources()}.")
-        gone = self._sources[source]
-        self._index = None
-        forgotten = self.written(source)
-        self._keep_rows(self.source_index_N != gone)
-        self._source_C -= (self._source_C > gone).long()
-        self._names = [name for name in self._names if name != source]
+        return self._forget_rows(sources)
+
+    def _forget_rows(self, sources: Collection[str]) -> int:
+        """`forget_all` in memory."""
+        gone = set(sources)
+        for source in sources:
+            if source not in self._sources:
+                raise SourceError(f"No source {source!r} to forget. This bank remembers: {self._listed_sources()}.")
+        stays_S = torch.tensor([name not in gone for name in self._names], dtype=torch.bool)
+        self._keep_rows(stays_S[self.source_index_N])
+        # What is left is counted anew.
+        self._source_C = (stays_S.long().cumsum(0) - 1)[self._source_C]
+        self._names = [name for name in self._names if name not in gone]
         self._texts = {new: self._texts[self._sources[name]] for new, name in enumerate(self._names)}
         self._tokens = {new: self._tokens[self._sources[name]] for new, name in enumerate(self._names)}
         self._sources = {name: new for new, name in enumerate(self._names)}
-        self._written.pop(source)
-        self._attended.pop(source, None)
-        return forgotten
+        for source in gone:
+            self._attended.pop(source, None)
+        return sum(self._written.pop(source) for source in gone)
 
     def thin(self, keep_N: Tensor) -> None:
         """Drop the rows where `keep_N` (bool, on the CPU) is False. Texts and token ids stay (`longmem.retention`)."""

@@ -47,10 +47,10 @@ def retain(
     if preview:
         return chosen
     keep_N = chosen.keep_N
-    for source in chosen.forgotten:
-        stays_N = bank.source_index_N != bank.source_number(source)
-        keep_N = keep_N[stays_N]
-        bank.forget(source)
+    if chosen.forgotten:
+        gone = torch.tensor([bank.source_number(source) for source in chosen.forgotten])
+        keep_N = keep_N[~torch.isin(bank.source_index_N, gone)]
+        bank.forget_all(chosen.forgotten)
     if not bool(keep_N.all()):
         bank.thin(keep_N)
     return chosen

@@ -76,15 +76,17 @@ def test_a_bank_holds_what_was_appended_in_order(entries: list[BankEntry]) -> No
     assert_holds(filled(entries), entries)
 
 
-@given(histories(), st.sampled_from("abc"))
-def test_after_forget_the_bank_equals_one_that_never_saw_the_source(entries: list[BankEntry], source: str) -> None:
+@given(histories(), st.lists(st.sampled_from("abc"), min_size=1, unique=True))
+def test_after_forget_the_bank_equals_one_that_never_saw_the_sources(entries: list[BankEntry], gone: list[str]) -> None:
     bank = filled(entries)
-    stays = [entry for entry in entries if entry.source != source]
-    if source not in bank.sources:
-        with pytest.raises(SourceError, match="remembers"):
-            bank.forget(source)
+    stays = [entry for entry in entries if entry.source not in gone]
+    if set(gone) <= set(bank.sources):
+        forgotten = bank.forget(gone[0]) if len(gone) == 1 else bank.forget_all(gone)
+        assert forgotten == sum(len(entry) for entry in entries) - sum(len(entry) for entry in stays)
     else:
-        assert bank.forget(source) == sum(len(entry) for entry in entries) - sum(len(entry) for entry in stays)
+        stays = entries  # one that is not there keeps all
+        with pytest.raises(SourceError, match="remembers"):
+            bank.forget_all(gone)
     assert_holds(bank, stays)
     # The source can be written again from its beginning, and others continue where they were.
     again = [make_entry(name, "more", bank.length_of(name)) for name in "abc"]

@@ -431,6 +431,29 @@ def test_forget_unlinks_the_bytes_and_the_name(folder: Path) -> None:
         assert store.bank("notes").text_of("b secret") == "again"
 
 
+def test_many_sources_are_forgotten_at_once(store: MemoryStore) -> None:
+    bank, other = store.bank("notes", SPEC), store.bank("notes", SPEC)
+    entries = [make_entry(name, f"text of {name} ", 0, seed) for seed, name in enumerate("abcdefg")]
+    entries.append(make_entry("c", "goes on", 10, 9))
+    for entry in entries:
+        bank.append(entry)
+    other.refresh()
+    with pytest.raises(SourceError, match="'z'"):
+        bank.forget_all(["a", "z"])
+    assert len(bank.sources) == 7 and store.bank("notes").sources == bank.sources
+    versions = len(store.log("notes"))
+    assert bank.forget_all(["a", "c", "g"]) == 10 + 17 + 10
+    assert len(store.log("notes")) <= versions + 1
+    expected = MemoryBank(SPEC)
+    for entry in entries:
+        if entry.source not in "acg":
+            expected.append(entry)
+    other.refresh()
+    for each in (bank, other, store.bank("notes")):
+        assert_same(each, expected)
+        assert {piece.source for piece in each.pieces} == set("bdef")
+
+
 def test_refresh_follows_another_writer(store: MemoryStore, folder: Path) -> None:
     reader = store.bank("notes", SPEC)
     with MemoryStore.open(folder) as other:

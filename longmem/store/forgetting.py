@@ -213,12 +213,13 @@ def _plan(store: MemoryStore, name: str, stretches: Sequence[Stretch]) -> _Plan:
                 plan.before.setdefault(piece.id, chain[-1] if chain else None)
                 chain.append(piece.id)
     mine = chains[found[0]]
+    asked: dict[str, list[Stretch]] = {source: [] for source in sources}
+    for stretch in stretches:
+        asked[stretch.source].append(stretch)
     for source in sources:
-        _check(store, name, found[0], source, [stretch for stretch in stretches if stretch.source == source])
+        _check(store, name, found[0], source, [plan.pieces[piece] for piece in mine[source]], asked[source])
         length = sum(plan.pieces[piece].chars for piece in mine[source])
-        plan.spans[source] = _merged(
-            [(s.start, length if s.end is None else s.end) for s in stretches if s.source == source], length
-        )
+        plan.spans[source] = _merged([(s.start, length if s.end is None else s.end) for s in asked[source]], length)
         if not length or plan.spans[source] == [(0, length)]:
             plan.whole.add(source)
     for piece in plan.pieces:
@@ -233,14 +234,15 @@ def _plan(store: MemoryStore, name: str, stretches: Sequence[Stretch]) -> _Plan:
     return plan
 
 
-def _check(store: MemoryStore, name: str, bank_id: int, source: str, stretches: Sequence[Stretch]) -> None:
-    """Raise `SourceError` for stretches that are not there."""
-    pieces = [piece for piece in store.pieces(bank_id) if piece.source == source]
-    name_of = store.seal(name).name
-    aside = store.manifest.query(
-        "SELECT 1 FROM quarantine WHERE bank = ? AND source = ? LIMIT 1", bank_id, name_of(source)
-    )
-    if not pieces and not aside:
+def _check(
+    store: MemoryStore, name: str, bank_id: int, source: str, pieces: Sequence[Piece], stretches: Sequence[Stretch]
+) -> None:
+    """Raise `SourceError` for stretches that are not there.
+
+    Args:
+        pieces: of the source.
+    """
+    if not pieces and not _is_aside(store, name, bank_id, source):
         known = list(dict.fromkeys(piece.source for piece in store.pieces(bank_id)))
         listed = ", ".join(known[:20]) or "nothing yet"
         more = f" and {len(known) - 20} more" if len(known) > 20 else ""
@@ -253,6 +255,12 @@ def _check(store: MemoryStore, name: str, bank_id: int, source: str, stretches: 
                 f"Source {source!r} has characters 0 to {length}; [{stretch.start}, {stretch.end}) is no part of it. "
                 "Give a start and an end (exclusive) inside it."
             )
+
+
+def _is_aside(store: MemoryStore, name: str, bank_id: int, source: str) -> bool:
+    """Whether something of a source is in quarantine."""
+    sealed = store.seal(name).name(source)
+    return bool(store.manifest.query("SELECT 1 FROM quarantine WHERE bank = ? AND source = ? LIMIT 1", bank_id, sealed))
 
 
 def _rows(store: MemoryStore, name: str, namespace: str, sources: set[str]) -> list[tuple[int, int, int, int]]:

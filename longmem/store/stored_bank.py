@@ -7,7 +7,7 @@ import os
 import secrets
 import sqlite3
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -144,9 +144,13 @@ class StoredBank(MemoryBank):
             StoreCorruptError: if a segment to be written anew is damaged.
             StoreNotWritableError: if the store is read-only or the disk is full.
         """
+        return self.forget_all([source])
+
+    def forget_all(self, sources: Collection[str]) -> int:
+        """Forget whole sources at once, in one transaction; as `forget`."""
         self._require_newest()
         self._stored_revision()  # raises if the bank is gone, and one of its name may be another
-        receipt = self._store.forget(self.name, [Stretch(source)])
+        receipt = self._store.forget(self.name, [Stretch(source) for source in sources])
         self.refresh()
         return receipt.tokens_of(self.name)
 
@@ -300,16 +304,17 @@ class StoredBank(MemoryBank):
             pieces = {piece.id: piece for piece in self._store.pieces(self._id, self.version)}
             gone = {known.source for known in self._pieces.values() if known.id not in pieces}
             left = [known.id for known in self._pieces.values() if known.source not in gone]
-            # Sources that were forgotten whole go one by one. Where more has changed (a part was forgotten, a repair
-            # cut the end of a source, a cap thinned it), all is read again, so that memory and disk keep one order.
+            # Sources that were forgotten whole go, and all else stays where it is. Where more has changed (a part was
+            # forgotten, a repair cut the end of a source, a cap thinned it), all is read again, so that memory and disk
+            # keep one order.
             thinned = any(key in pieces and pieces[key].rows != known.rows for key, known in self._pieces.items())
             if left == list(pieces)[: len(left)] and not thinned:
-                for source in gone:
-                    self._drop(source)
+                if gone:
+                    self._forget_rows(gone)
             else:
                 self._drop_all()
             # A piece is what it was, but may have been moved.
-            self._pieces = {key: pieces[key] for key in self._pieces}
+            self._pieces = {key: pieces[key] for key, known in self._pieces.items() if known.source not in gone}
             new = [piece for piece in pieces.values() if piece.id not in self._pieces]
             self._reserve(len(self) + sum(piece.rows for piece in new))
             checked: set[str] = set()
@@ -354,12 +359,6 @@ class StoredBank(MemoryBank):
                 ) from error
             self._remember(entry)
             self._pieces[piece.id] = piece
-
-    def _drop(self, source: str) -> int:
-        """Forget a source in memory only."""
-        forgotten = super().forget(source)
-        self._pieces = {key: piece for key, piece in self._pieces.items() if piece.source != source}
-        return forgotten
 
     def _drop_all(self) -> None:
         """Forget everything in memory only."""
