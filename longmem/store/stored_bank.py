@@ -200,9 +200,11 @@ class StoredBank(MemoryBank):
         fail for a statistic."""
         taken, ends, scores = self.take_attention(), {}, {}
         for piece in self._pieces.values():
+            if piece.source not in taken:
+                continue
             start = ends.get(piece.source, 0)
             ends[piece.source] = start + piece.tokens
-            some_M = taken.get(piece.source, torch.zeros(0))[start : start + piece.tokens]
+            some_M = taken[piece.source][start : start + piece.tokens]
             if bool(some_M.any()):
                 scores[piece.id] = torch.zeros(piece.tokens)
                 scores[piece.id][: len(some_M)] = some_M
