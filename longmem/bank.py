@@ -176,8 +176,7 @@ class MemoryBank:
     Attributes:
         name: in its store; None for a bank that is in none.
         layout: stands for the rows that there are; another object once rows have gone, moved or changed device, so that
-            what was made of them (parts, word and passage indexes) knows. New rows at the end leave it as it is, and a
-            part has that of its bank as it was then.
+            what was made of them (word and passage indexes) knows. New rows at the end leave it as it is.
     """
 
     name: str | None = None
@@ -203,6 +202,8 @@ class MemoryBank:
         self._index: BankIndex | None = None
         # Of a part, which rows of the whole it has: those behind so many, or these. None: it is the whole.
         self._in_whole: int | Tensor | None = None
+        # And the layout of the whole as it was then.
+        self._made_of: object = None
         self.layout = object()
         # Attention that nobody has taken yet: what rows got, and, once rows have gone, each token of a source.
         self._paid: list[tuple[Tensor, Tensor]] = []
@@ -322,9 +323,13 @@ class MemoryBank:
         position_X = position_X.cpu()
         return self._in_whole[position_X] if isinstance(self._in_whole, Tensor) else position_X + (self._in_whole or 0)
 
+    def still_has(self, part: MemoryBank) -> bool:
+        """Whether a part that was made of this bank, or the bank itself, has rows of it still: none has gone since."""
+        return part is self or part._made_of is self.layout
+
     def _part(self, on_device: slice | Tensor, on_cpu: slice | Tensor, length: int) -> MemoryBank:
         part = MemoryBank(self.spec, self.device)
-        part.name, part._length, part.layout = self.name, length, self.layout
+        part.name, part._length, part._made_of = self.name, length, self.layout
         part._keys_HCE, part._values_HCE = self._keys_HCE[:, on_device], self._values_HCE[:, on_device]
         part._token_ids_C = self._token_ids_C[on_device]
         part._source_C, part._offsets_C2 = self._source_C[on_cpu], self._offsets_C2[on_cpu]
@@ -445,11 +450,9 @@ class MemoryBank:
     def forget_all(self, sources: Collection[str]) -> int:
         """Forget whole sources at once, all or, if one of them is not there, none; returns how many tokens went."""
         self._check_whole()
-        return self._forget_rows(sources)
-
-    def _forget_rows(self, sources: Collection[str]) -> int:
-        """`forget_all` in memory."""
         gone = set(sources)
+        if not gone:
+            return 0
         for source in sources:
             if source not in self._sources:
                 raise SourceError(f"No source {source!r} to forget. This bank remembers: {self._listed_sources()}.")

@@ -169,7 +169,7 @@ class Focus:
 
 def still_there(read: Readable, bank: Readable) -> bool:
     """Whether all that is read of banks is remembered still: nothing was forgotten or thinned since it was chosen."""
-    return all(one.layout is part.layout for (one, _), (part, _) in zip(members(bank), members(read), strict=True))
+    return all(one.still_has(part) for (one, _), (part, _) in zip(members(bank), members(read), strict=True))
 
 
 def _choose(chosen_S: Tensor, score_S: Tensor, tokens: int) -> None:

@@ -199,8 +199,7 @@ class Trainer:
         if starves:
             segments = whole.cut(self.starved_windows[int(self.rng.integers(len(self.starved_windows)))])
         tokens_BS = segments.tokens_BS
-        memory_layers = set(self.model.config.memory_layers)
-        seen = self._see(tokens_BS, {*self.sidenet.boundaries, *memory_layers, self.model.backbone.num_layers})
+        seen = self._see(tokens_BS, self._boundaries)
 
         reader, right_B, wrong_M = self._reader(windows=len(tokens_BS) // self.config.rows)
         empty_BTD = None if reader is None else self._read_nothing(seen, segments)
@@ -220,6 +219,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.config.memory:
             # What is remembered was read as a whole, as it would be in use.
+            memory_layers = set(self.model.config.memory_layers)
             self._write(self._see(whole.tokens_BS, memory_layers) if starves else seen, whole.tokens_BS)
         self.done += 1
         self.tokens += tokens_BS.numel()
@@ -230,9 +230,7 @@ class Trainer:
         """What a step would read and remember, without learning from it; returns it. For who wants to watch."""
         segments = self.streams.next().to(self.device)
         self.banks.reset(segments.starts_B)
-        memory_layers = set(self.model.config.memory_layers)
-        boundaries = {*self.sidenet.boundaries, *memory_layers, self.model.backbone.num_layers}
-        seen = self._see(segments.tokens_BS, boundaries)
+        seen = self._see(segments.tokens_BS, self._boundaries)
         reader, _, _ = self._reader()
         self.model.correct(seen, reader)
         if self.config.memory:
@@ -269,6 +267,11 @@ class Trainer:
             norm(part_BTD.index_select(0, wrong_M)[:, :-1]).flatten(0, 1) for part_BTD in (hidden_BTD, empty_BTD)
         )
         return linear_divergence(heard_XD, told_XD, self.model.backbone.output_weight_VD, 1 / len(heard_XD))
+
+    @property
+    def _boundaries(self) -> set[int]:
+        """Layers of the backbone whose inputs are read and remembered."""
+        return {*self.sidenet.boundaries, *self.model.config.memory_layers, self.model.backbone.num_layers}
 
     def _see(self, tokens_BS: Tensor, boundaries: set[int]) -> BackboneOutput:
         prefix_B1 = tokens_BS.new_full((tokens_BS.shape[0], 1), self.model.backbone.prefix_token_id)

@@ -87,6 +87,8 @@ def test_after_forget_the_bank_equals_one_that_never_saw_the_sources(entries: li
         stays = entries  # one that is not there keeps all
         with pytest.raises(SourceError, match="remembers"):
             bank.forget_all(gone)
+    layout = bank.layout
+    assert bank.forget_all([]) == 0 and bank.layout is layout
     assert_holds(bank, stays)
     # The source can be written again from its beginning, and others continue where they were.
     again = [make_entry(name, "more", bank.length_of(name)) for name in "abc"]
@@ -259,14 +261,15 @@ def test_a_layout_is_another_once_rows_have_gone_or_moved() -> None:
     layout, part = bank.layout, bank.between(3, 9)
     bank.append(make_entry("d", "xyz"))
     bank.to("cpu")
-    assert bank.layout is layout is part.layout
+    assert bank.layout is layout and bank.still_has(part) and bank.still_has(bank) and not part.still_has(bank)
+    assert part.layout is not layout  # it has other rows
     for change in (
         lambda: bank.thin(torch.arange(len(bank)) != 4),
         lambda: bank.forget("d"),
         lambda: bank.to("meta"),
     ):
         change()
-        assert bank.layout is not layout is part.layout
+        assert bank.layout is not layout and not bank.still_has(part)
         layout = bank.layout
         part = bank.between(0, 1)
 

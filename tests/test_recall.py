@@ -179,6 +179,7 @@ def test_a_recaller_follows_a_bank_that_grows():
     assert recaller.recall(bank, "zebras", 4) == []
     index, size = PassageIndex(bank), len(bank)
     assert index.behind(bank) == 0 and index.behind(tiny().new_bank()) is None
+    assert index.behind(bank.between(0, size)) is index.behind(bank.between(1, size)) is None
     model.write_text(bank, "Gone.", source="gone")
     assert index.behind(bank) == len(bank) - size > 0
     bank.forget(source="gone")

@@ -150,6 +150,8 @@ class StoredBank(MemoryBank):
         """Forget whole sources at once, in one transaction; as `forget`."""
         self._require_newest()
         self._stored_revision()  # raises if the bank is gone, and one of its name may be another
+        if not sources:
+            return 0
         receipt = self._store.forget(self.name, [Stretch(source) for source in sources])
         self.refresh()
         return receipt.tokens_of(self.name)
@@ -311,8 +313,7 @@ class StoredBank(MemoryBank):
             # keep one order.
             thinned = any(key in pieces and pieces[key].rows != known.rows for key, known in self._pieces.items())
             if left == list(pieces)[: len(left)] and not thinned:
-                if gone:
-                    self._forget_rows(gone)
+                super().forget_all(gone)
             else:
                 self._drop_all()
             # A piece is what it was, but may have been moved.
